@@ -1,0 +1,25 @@
+//! Decides everything in Mandoline and touches nothing: no clock, socket, thread, lock or randomness of its own.
+//!
+//! The shells (`assigner`, `router-lib`, `proxy`) and the simulator tell it what happened and when; it says what to do.
+//! Modules are listed in order of use: a module uses only what stands above it (`tests/tidy.rs` checks), so the crate
+//! can be read from top to bottom.
+
+pub mod time;
+pub mod prng;
+pub mod name;
+pub mod key;
+//pub mod extract;
+pub mod slice;
+pub mod slice_map;
+pub mod generation;
+pub mod task;
+pub mod load;
+pub mod assignment;
+pub mod delta;
+pub mod spec;
+//pub mod watch;
+//pub mod roster;
+//pub mod balance;
+//pub mod command;
+//pub mod state;
+//pub mod leader;

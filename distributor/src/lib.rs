@@ -1,0 +1,1 @@
+//! Serves Mandoline's assignments to watchers, and follows whoever knows them.

@@ -1,0 +1,1 @@
+//! The wire and the disk formats of Mandoline, and where bytes become domain types.

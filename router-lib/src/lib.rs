@@ -1,0 +1,1 @@
+//! Looks up which task owns a key, in nanoseconds, and tells a task what it owns.

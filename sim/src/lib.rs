@@ -1,0 +1,1 @@
+//! Runs Mandoline's decisions on a virtual clock and on real traces.

@@ -1,0 +1,1 @@
+//! The integration tests: the real thing, as users run it.
