@@ -1,1 +1,10 @@
-//! The wire and the disk formats of Mandoline, and where bytes become domain types.
+//! The wire and the disk in one schema language, and the only place where bytes become domain types.
+//!
+//! `pb` holds what the schemas in `mandoline/v1` say; the other modules turn it into the types of `core` (`TryFrom`, with
+//! errors that name the field) and back (`From`). Beyond this crate nobody asks again whether a name is too long.
+
+/// What the schemas say, as generated.
+#[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, clippy::use_self)]
+pub mod pb {
+    tonic::include_proto!("mandoline.v1");
+}

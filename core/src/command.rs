@@ -1,0 +1,137 @@
+//! What the log holds: decisions, never observations.
+
+use std::fmt;
+
+use crate::generation::Generation;
+use crate::load::Load;
+use crate::name::JobName;
+use crate::plan::Plan;
+use crate::spec::JobSpec;
+use crate::task::{SessionId, TaskInfo};
+
+/// Which cluster: drawn once by the node that starts it, so that nodes of another are refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClusterId(pub u128);
+
+impl fmt::Display for ClusterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+/// Which member of the cluster: taken from the log, never given twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(pub u64);
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "n{}", self.0)
+    }
+}
+
+/// Why a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    /// The task said that it stops.
+    Left,
+    /// The task was not heard of for too long.
+    Lost,
+    /// A newer process registered and said that this one has stopped.
+    Replaced,
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Left => "left",
+            Self::Lost => "lost",
+            Self::Replaced => "replaced",
+        })
+    }
+}
+
+/// One decision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Gives the cluster its identity: the first command of its life. A second one is refused.
+    FoundCluster {
+        /// Drawn by whoever starts the cluster.
+        id: ClusterId,
+        /// The greatest node id that the first members took; fresh ones begin above it.
+        nodes: u64,
+    },
+    /// Mints an id for a node that wants to join.
+    MintNode,
+    /// Makes a job, or changes what is asked of it.
+    ApplyJob {
+        /// What is asked.
+        spec: JobSpec,
+        /// The version that the operator looked at; refused if there is a newer one. Zero: the job must be new.
+        if_version: Option<u64>,
+    },
+    /// Begins a session: the task may be given slices from now on. The same process again gets the session that it has.
+    Register {
+        /// Which job.
+        job: JobName,
+        /// What the process says of itself.
+        info: TaskInfo,
+        /// A session of the same name that has stopped for sure, by the word of whoever started this process.
+        stopped: Option<SessionId>,
+    },
+    /// Marks a task as about to stop.
+    Drain {
+        /// Which job.
+        job: JobName,
+        /// Which task.
+        session: SessionId,
+    },
+    /// Takes a drain back.
+    Undrain {
+        /// Which job.
+        job: JobName,
+        /// Which task.
+        session: SessionId,
+    },
+    /// Ends a session: its slices are nobody's until the next plan.
+    End {
+        /// Which job.
+        job: JobName,
+        /// Which task.
+        session: SessionId,
+        /// Why.
+        reason: EndReason,
+    },
+    /// Carries a plan out, if the assignment is still the one that it was made for.
+    Change {
+        /// Which job.
+        job: JobName,
+        /// What the balancer decided.
+        plan: Plan,
+    },
+    /// Stores the load of every slice, in order, so that a new leader starts from it.
+    StoreLoads {
+        /// Which job.
+        job: JobName,
+        /// The assignment whose slices these are.
+        base: Generation,
+        /// One a slice.
+        loads: Vec<Load>,
+    },
+}
+
+/// In a few words, for logs.
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FoundCluster { id, .. } => write!(f, "found cluster {id}"),
+            Self::MintNode => write!(f, "mint node"),
+            Self::ApplyJob { spec, .. } => write!(f, "apply job {}", spec.name),
+            Self::Register { job, info, .. } => write!(f, "register {job}/{} at {}", info.name, info.address),
+            Self::Drain { job, session } => write!(f, "drain {job}/{session}"),
+            Self::Undrain { job, session } => write!(f, "undrain {job}/{session}"),
+            Self::End { job, session, reason } => write!(f, "end {job}/{session} ({reason})"),
+            Self::Change { job, plan } => write!(f, "change {job} {} by {} edits", plan.base, plan.edits.len()),
+            Self::StoreLoads { job, loads, .. } => write!(f, "store {} loads of {job}", loads.len()),
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! What the balancer decided: splits, merges and moves, each with its reason, in the order in which they apply.
+
+use std::fmt;
+
+use crate::assignment::{Assigned, Replica, Replicas};
+use crate::generation::Generation;
+use crate::key::SliceKey;
+use crate::load::Load;
+use crate::slice::Slice;
+use crate::slice_map::SliceMap;
+use crate::spec::Ratio;
+use crate::task::SessionId;
+
+/// Why a slice changed hands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// Nobody served it: the job is new, or its last task had left.
+    First,
+    /// The task that served it is lost.
+    Lost,
+    /// The task that served it is about to stop.
+    Drain,
+    /// The task that served it had more than its share of load.
+    Load,
+    /// A task had next to nothing: it is new, or its slices went cold.
+    Fill,
+    /// The spec asks for more replicas, or one task cannot carry the slice.
+    Replicate,
+    /// The spec asks for fewer replicas, or one task can carry the slice again.
+    Dereplicate,
+    /// The slice lay between two of another task and is cheap to move: fewer slices serve the same.
+    Merge,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::First => "first",
+            Self::Lost => "lost",
+            Self::Drain => "drain",
+            Self::Load => "load",
+            Self::Fill => "fill",
+            Self::Replicate => "replicate",
+            Self::Dereplicate => "dereplicate",
+            Self::Merge => "merge",
+        })
+    }
+}
+
+/// A replica that comes, goes, or both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Move {
+    /// What moves: exactly one slice of the assignment.
+    pub slice: Slice,
+    /// Who stops serving it; nobody where a replica is added.
+    pub from: Option<SessionId>,
+    /// Who begins to serve it; nobody where a replica is removed.
+    pub to: Option<SessionId>,
+    /// Why.
+    pub reason: Reason,
+    /// The load that moves.
+    pub load: Load,
+    /// The load of the task that gives, or where none gives of the one that takes, before the move.
+    pub before: Load,
+    /// The same after it.
+    pub after: Load,
+}
+
+/// One step of a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edit {
+    /// Parts a slice; both parts stay where they are.
+    Split {
+        /// Where the upper part begins.
+        at: SliceKey,
+        /// The load that lies below.
+        low: Load,
+    },
+    /// Makes one slice of several that the same tasks serve.
+    Merge(Slice),
+    /// Moves a replica.
+    Move(Move),
+}
+
+/// Why an edit did not apply: the plan was made for another assignment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EditError {
+    /// A slice already begins there.
+    #[error("cannot split at {0}: a slice begins there")]
+    Split(SliceKey),
+    /// The slices there do not make up this one, or other tasks serve them.
+    #[error("cannot merge {0}: it is not made of whole slices that the same tasks serve")]
+    Merge(Slice),
+    /// The assignment has no such slice.
+    #[error("cannot move {0}: the assignment has no such slice")]
+    NoSuchSlice(Slice),
+    /// The task that should give does not have it, the one that should take does, or neither was named.
+    #[error("cannot move {0}: its replicas are not as the move expects")]
+    Replicas(Slice),
+}
+
+impl Edit {
+    /// Does to `slices` what the edit says, as of generation `now`, and says which keys it touched.
+    pub fn apply(&self, slices: &mut SliceMap<Assigned>, now: Generation) -> Result<Slice, EditError> {
+        match *self {
+            Self::Split { at, low } => split(slices, at, low),
+            Self::Merge(whole) => merge(slices, whole),
+            Self::Move(step) => shift(slices, step, now),
+        }
+    }
+}
+
+fn split(slices: &mut SliceMap<Assigned>, at: SliceKey, low: Load) -> Result<Slice, EditError> {
+    let (whole, assigned) = slices.get(at);
+    let (below, above) = whole.split_at(at).ok_or(EditError::Split(at))?;
+    let low = low.min(assigned.load);
+    let parts = [low, assigned.load - low].map(|load| Assigned { load, ..assigned.clone() });
+    let [lower, upper] = parts;
+    slices.set(below, lower);
+    slices.set(above, upper);
+    Ok(whole)
+}
+
+fn merge(slices: &mut SliceMap<Assigned>, whole: Slice) -> Result<Slice, EditError> {
+    let mut parts = slices.touching(whole);
+    let (first, merged) = parts.next().expect("a slice touches at least one");
+    let (mut last, mut merged) = (first, merged.clone());
+    for (part, assigned) in parts {
+        let same = |replica: &Replica| merged.replicas.of(replica.session).is_some();
+        let replicas = assigned.replicas.as_slice();
+        if replicas.len() != merged.replicas.as_slice().len() || !replicas.iter().all(same) {
+            return Err(EditError::Merge(whole));
+        }
+        // A replica has held all of it only since it held the last part.
+        merged.replicas = merged
+            .replicas
+            .as_slice()
+            .iter()
+            .map(|&Replica { session, since }| {
+                let other = assigned.replicas.of(session).map_or(since, |other| other.since);
+                Replica { session, since: since.max(other) }
+            })
+            .collect();
+        merged.load += assigned.load;
+        merged.token = merged.token.max(assigned.token);
+        last = part;
+    }
+    if first.first() != whole.first() || last.last() != whole.last() || first == last {
+        return Err(EditError::Merge(whole));
+    }
+    slices.set(whole, merged);
+    Ok(whole)
+}
+
+fn shift(slices: &mut SliceMap<Assigned>, step: Move, now: Generation) -> Result<Slice, EditError> {
+    let index = slices.index_of(step.slice.first());
+    if slices.slice_at(index) != step.slice {
+        return Err(EditError::NoSuchSlice(step.slice));
+    }
+    let assigned = slices.value_at_mut(index);
+    let has = |session: SessionId| assigned.replicas.of(session).is_some();
+    if (step.from, step.to) == (None, None) || step.from.is_some_and(|from| !has(from)) || step.to.is_some_and(has) {
+        return Err(EditError::Replicas(step.slice));
+    }
+    let stay = assigned.replicas.as_slice().iter().copied().filter(|replica| Some(replica.session) != step.from);
+    let come = step.to.map(|session| Replica { session, since: now });
+    assigned.replicas = stay.chain(come).collect::<Replicas>();
+    assigned.token = now;
+    Ok(step.slice)
+}
+
+/// What the balancer decided in one round.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The assignment that it was made for, and applies to no other.
+    pub base: Generation,
+    /// What to do, in this order.
+    pub edits: Vec<Edit>,
+    /// Max over mean of task load for capacity, before and after; one is perfect.
+    pub imbalance: (Ratio, Ratio),
+    /// All load of the job, as the plan saw it.
+    pub total: Load,
+}
+
+impl Plan {
+    /// Walks the moves.
+    pub fn moves(&self) -> impl Iterator<Item = &Move> {
+        self.edits.iter().filter_map(|edit| if let Edit::Move(step) = edit { Some(step) } else { None })
+    }
+
+    /// Sums the load that changes hands: what someone begins to serve.
+    pub fn moved(&self) -> Load {
+        self.moves().filter(|step| step.to.is_some()).map(|step| step.load).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Generation = Generation { incarnation: 1, number: 9 };
+
+    fn slice(first: u64, last: u64) -> Slice {
+        Slice::new(SliceKey(first), SliceKey(last)).unwrap()
+    }
+
+    fn step(slice: Slice, from: Option<u64>, to: Option<u64>) -> Edit {
+        let (from, to) = (from.map(SessionId), to.map(SessionId));
+        let none = Load::ZERO;
+        Edit::Move(Move { slice, from, to, reason: Reason::Load, load: none, before: none, after: none })
+    }
+
+    fn served_by_one() -> SliceMap<Assigned> {
+        let one = Replica { session: SessionId(1), since: Generation::ZERO };
+        let assigned = Assigned { replicas: Replicas::One(one), load: Load::from_milli(100), token: Generation::ZERO };
+        SliceMap::uniform(assigned)
+    }
+
+    #[test]
+    fn a_split_keeps_since_and_token_and_a_move_renews_them() {
+        let mut slices = served_by_one();
+        Edit::Split { at: SliceKey(50), low: Load::from_milli(30) }.apply(&mut slices, NOW).unwrap();
+        let (_, low) = slices.get(SliceKey(0));
+        assert_eq!((low.load.milli(), low.token), (30, Generation::ZERO));
+        step(slice(0, 49), Some(1), Some(2)).apply(&mut slices, NOW).unwrap();
+        let (_, low) = slices.get(SliceKey(0));
+        assert_eq!((low.replicas.as_slice()[0].since, low.token), (NOW, NOW));
+        let (_, high) = slices.get(SliceKey(50));
+        assert_eq!((high.load.milli(), high.replicas.as_slice()[0].since), (70, Generation::ZERO));
+    }
+
+    #[test]
+    fn a_merge_counts_from_when_the_last_part_came() {
+        let mut slices = served_by_one();
+        Edit::Split { at: SliceKey(50), low: Load::ZERO }.apply(&mut slices, NOW).unwrap();
+        step(slice(0, 49), Some(1), Some(2)).apply(&mut slices, NOW).unwrap();
+        assert_eq!(Edit::Merge(Slice::FULL).apply(&mut slices, NOW), Err(EditError::Merge(Slice::FULL)));
+        step(slice(0, 49), Some(2), Some(1)).apply(&mut slices, NOW).unwrap();
+        Edit::Merge(Slice::FULL).apply(&mut slices, NOW).unwrap();
+        let (whole, assigned) = slices.get(SliceKey(7));
+        assert_eq!((whole, assigned.replicas.as_slice()[0].since), (Slice::FULL, NOW));
+    }
+
+    #[test]
+    fn edits_made_for_another_assignment_are_refused() {
+        let mut slices = served_by_one();
+        let before = slices.clone();
+        let cases = [
+            (Edit::Split { at: SliceKey(0), low: Load::ZERO }, EditError::Split(SliceKey(0))),
+            (Edit::Merge(Slice::FULL), EditError::Merge(Slice::FULL)),
+            (Edit::Merge(slice(0, 9)), EditError::Merge(slice(0, 9))),
+            (step(slice(0, 9), Some(1), Some(2)), EditError::NoSuchSlice(slice(0, 9))),
+            (step(Slice::FULL, Some(2), Some(3)), EditError::Replicas(Slice::FULL)),
+            (step(Slice::FULL, None, Some(1)), EditError::Replicas(Slice::FULL)),
+            (step(Slice::FULL, None, None), EditError::Replicas(Slice::FULL)),
+        ];
+        for (edit, error) in cases {
+            assert_eq!(edit.apply(&mut slices, NOW), Err(error));
+            assert_eq!(slices, before);
+        }
+    }
+}

@@ -1,0 +1,403 @@
+//! What the cluster has agreed on: commands go in, in the order of the log, and come out as changed assignments.
+//!
+//! Every node applies the same commands and gets the same state. Generations and sessions are minted here and nowhere
+//! else. A command that no longer fits is refused, and leaves the state as it was.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use crate::assignment::{Assigned, Assignment, Replica};
+use crate::command::{ClusterId, Command, NodeId};
+use crate::delta::{Delta, TaskChange};
+use crate::generation::Generation;
+use crate::load::Load;
+use crate::name::{JobName, TaskName};
+use crate::plan::{Edit, EditError, Move, Plan};
+use crate::slice::Slice;
+use crate::spec::{JobSpec, SpecError};
+use crate::task::{Address, Phase, SessionId, Task, TaskInfo, TaskInfoError};
+
+/// The most jobs of a cluster: beyond that, run another cluster.
+pub const JOBS_MAX: usize = 1_000;
+/// The most tasks of a job.
+pub const TASKS_MAX: usize = 10_000;
+/// The most slices of a job.
+pub const SLICES_MAX: usize = 1_000_000;
+/// How many moves of a job are remembered, the newest: an hour at a move every four seconds.
+pub const HISTORY_MAX: usize = 1_000;
+
+/// What the cluster has agreed on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    /// Its identity, once it has one.
+    pub cluster: Option<ClusterId>,
+    /// Raised when a backup is restored.
+    pub incarnation: u64,
+    /// The session that was minted last.
+    pub last_session: u64,
+    /// The node id that was minted last.
+    pub last_node: u64,
+    /// The jobs by name.
+    pub jobs: BTreeMap<JobName, Job>,
+}
+
+/// What the cluster has agreed on about one job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// What is asked of it.
+    pub spec: JobSpec,
+    /// Grows with each change of the spec, from one.
+    pub version: u64,
+    /// Who serves what.
+    pub assignment: Arc<Assignment>,
+    /// What all plans together have moved.
+    pub churn: Churn,
+    /// The newest moves, oldest first, each with the generation that it led to.
+    pub history: VecDeque<(Generation, Move)>,
+}
+
+/// What all plans of a job together have moved, since the job began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Churn {
+    /// Replicas that came, went or moved.
+    pub moves: u64,
+    /// The key space that someone began to serve, in millionths of all keys.
+    pub keys: u64,
+    /// The load that someone began to serve, in millionths of the load at the time.
+    pub load: u64,
+}
+
+/// What a command led to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// The change that watchers are told of, if an assignment changed.
+    pub delta: Option<Delta>,
+    /// What the command's sender is told.
+    pub outcome: Outcome,
+}
+
+/// What a command's sender is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is done.
+    Done,
+    /// The node's new id.
+    Node(NodeId),
+    /// The session of the task, new or as before.
+    Session(SessionId),
+    /// The version that the job's spec has now.
+    Version(u64),
+}
+
+/// Why a command was refused. The state is as it was.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The cluster has an identity already.
+    #[error("the cluster was founded before, as {0}")]
+    Founded(ClusterId),
+    /// No job has this name.
+    #[error("there is no job {0}: `mandoline job apply` makes one")]
+    NoSuchJob(JobName),
+    /// The spec has a value that makes no sense.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The spec was changed since the operator looked at it.
+    #[error("job {job} is at version {version}, not {expected}: look at it again")]
+    Version {
+        /// Which job.
+        job: JobName,
+        /// Its version.
+        version: u64,
+        /// The version that was expected.
+        expected: u64,
+    },
+    /// The task's description has a value that makes no sense.
+    #[error(transparent)]
+    Task(#[from] TaskInfoError),
+    /// Another process lives under this name.
+    #[error("task {name} lives at {address} as {session}: stop it, or wait until it is found lost")]
+    NameTaken {
+        /// The name.
+        name: TaskName,
+        /// Who has it.
+        session: SessionId,
+        /// Where that one serves.
+        address: Address,
+    },
+    /// Another task serves at this address.
+    #[error("address {address} belongs to task {name}, {session}: give each task its own")]
+    AddressTaken {
+        /// The address.
+        address: Address,
+        /// Who has it.
+        session: SessionId,
+        /// That one's name.
+        name: TaskName,
+    },
+    /// The session has ended, or never was.
+    #[error("job {job} has no session {session}: it has ended, register anew")]
+    NoSuchSession {
+        /// Which job.
+        job: JobName,
+        /// Which session.
+        session: SessionId,
+    },
+    /// The plan or the loads were made for another assignment.
+    #[error("made for generation {base} of job {job}, which is at {newest}")]
+    Stale {
+        /// Which job.
+        job: JobName,
+        /// What it was made for.
+        base: Generation,
+        /// What there is.
+        newest: Generation,
+    },
+    /// The plan does not fit the assignment that it was made for: a bug in the planner.
+    #[error("the plan does not fit: {0}")]
+    Edit(#[from] EditError),
+    /// The plan gives a slice to a task that is not there or is about to stop: a bug in the planner.
+    #[error("the plan gives {slice} to {session}, which is not there or is about to stop")]
+    Taker {
+        /// Which slice.
+        slice: Slice,
+        /// Which task.
+        session: SessionId,
+    },
+    /// There are as many loads as slices, or the command is wrong.
+    #[error("{found} loads for {expected} slices")]
+    Loads {
+        /// How many slices.
+        expected: usize,
+        /// How many loads.
+        found: usize,
+    },
+    /// A limit is reached.
+    #[error("{what}: the limit is {max}")]
+    Limit {
+        /// What there is too much of.
+        what: &'static str,
+        /// How much there may be.
+        max: usize,
+    },
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self { cluster: None, incarnation: 1, last_session: 0, last_node: 0, jobs: BTreeMap::new() }
+    }
+}
+
+impl State {
+    /// Looks a job up.
+    pub fn job(&self, name: &JobName) -> Result<&Job, Refused> {
+        self.jobs.get(name).ok_or_else(|| Refused::NoSuchJob(name.clone()))
+    }
+
+    /// Carries a command out, or refuses it and leaves everything as it was.
+    pub fn apply(&mut self, command: Command) -> Result<Applied, Refused> {
+        match command {
+            Command::FoundCluster { id, nodes } => self.found(id, nodes),
+            Command::MintNode => {
+                self.last_node += 1;
+                Ok(Outcome::Node(NodeId(self.last_node)).into())
+            }
+            Command::ApplyJob { spec, if_version } => self.apply_job(spec, if_version),
+            Command::Register { job, info, stopped } => self.register(&job, info, stopped),
+            Command::Drain { job, session } => self.set_phase(&job, session, Phase::Draining),
+            Command::Undrain { job, session } => self.set_phase(&job, session, Phase::Serving),
+            Command::End { job, session, reason: _ } => {
+                let job = self.job_mut(&job)?;
+                job.task(session)?;
+                Ok(Applied { delta: Some(job.end(session)), outcome: Outcome::Done })
+            }
+            Command::Change { job, plan } => self.job_mut(&job)?.change(&plan),
+            Command::StoreLoads { job, base, loads } => self.job_mut(&job)?.store_loads(base, &loads),
+        }
+    }
+
+    fn found(&mut self, id: ClusterId, nodes: u64) -> Result<Applied, Refused> {
+        if let Some(known) = self.cluster {
+            return Err(Refused::Founded(known));
+        }
+        self.cluster = Some(id);
+        self.last_node = self.last_node.max(nodes);
+        Ok(Outcome::Done.into())
+    }
+
+    fn job_mut(&mut self, name: &JobName) -> Result<&mut Job, Refused> {
+        self.jobs.get_mut(name).ok_or_else(|| Refused::NoSuchJob(name.clone()))
+    }
+
+    fn apply_job(&mut self, spec: JobSpec, if_version: Option<u64>) -> Result<Applied, Refused> {
+        spec.check()?;
+        let version = self.jobs.get(&spec.name).map_or(0, |job| job.version);
+        if let Some(expected) = if_version.filter(|expected| *expected != version) {
+            return Err(Refused::Version { job: spec.name, version, expected });
+        }
+        if version == 0 && self.jobs.len() >= JOBS_MAX {
+            return Err(Refused::Limit { what: "jobs of a cluster", max: JOBS_MAX });
+        }
+        let first = Generation { incarnation: self.incarnation, number: 1 };
+        let job = self.jobs.entry(spec.name.clone()).or_insert_with(|| Job::new(spec.clone(), first));
+        job.spec = spec;
+        job.version = version + 1;
+        Ok(Outcome::Version(job.version).into())
+    }
+
+    fn register(&mut self, job: &JobName, info: TaskInfo, stopped: Option<SessionId>) -> Result<Applied, Refused> {
+        info.check()?;
+        let minted = SessionId(self.last_session + 1);
+        let job = self.job_mut(job)?;
+        if let Some(same) = job.find(|task| task.info.name == info.name && task.info.incarnation == info.incarnation) {
+            return Ok(Outcome::Session(same.session).into());
+        }
+        let in_the_way = |task: &&Task| Some(task.session) != stopped;
+        if let Some(other) = job.find(|task| task.info.name == info.name).filter(in_the_way) {
+            let (session, address) = (other.session, other.info.address.clone());
+            return Err(Refused::NameTaken { name: info.name, session, address });
+        }
+        if let Some(other) = job.find(|task| task.info.address == info.address).filter(in_the_way) {
+            let (session, name) = (other.session, other.info.name.clone());
+            return Err(Refused::AddressTaken { address: info.address, session, name });
+        }
+        if job.assignment.tasks.len() >= TASKS_MAX {
+            return Err(Refused::Limit { what: "tasks of a job", max: TASKS_MAX });
+        }
+        let delta = job.begin(Task { session: minted, info, phase: Phase::Serving }, stopped);
+        self.last_session = minted.0;
+        Ok(Applied { delta: Some(delta), outcome: Outcome::Session(minted) })
+    }
+
+    fn set_phase(&mut self, job: &JobName, session: SessionId, phase: Phase) -> Result<Applied, Refused> {
+        let job = self.job_mut(job)?;
+        let task = job.task(session)?;
+        if task.phase == phase {
+            return Ok(Outcome::Done.into());
+        }
+        let task = Arc::new(Task { phase, ..task.clone() });
+        let delta = job.step(vec![TaskChange::Set(task)], vec![]);
+        Ok(Applied { delta: Some(delta), outcome: Outcome::Done })
+    }
+}
+
+impl Job {
+    /// Begins a job that nobody serves.
+    pub fn new(spec: JobSpec, first: Generation) -> Self {
+        let assignment = Arc::new(Assignment::new(spec.name.clone(), first));
+        Self { spec, version: 0, assignment, churn: Churn::default(), history: VecDeque::new() }
+    }
+
+    fn find(&self, wanted: impl Fn(&Task) -> bool) -> Option<&Task> {
+        self.assignment.tasks.values().map(Arc::as_ref).find(|task| wanted(task))
+    }
+
+    fn task(&self, session: SessionId) -> Result<&Task, Refused> {
+        let task = self.assignment.tasks.get(&session).map(Arc::as_ref);
+        task.ok_or_else(|| Refused::NoSuchSession { job: self.spec.name.clone(), session })
+    }
+
+    fn begin(&mut self, task: Task, stopped: Option<SessionId>) -> Delta {
+        let stopped = stopped.filter(|session| self.assignment.tasks.contains_key(session));
+        let gone = stopped.map(TaskChange::Gone);
+        let left = stopped.map_or_else(Vec::new, |session| self.without(session));
+        self.step(gone.into_iter().chain([TaskChange::Set(Arc::new(task))]).collect(), left)
+    }
+
+    fn end(&mut self, session: SessionId) -> Delta {
+        let left = self.without(session);
+        self.step(vec![TaskChange::Gone(session)], left)
+    }
+
+    /// The slices that `session` serves, as they are without it.
+    fn without(&self, session: SessionId) -> Vec<(Slice, Assigned)> {
+        let token = self.assignment.generation.next();
+        let served = self.assignment.slices.iter().filter(|(_, assigned)| assigned.replicas.of(session).is_some());
+        let left = |replicas: &[Replica]| replicas.iter().copied().filter(|r| r.session != session).collect();
+        served
+            .map(|(slice, old)| (slice, Assigned { replicas: left(old.replicas.as_slice()), load: old.load, token }))
+            .collect()
+    }
+
+    /// Moves the assignment one generation on.
+    fn step(&mut self, tasks: Vec<TaskChange>, slices: Vec<(Slice, Assigned)>) -> Delta {
+        let from = self.assignment.generation;
+        let delta = Delta { job: self.spec.name.clone(), from, to: from.next(), tasks, slices };
+        self.assignment = Arc::new(delta.apply_to(&self.assignment).expect("a step is made for what there is"));
+        delta
+    }
+
+    fn current(&self, base: Generation) -> Result<(), Refused> {
+        let newest = self.assignment.generation;
+        if base == newest { Ok(()) } else { Err(Refused::Stale { job: self.spec.name.clone(), base, newest }) }
+    }
+
+    fn change(&mut self, plan: &Plan) -> Result<Applied, Refused> {
+        self.current(plan.base)?;
+        let takes = plan.moves().filter_map(|step| Some((step.slice, step.to?)));
+        let may_take = |session| self.assignment.tasks.get(&session).is_some_and(|task| task.phase == Phase::Serving);
+        if let Some((slice, session)) = takes.into_iter().find(|(_, session)| !may_take(*session)) {
+            return Err(Refused::Taker { slice, session });
+        }
+        let now = plan.base.next();
+        let mut slices = self.assignment.slices.clone();
+        let touched: Vec<Slice> =
+            plan.edits.iter().map(|edit: &Edit| edit.apply(&mut slices, now)).collect::<Result<_, _>>()?;
+        if slices.count() > SLICES_MAX {
+            return Err(Refused::Limit { what: "slices of a job", max: SLICES_MAX });
+        }
+        self.churn.add(plan);
+        self.history.extend(plan.moves().map(|step| (now, *step)));
+        self.history.drain(..self.history.len().saturating_sub(HISTORY_MAX));
+        let changed = union(touched).into_iter().flat_map(|range| {
+            slices.touching(range).map(|(slice, assigned)| (slice, assigned.clone())).collect::<Vec<_>>()
+        });
+        let delta = self.step(vec![], changed.collect());
+        debug_assert_eq!(self.assignment.slices, slices, "a delta leads where the edits lead");
+        Ok(Applied { delta: Some(delta), outcome: Outcome::Done })
+    }
+
+    fn store_loads(&mut self, base: Generation, loads: &[Load]) -> Result<Applied, Refused> {
+        self.current(base)?;
+        let expected = self.assignment.slices.count();
+        if loads.len() != expected {
+            return Err(Refused::Loads { expected, found: loads.len() });
+        }
+        let assignment = Arc::make_mut(&mut self.assignment);
+        for (assigned, load) in assignment.slices.values_mut().zip(loads) {
+            assigned.load = *load;
+        }
+        Ok(Outcome::Done.into())
+    }
+}
+
+impl Churn {
+    fn add(&mut self, plan: &Plan) {
+        self.moves += plan.moves().count() as u64;
+        let keys: u128 = plan.moves().filter(|step| step.to.is_some()).map(|step| step.slice.width()).sum();
+        // In millionths of 2^64 keys.
+        self.keys += ((keys >> 24) * 1_000_000 >> 40) as u64;
+        let total = u128::from(plan.total.milli()).max(1);
+        self.load += (u128::from(plan.moved().milli()) * 1_000_000 / total) as u64;
+    }
+}
+
+impl From<Outcome> for Applied {
+    fn from(outcome: Outcome) -> Self {
+        Self { delta: None, outcome }
+    }
+}
+
+/// Joins ranges that overlap, so that each slice is told of once.
+fn union(mut ranges: Vec<Slice>) -> Vec<Slice> {
+    ranges.sort_unstable();
+    let mut joined: Vec<Slice> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(before) if range.first() <= before.last() => {
+                *before = Slice::new(before.first(), before.last().max(range.last())).expect("the end only grows");
+            }
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
