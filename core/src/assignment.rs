@@ -55,7 +55,9 @@ impl FromIterator<Replica> for Replicas {
         match (replicas.next(), replicas.next()) {
             (None, _) => Self::None,
             (Some(one), None) => Self::One(one),
-            (Some(first), Some(second)) => Self::Many([first, second].into_iter().chain(replicas).collect()),
+            (Some(first), Some(second)) => {
+                Self::Many([first, second].into_iter().chain(replicas).collect())
+            }
         }
     }
 }
@@ -95,7 +97,12 @@ pub struct Assignment {
 impl Assignment {
     /// Begins a job: no task, and so nobody who serves.
     pub fn new(job: JobName, generation: Generation) -> Self {
-        Self { job, generation, tasks: BTreeMap::new(), slices: SliceMap::uniform(Assigned::default()) }
+        Self {
+            job,
+            generation,
+            tasks: BTreeMap::new(),
+            slices: SliceMap::uniform(Assigned::default()),
+        }
     }
 
     /// Looks up the slice of `key` and what the assignment says of it.
@@ -105,7 +112,9 @@ impl Assignment {
 
     /// Walks the slices that `session` serves.
     pub fn of(&self, session: SessionId) -> impl Iterator<Item = (Slice, Replica)> {
-        self.slices.iter().filter_map(move |(slice, assigned)| Some((slice, assigned.replicas.of(session)?)))
+        self.slices
+            .iter()
+            .filter_map(move |(slice, assigned)| Some((slice, assigned.replicas.of(session)?)))
     }
 
     /// Finds a slice whose replica names a task that the assignment does not have, or names one twice.
@@ -129,7 +138,12 @@ impl fmt::Display for Assignment {
             write!(f, "  {slice}")?;
             for replica in assigned.replicas.as_slice() {
                 let task = self.tasks.get(&replica.session);
-                write!(f, " {}@{}", task.map_or("?", |task| task.info.name.as_str()), replica.since)?;
+                write!(
+                    f,
+                    " {}@{}",
+                    task.map_or("?", |task| task.info.name.as_str()),
+                    replica.since
+                )?;
             }
             writeln!(f)?;
         }

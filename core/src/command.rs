@@ -126,12 +126,18 @@ impl fmt::Display for Command {
             Self::FoundCluster { id, .. } => write!(f, "found cluster {id}"),
             Self::MintNode => write!(f, "mint node"),
             Self::ApplyJob { spec, .. } => write!(f, "apply job {}", spec.name),
-            Self::Register { job, info, .. } => write!(f, "register {job}/{} at {}", info.name, info.address),
+            Self::Register { job, info, .. } => {
+                write!(f, "register {job}/{} at {}", info.name, info.address)
+            }
             Self::Drain { job, session } => write!(f, "drain {job}/{session}"),
             Self::Undrain { job, session } => write!(f, "undrain {job}/{session}"),
             Self::End { job, session, reason } => write!(f, "end {job}/{session} ({reason})"),
-            Self::Change { job, plan } => write!(f, "change {job} {} by {} edits", plan.base, plan.edits.len()),
-            Self::StoreLoads { job, loads, .. } => write!(f, "store {} loads of {job}", loads.len()),
+            Self::Change { job, plan } => {
+                write!(f, "change {job} {} by {} edits", plan.base, plan.edits.len())
+            }
+            Self::StoreLoads { job, loads, .. } => {
+                write!(f, "store {} loads of {job}", loads.len())
+            }
         }
     }
 }

@@ -68,9 +68,15 @@ impl Delta {
             return Err(DeltaError::Job { expected: old.job.clone(), found: self.job.clone() });
         }
         if self.from != old.generation || self.to <= self.from {
-            return Err(DeltaError::OutOfOrder { known: old.generation, from: self.from, to: self.to });
+            return Err(DeltaError::OutOfOrder {
+                known: old.generation,
+                from: self.from,
+                to: self.to,
+            });
         }
-        if let Some(pair) = self.slices.windows(2).find(|pair| pair[0].0.last() >= pair[1].0.first()) {
+        if let Some(pair) =
+            self.slices.windows(2).find(|pair| pair[0].0.last() >= pair[1].0.first())
+        {
             return Err(DeltaError::Order(pair[1].0));
         }
         let mut new = old.clone();
@@ -138,9 +144,17 @@ mod tests {
             (delta(4, 6, vec![], vec![]), "the delta leads from 0.4 to 0.6, but 0.5 is known"),
             (delta(6, 7, vec![], vec![]), "the delta leads from 0.6 to 0.7, but 0.5 is known"),
             (delta(5, 5, vec![], vec![]), "the delta leads from 0.5 to 0.5, but 0.5 is known"),
-            (delta(5, 6, vec![], full(9)), "would leave slice 0000000000000000..ffffffffffffffff with a task that is unknown"),
             (
-                delta(5, 6, vec![], vec![(slice(0, 9), Assigned::default()), (slice(9, 10), Assigned::default())]),
+                delta(5, 6, vec![], full(9)),
+                "would leave slice 0000000000000000..ffffffffffffffff with a task that is unknown",
+            ),
+            (
+                delta(
+                    5,
+                    6,
+                    vec![],
+                    vec![(slice(0, 9), Assigned::default()), (slice(9, 10), Assigned::default())],
+                ),
                 "out of order or overlap at 0000000000000009..000000000000000a",
             ),
         ];

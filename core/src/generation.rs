@@ -38,7 +38,8 @@ impl FromStr for Generation {
     type Err = GenerationError;
 
     fn from_str(text: &str) -> Result<Self, GenerationError> {
-        let parts = text.split_once('.').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        let parts =
+            text.split_once('.').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
         let (incarnation, number) = parts.ok_or_else(|| GenerationError(text.to_owned()))?;
         Ok(Self { incarnation, number })
     }

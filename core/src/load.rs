@@ -179,7 +179,12 @@ impl LoadTable {
 
     /// Gives what `session` newly measured on `slice`, which it has had since `since`; `None` unless the whole window
     /// lay after that. With it comes when the report was received, so that no report is used twice.
-    pub fn measured(&self, session: SessionId, since: Generation, slice: Slice) -> Option<(Time, Duration, Load)> {
+    pub fn measured(
+        &self,
+        session: SessionId,
+        since: Generation,
+        slice: Slice,
+    ) -> Option<(Time, Duration, Load)> {
         let (received, report) = self.newest.get(&session)?;
         let load = (report.generation >= since).then(|| report.load_of(slice)).flatten()?;
         Some((*received, report.window, load))
@@ -196,7 +201,12 @@ mod tests {
     }
 
     fn report(slices: Vec<(Slice, Load)>) -> Report {
-        Report { session: SessionId(1), generation: Generation::ZERO, window: Duration::from_secs(5), slices }
+        Report {
+            session: SessionId(1),
+            generation: Generation::ZERO,
+            window: Duration::from_secs(5),
+            slices,
+        }
     }
 
     #[test]
@@ -217,7 +227,10 @@ mod tests {
 
     #[test]
     fn a_report_speaks_only_for_slices_that_it_covers() {
-        let report = report(vec![(slice(0, 9), Load::from_milli(100)), (slice(10, 19), Load::from_milli(40))]);
+        let report = report(vec![
+            (slice(0, 9), Load::from_milli(100)),
+            (slice(10, 19), Load::from_milli(40)),
+        ]);
         assert_eq!(report.load_of(slice(5, 14)), Some(Load::from_milli(70)));
         assert_eq!(report.load_of(slice(0, 19)), Some(Load::from_milli(140)));
         assert_eq!(report.load_of(slice(15, 20)), None);

@@ -16,7 +16,9 @@ pub enum NameError {
     #[error("the name is {0} bytes long: use at most {NAME_MAX_BYTES}")]
     TooLong(usize),
     /// It held something else than letters, digits, `-`, `_` and `.`, or began with a sign.
-    #[error("the name {name:?} has {found:?} at byte {at}: use a-z, A-Z, 0-9, '-', '_' and '.', and begin with a letter or digit")]
+    #[error(
+        "the name {name:?} has {found:?} at byte {at}: use a-z, A-Z, 0-9, '-', '_' and '.', and begin with a letter or digit"
+    )]
     Char {
         /// The name as given.
         name: String,

@@ -101,7 +101,11 @@ pub enum EditError {
 
 impl Edit {
     /// Does to `slices` what the edit says, as of generation `now`, and says which keys it touched.
-    pub fn apply(&self, slices: &mut SliceMap<Assigned>, now: Generation) -> Result<Slice, EditError> {
+    pub fn apply(
+        &self,
+        slices: &mut SliceMap<Assigned>,
+        now: Generation,
+    ) -> Result<Slice, EditError> {
         match *self {
             Self::Split { at, low } => split(slices, at, low),
             Self::Merge(whole) => merge(slices, whole),
@@ -159,10 +163,18 @@ fn shift(slices: &mut SliceMap<Assigned>, step: Move, now: Generation) -> Result
     }
     let assigned = slices.value_at_mut(index);
     let has = |session: SessionId| assigned.replicas.of(session).is_some();
-    if (step.from, step.to) == (None, None) || step.from.is_some_and(|from| !has(from)) || step.to.is_some_and(has) {
+    if (step.from, step.to) == (None, None)
+        || step.from.is_some_and(|from| !has(from))
+        || step.to.is_some_and(has)
+    {
         return Err(EditError::Replicas(step.slice));
     }
-    let stay = assigned.replicas.as_slice().iter().copied().filter(|replica| Some(replica.session) != step.from);
+    let stay = assigned
+        .replicas
+        .as_slice()
+        .iter()
+        .copied()
+        .filter(|replica| Some(replica.session) != step.from);
     let come = step.to.map(|session| Replica { session, since: now });
     assigned.replicas = stay.chain(come).collect::<Replicas>();
     assigned.token = now;
@@ -185,7 +197,9 @@ pub struct Plan {
 impl Plan {
     /// Walks the moves.
     pub fn moves(&self) -> impl Iterator<Item = &Move> {
-        self.edits.iter().filter_map(|edit| if let Edit::Move(step) = edit { Some(step) } else { None })
+        self.edits
+            .iter()
+            .filter_map(|edit| if let Edit::Move(step) = edit { Some(step) } else { None })
     }
 
     /// Sums the load that changes hands: what someone begins to serve.
@@ -207,19 +221,33 @@ mod tests {
     fn step(slice: Slice, from: Option<u64>, to: Option<u64>) -> Edit {
         let (from, to) = (from.map(SessionId), to.map(SessionId));
         let none = Load::ZERO;
-        Edit::Move(Move { slice, from, to, reason: Reason::Load, load: none, before: none, after: none })
+        Edit::Move(Move {
+            slice,
+            from,
+            to,
+            reason: Reason::Load,
+            load: none,
+            before: none,
+            after: none,
+        })
     }
 
     fn served_by_one() -> SliceMap<Assigned> {
         let one = Replica { session: SessionId(1), since: Generation::ZERO };
-        let assigned = Assigned { replicas: Replicas::One(one), load: Load::from_milli(100), token: Generation::ZERO };
+        let assigned = Assigned {
+            replicas: Replicas::One(one),
+            load: Load::from_milli(100),
+            token: Generation::ZERO,
+        };
         SliceMap::uniform(assigned)
     }
 
     #[test]
     fn a_split_keeps_since_and_token_and_a_move_renews_them() {
         let mut slices = served_by_one();
-        Edit::Split { at: SliceKey(50), low: Load::from_milli(30) }.apply(&mut slices, NOW).unwrap();
+        Edit::Split { at: SliceKey(50), low: Load::from_milli(30) }
+            .apply(&mut slices, NOW)
+            .unwrap();
         let (_, low) = slices.get(SliceKey(0));
         assert_eq!((low.load.milli(), low.token), (30, Generation::ZERO));
         step(slice(0, 49), Some(1), Some(2)).apply(&mut slices, NOW).unwrap();
@@ -234,7 +262,10 @@ mod tests {
         let mut slices = served_by_one();
         Edit::Split { at: SliceKey(50), low: Load::ZERO }.apply(&mut slices, NOW).unwrap();
         step(slice(0, 49), Some(1), Some(2)).apply(&mut slices, NOW).unwrap();
-        assert_eq!(Edit::Merge(Slice::FULL).apply(&mut slices, NOW), Err(EditError::Merge(Slice::FULL)));
+        assert_eq!(
+            Edit::Merge(Slice::FULL).apply(&mut slices, NOW),
+            Err(EditError::Merge(Slice::FULL))
+        );
         step(slice(0, 49), Some(2), Some(1)).apply(&mut slices, NOW).unwrap();
         Edit::Merge(Slice::FULL).apply(&mut slices, NOW).unwrap();
         let (whole, assigned) = slices.get(SliceKey(7));

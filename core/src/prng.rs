@@ -50,7 +50,10 @@ mod tests {
         // First outputs for seed 1234567, from the authors' reference implementation.
         let mut prng = Prng::new(1_234_567);
         let drawn: Vec<u64> = (0..3).map(|_| prng.bits()).collect();
-        assert_eq!(drawn, [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]);
+        assert_eq!(
+            drawn,
+            [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]
+        );
     }
 
     #[test]

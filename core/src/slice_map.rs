@@ -53,7 +53,8 @@ impl<V> SliceMap<V> {
     /// Gives the slice at a place in the list.
     pub fn slice_at(&self, index: usize) -> Slice {
         let last = self.runs.get(index + 1).and_then(|(next, _)| next.previous());
-        Slice::new(self.runs[index].0, last.unwrap_or(SliceKey::MAX)).expect("runs are strictly sorted")
+        Slice::new(self.runs[index].0, last.unwrap_or(SliceKey::MAX))
+            .expect("runs are strictly sorted")
     }
 
     /// Gives the value at a place in the list.
@@ -91,7 +92,9 @@ impl<V> SliceMap<V> {
 
     /// Makes the same slices with other values.
     pub fn map<W>(&self, mut value: impl FnMut(Slice, &V) -> W) -> SliceMap<W> {
-        SliceMap { runs: self.iter().map(|(slice, old)| (slice.first(), value(slice, old))).collect() }
+        SliceMap {
+            runs: self.iter().map(|(slice, old)| (slice.first(), value(slice, old))).collect(),
+        }
     }
 }
 
@@ -118,7 +121,10 @@ impl<V: Clone> SliceMap<V> {
 
     /// Replaces several slices at once: one pass, however many there are. `patches` are sorted and do not overlap.
     pub fn set_all(&mut self, patches: &[(Slice, V)]) {
-        debug_assert!(patches.windows(2).all(|pair| pair[0].0.last() < pair[1].0.first()), "patches are sorted");
+        debug_assert!(
+            patches.windows(2).all(|pair| pair[0].0.last() < pair[1].0.first()),
+            "patches are sorted"
+        );
         // A splice moves the tail; past a few it is cheaper to copy the list once.
         if patches.len() <= 4 {
             for (slice, value) in patches {

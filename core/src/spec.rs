@@ -99,7 +99,12 @@ impl JobSpec {
             if good { Ok(()) } else { Err(SpecError { field, value: ratio.to_string(), hint }) }
         };
         bounded("band", self.band, Ratio::percent(1_000), "give more than 0% and at most 1000%")?;
-        bounded("churn_budget", self.churn_budget, Ratio::percent(100), "give more than 0% and at most 100%")?;
+        bounded(
+            "churn_budget",
+            self.churn_budget,
+            Ratio::percent(100),
+            "give more than 0% and at most 100%",
+        )?;
         let ReplicaBounds { min, max } = self.replicas;
         // Beyond 64 a slice's list of replicas is a fleet, and each write would visit it.
         if min == 0 || min > max || max > 64 {
@@ -131,7 +136,10 @@ mod tests {
         let cases = [
             (JobSpec { band: Ratio::percent(0), ..good.clone() }, "band is 0%"),
             (JobSpec { churn_budget: Ratio::percent(101), ..good.clone() }, "churn_budget is 101%"),
-            (JobSpec { replicas: ReplicaBounds { min: 3, max: 2 }, ..good.clone() }, "replicas is min 3, max 2"),
+            (
+                JobSpec { replicas: ReplicaBounds { min: 3, max: 2 }, ..good.clone() },
+                "replicas is min 3, max 2",
+            ),
             (JobSpec { heartbeat: Duration::from_millis(1), ..good.clone() }, "heartbeat is 1ms"),
             (JobSpec { balance_every: Duration::ZERO, ..good }, "balance_every is 0ns"),
         ];

@@ -211,7 +211,9 @@ impl State {
                 Ok(Applied { delta: Some(job.end(session)), outcome: Outcome::Done })
             }
             Command::Change { job, plan } => self.job_mut(&job)?.change(&plan),
-            Command::StoreLoads { job, base, loads } => self.job_mut(&job)?.store_loads(base, &loads),
+            Command::StoreLoads { job, base, loads } => {
+                self.job_mut(&job)?.store_loads(base, &loads)
+            }
         }
     }
 
@@ -238,17 +240,25 @@ impl State {
             return Err(Refused::Limit { what: "jobs of a cluster", max: JOBS_MAX });
         }
         let first = Generation { incarnation: self.incarnation, number: 1 };
-        let job = self.jobs.entry(spec.name.clone()).or_insert_with(|| Job::new(spec.clone(), first));
+        let job =
+            self.jobs.entry(spec.name.clone()).or_insert_with(|| Job::new(spec.clone(), first));
         job.spec = spec;
         job.version = version + 1;
         Ok(Outcome::Version(job.version).into())
     }
 
-    fn register(&mut self, job: &JobName, info: TaskInfo, stopped: Option<SessionId>) -> Result<Applied, Refused> {
+    fn register(
+        &mut self,
+        job: &JobName,
+        info: TaskInfo,
+        stopped: Option<SessionId>,
+    ) -> Result<Applied, Refused> {
         info.check()?;
         let minted = SessionId(self.last_session + 1);
         let job = self.job_mut(job)?;
-        if let Some(same) = job.find(|task| task.info.name == info.name && task.info.incarnation == info.incarnation) {
+        if let Some(same) = job
+            .find(|task| task.info.name == info.name && task.info.incarnation == info.incarnation)
+        {
             return Ok(Outcome::Session(same.session).into());
         }
         let in_the_way = |task: &&Task| Some(task.session) != stopped;
@@ -268,7 +278,12 @@ impl State {
         Ok(Applied { delta: Some(delta), outcome: Outcome::Session(minted) })
     }
 
-    fn set_phase(&mut self, job: &JobName, session: SessionId, phase: Phase) -> Result<Applied, Refused> {
+    fn set_phase(
+        &mut self,
+        job: &JobName,
+        session: SessionId,
+        phase: Phase,
+    ) -> Result<Applied, Refused> {
         let job = self.job_mut(job)?;
         let task = job.task(session)?;
         if task.phase == phase {
@@ -311,10 +326,18 @@ impl Job {
     /// The slices that `session` serves, as they are without it.
     fn without(&self, session: SessionId) -> Vec<(Slice, Assigned)> {
         let token = self.assignment.generation.next();
-        let served = self.assignment.slices.iter().filter(|(_, assigned)| assigned.replicas.of(session).is_some());
-        let left = |replicas: &[Replica]| replicas.iter().copied().filter(|r| r.session != session).collect();
+        let served = self
+            .assignment
+            .slices
+            .iter()
+            .filter(|(_, assigned)| assigned.replicas.of(session).is_some());
+        let left = |replicas: &[Replica]| {
+            replicas.iter().copied().filter(|r| r.session != session).collect()
+        };
         served
-            .map(|(slice, old)| (slice, Assigned { replicas: left(old.replicas.as_slice()), load: old.load, token }))
+            .map(|(slice, old)| {
+                (slice, Assigned { replicas: left(old.replicas.as_slice()), load: old.load, token })
+            })
             .collect()
     }
 
@@ -322,26 +345,36 @@ impl Job {
     fn step(&mut self, tasks: Vec<TaskChange>, slices: Vec<(Slice, Assigned)>) -> Delta {
         let from = self.assignment.generation;
         let delta = Delta { job: self.spec.name.clone(), from, to: from.next(), tasks, slices };
-        self.assignment = Arc::new(delta.apply_to(&self.assignment).expect("a step is made for what there is"));
+        self.assignment =
+            Arc::new(delta.apply_to(&self.assignment).expect("a step is made for what there is"));
         delta
     }
 
     fn current(&self, base: Generation) -> Result<(), Refused> {
         let newest = self.assignment.generation;
-        if base == newest { Ok(()) } else { Err(Refused::Stale { job: self.spec.name.clone(), base, newest }) }
+        if base == newest {
+            Ok(())
+        } else {
+            Err(Refused::Stale { job: self.spec.name.clone(), base, newest })
+        }
     }
 
     fn change(&mut self, plan: &Plan) -> Result<Applied, Refused> {
         self.current(plan.base)?;
         let takes = plan.moves().filter_map(|step| Some((step.slice, step.to?)));
-        let may_take = |session| self.assignment.tasks.get(&session).is_some_and(|task| task.phase == Phase::Serving);
+        let may_take = |session| {
+            self.assignment.tasks.get(&session).is_some_and(|task| task.phase == Phase::Serving)
+        };
         if let Some((slice, session)) = takes.into_iter().find(|(_, session)| !may_take(*session)) {
             return Err(Refused::Taker { slice, session });
         }
         let now = plan.base.next();
         let mut slices = self.assignment.slices.clone();
-        let touched: Vec<Slice> =
-            plan.edits.iter().map(|edit: &Edit| edit.apply(&mut slices, now)).collect::<Result<_, _>>()?;
+        let touched: Vec<Slice> = plan
+            .edits
+            .iter()
+            .map(|edit: &Edit| edit.apply(&mut slices, now))
+            .collect::<Result<_, _>>()?;
         if slices.count() > SLICES_MAX {
             return Err(Refused::Limit { what: "slices of a job", max: SLICES_MAX });
         }
@@ -349,7 +382,10 @@ impl Job {
         self.history.extend(plan.moves().map(|step| (now, *step)));
         self.history.drain(..self.history.len().saturating_sub(HISTORY_MAX));
         let changed = union(touched).into_iter().flat_map(|range| {
-            slices.touching(range).map(|(slice, assigned)| (slice, assigned.clone())).collect::<Vec<_>>()
+            slices
+                .touching(range)
+                .map(|(slice, assigned)| (slice, assigned.clone()))
+                .collect::<Vec<_>>()
         });
         let delta = self.step(vec![], changed.collect());
         debug_assert_eq!(self.assignment.slices, slices, "a delta leads where the edits lead");
@@ -373,9 +409,10 @@ impl Job {
 impl Churn {
     fn add(&mut self, plan: &Plan) {
         self.moves += plan.moves().count() as u64;
-        let keys: u128 = plan.moves().filter(|step| step.to.is_some()).map(|step| step.slice.width()).sum();
+        let keys: u128 =
+            plan.moves().filter(|step| step.to.is_some()).map(|step| step.slice.width()).sum();
         // In millionths of 2^64 keys.
-        self.keys += ((keys >> 24) * 1_000_000 >> 40) as u64;
+        self.keys += (((keys >> 24) * 1_000_000) >> 40) as u64;
         let total = u128::from(plan.total.milli()).max(1);
         self.load += (u128::from(plan.moved().milli()) * 1_000_000 / total) as u64;
     }
@@ -394,7 +431,8 @@ fn union(mut ranges: Vec<Slice>) -> Vec<Slice> {
     for range in ranges {
         match joined.last_mut() {
             Some(before) if range.first() <= before.last() => {
-                *before = Slice::new(before.first(), before.last().max(range.last())).expect("the end only grows");
+                *before = Slice::new(before.first(), before.last().max(range.last()))
+                    .expect("the end only grows");
             }
             _ => joined.push(range),
         }

@@ -49,10 +49,13 @@ impl FromStr for Address {
             // 253 bytes is the longest host name (RFC 1035, 2.3.4).
             None => {
                 (1..=253).contains(&host.len())
-                    && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
+                    && host
+                        .bytes()
+                        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
             }
         };
-        let port_is_good = port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|port| port > 0);
+        let port_is_good = port.bytes().all(|b| b.is_ascii_digit())
+            && port.parse::<u16>().is_ok_and(|port| port > 0);
         if host_is_good && port_is_good { Ok(Self(text.into())) } else { Err(bad()) }
     }
 }
@@ -149,7 +152,10 @@ impl TaskInfo {
         }
         let keys = self.labels.keys().map(|key| ("a label's key", key));
         let values = self.labels.values().map(|value| ("a label's value", value));
-        let long = keys.chain(values).chain([("the revision", &self.revision)]).find(|(_, t)| t.len() > LABEL_MAX_BYTES);
+        let long = keys
+            .chain(values)
+            .chain([("the revision", &self.revision)])
+            .find(|(_, t)| t.len() > LABEL_MAX_BYTES);
         long.map_or(Ok(()), |(field, text)| Err(TaskInfoError::TooLong { field, len: text.len() }))
     }
 }
@@ -174,7 +180,18 @@ mod tests {
         for good in ["127.0.0.1:80", "[::1]:9000", "task-1.svc.local:65535"] {
             assert_eq!(good.parse::<Address>().unwrap().as_str(), good);
         }
-        for bad in ["", "host", "host:", "host:0", "host:65536", ":80", "ho st:80", "::1:80", "[::g]:80", "host:+80"] {
+        for bad in [
+            "",
+            "host",
+            "host:",
+            "host:0",
+            "host:65536",
+            ":80",
+            "ho st:80",
+            "::1:80",
+            "[::g]:80",
+            "host:+80",
+        ] {
             assert!(bad.parse::<Address>().is_err(), "{bad}");
         }
     }

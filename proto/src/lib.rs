@@ -8,3 +8,11 @@
 pub mod pb {
     tonic::include_proto!("mandoline.v1");
 }
+
+pub mod error;
+pub mod assignment;
+pub mod task;
+pub mod job;
+pub mod update;
+pub mod command;
+pub mod state;

@@ -1,0 +1,207 @@
+//! Assignments, deltas and what they are made of.
+
+use std::sync::Arc;
+
+use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
+use mandoline_core::delta::{Delta, TaskChange};
+use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
+use mandoline_core::load::Load;
+use mandoline_core::name::JobName;
+use mandoline_core::slice::Slice;
+use mandoline_core::slice_map::SliceMap;
+use mandoline_core::task::{SessionId, Task};
+
+use crate::error::{WireError, each, need};
+use crate::pb;
+
+impl From<Generation> for pb::Generation {
+    fn from(generation: Generation) -> Self {
+        Self { incarnation: generation.incarnation, number: generation.number }
+    }
+}
+
+impl From<pb::Generation> for Generation {
+    fn from(generation: pb::Generation) -> Self {
+        Self { incarnation: generation.incarnation, number: generation.number }
+    }
+}
+
+impl From<Slice> for pb::Slice {
+    fn from(slice: Slice) -> Self {
+        Self { first: slice.first().0, last: slice.last().0 }
+    }
+}
+
+impl TryFrom<pb::Slice> for Slice {
+    type Error = WireError;
+
+    fn try_from(slice: pb::Slice) -> Result<Self, WireError> {
+        let (first, last) = (SliceKey(slice.first), SliceKey(slice.last));
+        Self::new(first, last)
+            .ok_or_else(|| WireError::new("slice", format!("{first} lies behind {last}")))
+    }
+}
+
+/// Reads a job's name.
+pub fn job_name(name: &str) -> Result<JobName, WireError> {
+    JobName::new(name).map_err(|error| WireError::new("job", error))
+}
+
+/// Reads a session, which is never zero.
+pub fn session(id: u64, field: &str) -> Result<SessionId, WireError> {
+    if id == 0 { Err(WireError::new(field, "is zero")) } else { Ok(SessionId(id)) }
+}
+
+impl From<&Assigned> for pb::Assigned {
+    fn from(assigned: &Assigned) -> Self {
+        let replica = |replica: &Replica| pb::Replica {
+            session: replica.session.0,
+            since: Some(replica.since.into()),
+        };
+        Self {
+            replicas: assigned.replicas.as_slice().iter().map(replica).collect(),
+            load: assigned.load.milli(),
+            token: Some(assigned.token.into()),
+        }
+    }
+}
+
+impl TryFrom<pb::Replica> for Replica {
+    type Error = WireError;
+
+    fn try_from(replica: pb::Replica) -> Result<Self, WireError> {
+        Ok(Self {
+            session: session(replica.session, "session")?,
+            since: need(replica.since, "since")?.into(),
+        })
+    }
+}
+
+impl TryFrom<pb::Assigned> for Assigned {
+    type Error = WireError;
+
+    fn try_from(assigned: pb::Assigned) -> Result<Self, WireError> {
+        let replicas =
+            assigned.replicas.into_iter().map(Replica::try_from).collect::<Result<Replicas, _>>();
+        Ok(Self {
+            replicas: replicas.map_err(|error| error.within("replicas"))?,
+            load: Load::from_milli(assigned.load),
+            token: need(assigned.token, "token")?.into(),
+        })
+    }
+}
+
+impl From<&Assignment> for pb::Assignment {
+    fn from(assignment: &Assignment) -> Self {
+        let run = |(slice, assigned): (Slice, &Assigned)| pb::Run {
+            first: slice.first().0,
+            assigned: Some(assigned.into()),
+        };
+        Self {
+            job: assignment.job.to_string(),
+            generation: Some(assignment.generation.into()),
+            tasks: assignment.tasks.values().map(|task| task.as_ref().into()).collect(),
+            slices: assignment.slices.iter().map(run).collect(),
+        }
+    }
+}
+
+struct Run(SliceKey, Assigned);
+
+impl TryFrom<pb::Run> for Run {
+    type Error = WireError;
+
+    fn try_from(run: pb::Run) -> Result<Self, WireError> {
+        Ok(Self(SliceKey(run.first), need(run.assigned, "assigned")?.try_into()?))
+    }
+}
+
+impl TryFrom<pb::Assignment> for Assignment {
+    type Error = WireError;
+
+    fn try_from(assignment: pb::Assignment) -> Result<Self, WireError> {
+        let runs = each::<_, Run>(assignment.slices, "slices")?
+            .into_iter()
+            .map(|Run(first, value)| (first, value));
+        let tasks: Vec<Task> = each(assignment.tasks, "tasks")?;
+        let slices =
+            SliceMap::from_runs(runs.collect()).map_err(|error| WireError::new("slices", error))?;
+        let assignment = Self {
+            job: job_name(&assignment.job)?,
+            generation: need(assignment.generation, "generation")?.into(),
+            tasks: tasks.into_iter().map(|task| (task.session, Arc::new(task))).collect(),
+            slices,
+        };
+        match assignment.broken_slice() {
+            Some(slice) => Err(WireError::new(
+                "slices",
+                format!("{slice} names a task that is unknown or named twice"),
+            )),
+            None => Ok(assignment),
+        }
+    }
+}
+
+impl From<&Delta> for pb::Delta {
+    fn from(delta: &Delta) -> Self {
+        let change = |change: &TaskChange| pb::TaskChange {
+            change: Some(match change {
+                TaskChange::Set(task) => pb::task_change::Change::Set(task.as_ref().into()),
+                TaskChange::Gone(session) => pb::task_change::Change::Gone(session.0),
+            }),
+        };
+        let patch = |(slice, assigned): &(Slice, Assigned)| pb::Patch {
+            slice: Some((*slice).into()),
+            assigned: Some(assigned.into()),
+        };
+        Self {
+            job: delta.job.to_string(),
+            from: Some(delta.from.into()),
+            to: Some(delta.to.into()),
+            tasks: delta.tasks.iter().map(change).collect(),
+            slices: delta.slices.iter().map(patch).collect(),
+        }
+    }
+}
+
+impl TryFrom<pb::TaskChange> for TaskChange {
+    type Error = WireError;
+
+    fn try_from(change: pb::TaskChange) -> Result<Self, WireError> {
+        Ok(match need(change.change, "change")? {
+            pb::task_change::Change::Set(task) => Self::Set(Arc::new(task.try_into()?)),
+            pb::task_change::Change::Gone(gone) => Self::Gone(session(gone, "gone")?),
+        })
+    }
+}
+
+struct Patch(Slice, Assigned);
+
+impl TryFrom<pb::Patch> for Patch {
+    type Error = WireError;
+
+    fn try_from(patch: pb::Patch) -> Result<Self, WireError> {
+        Ok(Self(
+            need(patch.slice, "slice")?.try_into()?,
+            need(patch.assigned, "assigned")?.try_into()?,
+        ))
+    }
+}
+
+impl TryFrom<pb::Delta> for Delta {
+    type Error = WireError;
+
+    fn try_from(delta: pb::Delta) -> Result<Self, WireError> {
+        let slices = each::<_, Patch>(delta.slices, "slices")?
+            .into_iter()
+            .map(|Patch(slice, value)| (slice, value));
+        Ok(Self {
+            job: job_name(&delta.job)?,
+            from: need(delta.from, "from")?.into(),
+            to: need(delta.to, "to")?.into(),
+            tasks: each(delta.tasks, "tasks")?,
+            slices: slices.collect(),
+        })
+    }
+}

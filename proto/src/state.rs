@@ -1,0 +1,98 @@
+//! The whole state, as snapshots hold it.
+
+use std::sync::Arc;
+
+use mandoline_core::assignment::Assignment;
+use mandoline_core::generation::Generation;
+use mandoline_core::plan::Move;
+use mandoline_core::state::{Churn, Job, State};
+
+use crate::command::{cluster_bytes, cluster_id};
+use crate::error::{WireError, each, need};
+use crate::pb;
+
+impl From<Churn> for pb::Churn {
+    fn from(churn: Churn) -> Self {
+        Self { moves: churn.moves, keys: churn.keys, load: churn.load }
+    }
+}
+
+impl From<pb::Churn> for Churn {
+    fn from(churn: pb::Churn) -> Self {
+        Self { moves: churn.moves, keys: churn.keys, load: churn.load }
+    }
+}
+
+impl From<&Job> for pb::Job {
+    fn from(job: &Job) -> Self {
+        let past = |(generation, step): &(Generation, Move)| pb::PastMove {
+            generation: Some((*generation).into()),
+            r#move: Some(step.into()),
+        };
+        Self {
+            spec: Some((&job.spec).into()),
+            version: job.version,
+            assignment: Some(job.assignment.as_ref().into()),
+            churn: Some(job.churn.into()),
+            history: job.history.iter().map(past).collect(),
+        }
+    }
+}
+
+struct PastMove(Generation, Move);
+
+impl TryFrom<pb::PastMove> for PastMove {
+    type Error = WireError;
+
+    fn try_from(past: pb::PastMove) -> Result<Self, WireError> {
+        Ok(Self(
+            need(past.generation, "generation")?.into(),
+            need(past.r#move, "move")?.try_into()?,
+        ))
+    }
+}
+
+impl TryFrom<pb::Job> for Job {
+    type Error = WireError;
+
+    fn try_from(job: pb::Job) -> Result<Self, WireError> {
+        let assignment = Assignment::try_from(need(job.assignment, "assignment")?);
+        let history = each::<_, PastMove>(job.history, "history")?
+            .into_iter()
+            .map(|PastMove(at, step)| (at, step));
+        Ok(Self {
+            spec: need(job.spec, "spec")?.try_into()?,
+            version: job.version,
+            assignment: Arc::new(assignment.map_err(|error| error.within("assignment"))?),
+            churn: need(job.churn, "churn")?.into(),
+            history: history.collect(),
+        })
+    }
+}
+
+impl From<&State> for pb::State {
+    fn from(state: &State) -> Self {
+        Self {
+            cluster: state.cluster.map_or_else(bytes::Bytes::new, cluster_bytes),
+            incarnation: state.incarnation,
+            last_session: state.last_session,
+            last_node: state.last_node,
+            jobs: state.jobs.values().map(pb::Job::from).collect(),
+        }
+    }
+}
+
+impl TryFrom<pb::State> for State {
+    type Error = WireError;
+
+    fn try_from(state: pb::State) -> Result<Self, WireError> {
+        let jobs: Vec<Job> = each(state.jobs, "jobs")?;
+        Ok(Self {
+            cluster: (!state.cluster.is_empty()).then(|| cluster_id(&state.cluster)).transpose()?,
+            incarnation: state.incarnation,
+            last_session: state.last_session,
+            last_node: state.last_node,
+            jobs: jobs.into_iter().map(|job| (job.spec.name.clone(), job)).collect(),
+        })
+    }
+}

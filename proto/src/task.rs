@@ -1,0 +1,120 @@
+//! Tasks, and what they report.
+
+use std::time::Duration;
+
+use mandoline_core::load::{Load, Report};
+use mandoline_core::name::TaskName;
+use mandoline_core::slice::Slice;
+use mandoline_core::task::{Address, Capacity, Phase, SessionId, Task, TaskInfo};
+
+use crate::assignment::session;
+use crate::error::{WireError, each, need};
+use crate::pb;
+
+impl From<&TaskInfo> for pb::TaskInfo {
+    fn from(info: &TaskInfo) -> Self {
+        Self {
+            name: info.name.to_string(),
+            incarnation: info.incarnation,
+            address: info.address.to_string(),
+            watch: info.watch.as_ref().map_or_else(String::new, Address::to_string),
+            labels: info.labels.clone(),
+            capacity: info.capacity.thousandths(),
+            revision: info.revision.clone(),
+        }
+    }
+}
+
+impl TryFrom<pb::TaskInfo> for TaskInfo {
+    type Error = WireError;
+
+    fn try_from(info: pb::TaskInfo) -> Result<Self, WireError> {
+        let address = |text: &str, field| {
+            text.parse::<Address>().map_err(|error| WireError::new(field, error))
+        };
+        let capacity = match info.capacity {
+            0 => Capacity::ONE,
+            thousandths => Capacity::new(f64::from(thousandths) / 1_000.0)
+                .map_err(|error| WireError::new("capacity", error))?,
+        };
+        let info = Self {
+            name: TaskName::new(&info.name).map_err(|error| WireError::new("name", error))?,
+            incarnation: info.incarnation,
+            address: address(&info.address, "address")?,
+            watch: (!info.watch.is_empty()).then(|| address(&info.watch, "watch")).transpose()?,
+            labels: info.labels,
+            capacity,
+            revision: info.revision,
+        };
+        info.check().map_err(|error| WireError::new("task", error))?;
+        Ok(info)
+    }
+}
+
+impl From<&Task> for pb::Task {
+    fn from(task: &Task) -> Self {
+        let phase = match task.phase {
+            Phase::Serving => pb::Phase::Serving,
+            Phase::Draining => pb::Phase::Draining,
+        };
+        Self { session: task.session.0, info: Some((&task.info).into()), phase: phase.into() }
+    }
+}
+
+impl TryFrom<pb::Task> for Task {
+    type Error = WireError;
+
+    fn try_from(task: pb::Task) -> Result<Self, WireError> {
+        let phase = match task.phase() {
+            pb::Phase::Serving => Phase::Serving,
+            pb::Phase::Draining => Phase::Draining,
+            pb::Phase::Unspecified => {
+                return Err(WireError::new("phase", "is not one of those that this version knows"));
+            }
+        };
+        let info =
+            TaskInfo::try_from(need(task.info, "info")?).map_err(|error| error.within("info"))?;
+        Ok(Self { session: session(task.session, "session")?, info, phase })
+    }
+}
+
+impl From<&Report> for pb::Report {
+    fn from(report: &Report) -> Self {
+        let load = |(slice, load): &(Slice, Load)| pb::SliceLoad {
+            slice: Some((*slice).into()),
+            load: load.units(),
+        };
+        Self {
+            generation: Some(report.generation.into()),
+            window_ms: u64::try_from(report.window.as_millis()).unwrap_or(u64::MAX),
+            slices: report.slices.iter().map(load).collect(),
+        }
+    }
+}
+
+struct SliceLoad(Slice, Load);
+
+impl TryFrom<pb::SliceLoad> for SliceLoad {
+    type Error = WireError;
+
+    fn try_from(measured: pb::SliceLoad) -> Result<Self, WireError> {
+        let load =
+            Load::from_units(measured.load).map_err(|error| WireError::new("load", error))?;
+        Ok(Self(need(measured.slice, "slice")?.try_into()?, load))
+    }
+}
+
+/// Reads what `session` reports.
+pub fn report(session: SessionId, report: pb::Report) -> Result<Report, WireError> {
+    let slices = each::<_, SliceLoad>(report.slices, "slices")?
+        .into_iter()
+        .map(|SliceLoad(slice, load)| (slice, load));
+    let report = Report {
+        session,
+        generation: need(report.generation, "generation")?.into(),
+        window: Duration::from_millis(report.window_ms),
+        slices: slices.collect(),
+    };
+    report.check().map_err(|error| WireError::new("report", error))?;
+    Ok(report)
+}
