@@ -1,1 +1,12 @@
-//! Runs Mandoline's decisions on a virtual clock and on real traces.
+//! Mandoline's decisions on a virtual clock, and the load to try them on: real traces, access logs, synthetic keys.
+//!
+//! Pure and synchronous: it reads files and nothing else of the world. `mandoline dev` drives a running system with the
+//! same events. Modules are listed in order of use: a module uses only what stands above it.
+
+pub mod event;
+pub mod trace;
+pub mod access_log;
+mod zstd;
+pub mod lines;
+pub mod replay;
+pub mod workload;
