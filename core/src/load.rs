@@ -1,15 +1,8 @@
-//! Load as integers, so that sums are exact and the same everywhere; and what the leader knows of it.
+//! Load as integers, so that sums are exact and the same everywhere.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Sub};
-use std::time::Duration;
-
-use crate::generation::Generation;
-use crate::slice::Slice;
-use crate::task::SessionId;
-use crate::time::Time;
 
 /// The most load that one report may claim for one slice, in units a second: a million slices of it still add up in a `u64`.
 pub const LOAD_MAX_UNITS: f64 = 1e9;
@@ -107,107 +100,9 @@ impl fmt::Display for Load {
     }
 }
 
-/// What a task measured on its slices over a window.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Report {
-    /// Who measured.
-    pub session: SessionId,
-    /// The assignment that the task had installed when the window began.
-    pub generation: Generation,
-    /// How long it measured.
-    pub window: Duration,
-    /// Load by slice, sorted, without overlap.
-    pub slices: Vec<(Slice, Load)>,
-}
-
-/// Why a report was refused. The one before it stays in force.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ReportError {
-    /// Slices were out of order, or shared a key.
-    #[error("the report's slices are out of order or overlap at {0}")]
-    Order(Slice),
-    /// The window was empty, or longer than an hour.
-    #[error("the report's window is {0:?}: measure over 1ms to 1h")]
-    Window(Duration),
-}
-
-impl Report {
-    /// Checks what a careful task would never send.
-    pub fn check(&self) -> Result<(), ReportError> {
-        if !(Duration::from_millis(1)..=Duration::from_secs(3_600)).contains(&self.window) {
-            return Err(ReportError::Window(self.window));
-        }
-        match self.slices.windows(2).find(|pair| pair[0].0.last() >= pair[1].0.first()) {
-            Some(pair) => Err(ReportError::Order(pair[1].0)),
-            None => Ok(()),
-        }
-    }
-
-    /// Estimates what this report says of `slice`, or `None` if it does not cover all of it. Where the report's slices
-    /// are wider, since split, their load is taken to lie evenly.
-    pub fn load_of(&self, slice: Slice) -> Option<Load> {
-        let from = self.slices.partition_point(|(part, _)| part.last() < slice.first());
-        let mut covered = 0;
-        let mut load = Load::ZERO;
-        for (part, measured) in &self.slices[from..] {
-            let Some(common) = part.overlap(slice) else { break };
-            covered += common.width();
-            load += measured.share(common.width(), part.width());
-        }
-        (covered == slice.width()).then_some(load)
-    }
-}
-
-/// The newest report of each task. Soft: a new leader starts with none and misses nothing after one reporting period.
-#[derive(Clone, Debug, Default)]
-pub struct LoadTable {
-    newest: BTreeMap<SessionId, (Time, Report)>,
-}
-
-impl LoadTable {
-    /// Takes a report in place of the task's one before.
-    pub fn receive(&mut self, now: Time, report: Report) -> Result<(), ReportError> {
-        report.check()?;
-        self.newest.insert(report.session, (now, report));
-        Ok(())
-    }
-
-    /// Forgets a task that is gone.
-    pub fn forget(&mut self, session: SessionId) {
-        self.newest.remove(&session);
-    }
-
-    /// Gives what `session` newly measured on `slice`, which it has had since `since`; `None` unless the whole window
-    /// lay after that. With it comes when the report was received, so that no report is used twice.
-    pub fn measured(
-        &self,
-        session: SessionId,
-        since: Generation,
-        slice: Slice,
-    ) -> Option<(Time, Duration, Load)> {
-        let (received, report) = self.newest.get(&session)?;
-        let load = (report.generation >= since).then(|| report.load_of(slice)).flatten()?;
-        Some((*received, report.window, load))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::key::SliceKey;
-
-    fn slice(first: u64, last: u64) -> Slice {
-        Slice::new(SliceKey(first), SliceKey(last)).unwrap()
-    }
-
-    fn report(slices: Vec<(Slice, Load)>) -> Report {
-        Report {
-            session: SessionId(1),
-            generation: Generation::ZERO,
-            window: Duration::from_secs(5),
-            slices,
-        }
-    }
 
     #[test]
     fn what_is_no_number_is_no_load() {
@@ -223,36 +118,5 @@ mod tests {
         assert_eq!(load.share(1 << 63, 1 << 64), Load::from_milli(500_000));
         assert_eq!(load.share(1 << 64, 1 << 64), load);
         assert_eq!(load.share(1, 3), Load::from_milli(333_333));
-    }
-
-    #[test]
-    fn a_report_speaks_only_for_slices_that_it_covers() {
-        let report = report(vec![
-            (slice(0, 9), Load::from_milli(100)),
-            (slice(10, 19), Load::from_milli(40)),
-        ]);
-        assert_eq!(report.load_of(slice(5, 14)), Some(Load::from_milli(70)));
-        assert_eq!(report.load_of(slice(0, 19)), Some(Load::from_milli(140)));
-        assert_eq!(report.load_of(slice(15, 20)), None);
-    }
-
-    #[test]
-    fn a_bad_report_leaves_the_one_before_in_force() {
-        let mut table = LoadTable::default();
-        let good = report(vec![(slice(0, 9), Load::from_milli(7))]);
-        table.receive(Time::ZERO, good.clone()).unwrap();
-        let overlap = report(vec![(slice(0, 9), Load::ZERO), (slice(9, 12), Load::ZERO)]);
-        assert_eq!(table.receive(Time::ZERO, overlap), Err(ReportError::Order(slice(9, 12))));
-        let endless = Report { window: Duration::from_secs(4_000), ..good.clone() };
-        assert!(table.receive(Time::ZERO, endless).is_err());
-        let measured = table.measured(SessionId(1), Generation::ZERO, slice(0, 9));
-        assert_eq!(measured, Some((Time::ZERO, good.window, Load::from_milli(7))));
-    }
-
-    #[test]
-    fn a_window_that_began_before_the_slice_came_says_nothing_of_it() {
-        let mut table = LoadTable::default();
-        table.receive(Time::ZERO, report(vec![(slice(0, 9), Load::ZERO)])).unwrap();
-        assert_eq!(table.measured(SessionId(1), Generation::ZERO.next(), slice(0, 9)), None);
     }
 }

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use mandoline_core::load::{Load, Report};
+use mandoline_core::load::Load;
 use mandoline_core::name::TaskName;
+use mandoline_core::report::Report;
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{Address, Capacity, Phase, SessionId, Task, TaskInfo};
 
