@@ -22,7 +22,7 @@ pub mod forecast;
 pub mod watch;
 pub mod roster;
 pub mod plan;
-//pub mod balance;
+pub mod balance;
 pub mod command;
 pub mod state;
 //pub mod leader;
