@@ -25,4 +25,4 @@ pub mod plan;
 pub mod balance;
 pub mod command;
 pub mod state;
-//pub mod leader;
+pub mod leader;

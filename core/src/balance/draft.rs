@@ -13,6 +13,8 @@ use crate::task::{Phase, SessionId};
 /// The share of the load that is taken to lie evenly over all keys, whatever was measured: it spreads slices that are
 /// cold today over all tasks, and spreads everything where nothing was measured yet.
 const RESERVE: Ratio = Ratio::percent(1);
+/// The band where nothing was measured: a task begins with 32 slices, so one more or less is three percent.
+const EVEN: Ratio = Ratio::percent(3);
 
 /// A slice.
 pub(in crate::balance) struct Part {
@@ -65,6 +67,8 @@ pub(in crate::balance) struct Draft<'a> {
     capacity: u64,
     total: u64,
     budget: u64,
+    /// Whether nothing was measured: moving costs nothing, and even is even in keys.
+    free: bool,
     before: Ratio,
     edits: Vec<Edit>,
 }
@@ -108,7 +112,6 @@ impl<'a> Draft<'a> {
             };
         let parts: Vec<Part> = assignment.slices.iter().zip(&round.loads).map(part).collect();
         let total = parts.iter().map(|part| part.weight).sum();
-        // Nothing is lost by moving what carries no load.
         let free = measured == 0 && round.policy.churn_budget.millionths() > 0;
         let mut draft = Self {
             round,
@@ -124,6 +127,7 @@ impl<'a> Draft<'a> {
                 .map(|(at, _)| (0, at))
                 .collect(),
             budget: if free { u64::MAX } else { round.policy.churn_budget.of(measured) },
+            free,
             holders,
             total,
             before: Ratio::from_millionths(1_000_000),
@@ -187,8 +191,12 @@ impl<'a> Draft<'a> {
     /// that may be chance.
     pub(in crate::balance) fn limit(&self) -> u64 {
         let mean = self.mean();
-        mean.saturating_add(self.round.policy.band.of(mean))
-            .saturating_add(self.round.forecast_error.of(mean))
+        if self.free {
+            return mean.saturating_add(EVEN.of(mean));
+        }
+        let widened =
+            self.round.policy.band.of(mean).saturating_add(self.round.forecast_error.of(mean));
+        mean.saturating_add(widened)
     }
 
     /// Serving holders, the most pressed first.

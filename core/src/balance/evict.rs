@@ -17,7 +17,7 @@ pub(in crate::balance) fn evict(draft: &mut Draft<'_>) {
                 }
                 // All others have it already: it has replicas enough without this one.
                 None if draft.parts[at].holders.len() > 1 => {
-                    draft.shift(at, Some(from), None, Reason::Drain)
+                    draft.shift(at, Some(from), None, Reason::Drain);
                 }
                 // There is no one else: the task keeps it as long as it lives.
                 None => {}

@@ -286,7 +286,7 @@ fn plans_fit_the_state_that_they_are_made_for() {
             let round = Round { now: Time::ZERO, assignment, loads, forecast_error: none, policy };
             let found = plan(&round);
             assert_eq!(found, plan(&round), "seed {seed}: the same round gives the same plan");
-            let evened = |step: &&Move| step.reason == crate::plan::Reason::Load;
+            let evened = |step: &&Move| step.reason == Reason::Load;
             let moved: Load = found.moves().filter(evened).map(|step| step.load).sum();
             assert!(
                 moved.milli() <= policy.churn_budget.of(found.total.milli()),

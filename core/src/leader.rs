@@ -1,0 +1,580 @@
+//! When to plan and what to propose: what only the leader does, on soft knowledge that it gathers anew each time.
+//!
+//! The shell tells it what happened (`handle`), looks in when it asked to be looked in on (`tick`, `deadline`), and carries
+//! out its actions. It exists only while its node leads. One plan or change of a job is under way at a time; whatever
+//! happens meanwhile is taken up when that is settled.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::assignment::Assignment;
+use crate::balance::{Policy, Round};
+use crate::command::{Command, EndReason};
+use crate::forecast::Forecast;
+use crate::generation::Generation;
+use crate::load::Load;
+use crate::name::JobName;
+use crate::plan::Plan;
+use crate::report::{LoadTable, Report, ReportError};
+use crate::roster::Roster;
+use crate::spec::JobSpec;
+use crate::state::State;
+use crate::task::{Phase, SessionId};
+use crate::time::Time;
+
+/// How often loads are stored with the assignment: what a new leader starts from is no older, and the log hardly grows.
+const STORE_EVERY: Duration = Duration::from_secs(60);
+
+/// How long after a change came to nothing the next one is planned: soon, yet no busy loop if it is refused for ever.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A session's connection was opened here.
+    Attached {
+        /// Which job.
+        job: JobName,
+        /// Whose.
+        session: SessionId,
+    },
+    /// A session gave a sign of life.
+    Heard {
+        /// Which job.
+        job: JobName,
+        /// Whose.
+        session: SessionId,
+    },
+    /// A session's connection broke.
+    Broken {
+        /// Which job.
+        job: JobName,
+        /// Whose.
+        session: SessionId,
+    },
+    /// A session reported its load.
+    Reported {
+        /// Which job.
+        job: JobName,
+        /// What it measured.
+        report: Report,
+    },
+    /// A plan that was asked for is made.
+    Planned {
+        /// Which job.
+        job: JobName,
+        /// What it says.
+        plan: Plan,
+    },
+    /// A command of this job was applied: its assignment or its spec may have changed.
+    Applied {
+        /// Which job.
+        job: JobName,
+    },
+    /// A proposal came to nothing: it was refused, or nobody knows.
+    Failed(Command),
+}
+
+/// Something to do.
+#[derive(Clone, Debug)]
+pub enum Action {
+    /// Put this into the log. If that fails, say so.
+    Propose(Command),
+    /// Run `balance::plan` on a worker and come back with what it says.
+    Plan(Box<Round>),
+    /// Tell a leaving task that its last slice is gone.
+    Drained {
+        /// Which job.
+        job: JobName,
+        /// Which task.
+        session: SessionId,
+    },
+}
+
+/// What only the leader does.
+#[derive(Clone, Debug, Default)]
+pub struct Leader {
+    jobs: BTreeMap<JobName, Lead>,
+}
+
+impl Leader {
+    /// Begins to lead: every session that has not ended counts as heard of just now.
+    pub fn new(now: Time, state: &State) -> Self {
+        let mut leader = Self::default();
+        for job in state.jobs.keys() {
+            leader.lead(now, state, job);
+        }
+        leader
+    }
+
+    /// Takes in what happened.
+    pub fn handle(&mut self, now: Time, state: &State, event: Event, out: &mut Vec<Action>) {
+        match event {
+            Event::Attached { job, session } => {
+                self.with(&job, |lead| lead.roster.attached(now, session));
+            }
+            Event::Heard { job, session } => {
+                self.with(&job, |lead| lead.roster.heard(now, session));
+            }
+            Event::Broken { job, session } => {
+                self.with(&job, |lead| lead.roster.broken(now, session));
+            }
+            Event::Reported { job, report } => self.with(&job, |lead| lead.report(report)),
+            Event::Planned { job, plan } => {
+                if let Some(lead) = self.lead(now, state, &job) {
+                    lead.planned(now, state, &job, plan, out);
+                }
+            }
+            Event::Applied { job } => {
+                if let Some(lead) = self.lead(now, state, &job) {
+                    lead.applied(now, state, &job, out);
+                }
+            }
+            Event::Failed(Command::End { job, session, .. }) => {
+                self.with(&job, |lead| lead.roster.acquit(now, session));
+            }
+            Event::Failed(Command::Change { job, .. }) => self.with(&job, |lead| lead.retry(now)),
+            // Stored loads are renewed before long; the rest is proposed by others, who hear of it themselves.
+            Event::Failed(_) => {}
+        }
+    }
+
+    /// Does what is due.
+    pub fn tick(&mut self, now: Time, state: &State, out: &mut Vec<Action>) {
+        for (name, lead) in &mut self.jobs {
+            let Ok(job) = state.job(name) else { continue };
+            let end =
+                |session| Command::End { job: name.clone(), session, reason: EndReason::Lost };
+            out.extend(
+                lead.roster.tick(now).into_iter().map(|session| Action::Propose(end(session))),
+            );
+            if lead.next_round <= now {
+                lead.round(now, &job.spec, &job.assignment, out);
+            }
+            if lead.next_store <= now {
+                lead.store(now, &job.assignment, out);
+            }
+        }
+    }
+
+    /// Says when to tick next.
+    pub fn deadline(&self) -> Option<Time> {
+        self.jobs.values().map(Lead::deadline).min()
+    }
+
+    /// Gives the load of a task as of the last round.
+    pub fn load_of(&self, job: &JobName, session: SessionId) -> Load {
+        self.jobs.get(job).and_then(|lead| lead.loads.get(&session)).copied().unwrap_or_default()
+    }
+
+    /// Says whether a task's connection is open here.
+    pub fn connected(&self, job: &JobName, session: SessionId) -> bool {
+        self.jobs.get(job).is_some_and(|lead| lead.roster.connected(session))
+    }
+
+    fn with(&mut self, job: &JobName, act: impl FnOnce(&mut Lead)) {
+        // An event of a job that is gone is late, and means nothing.
+        if let Some(lead) = self.jobs.get_mut(job) {
+            act(lead);
+        }
+    }
+
+    fn lead(&mut self, now: Time, state: &State, name: &JobName) -> Option<&mut Lead> {
+        let job = state.jobs.get(name)?;
+        let lead = self
+            .jobs
+            .entry(name.clone())
+            .or_insert_with(|| Lead::new(now, &job.spec, &job.assignment));
+        lead.roster.set_heartbeat(job.spec.heartbeat);
+        Some(lead)
+    }
+}
+
+/// What the leader knows of one job.
+#[derive(Clone, Debug)]
+struct Lead {
+    roster: Roster,
+    table: LoadTable,
+    forecast: Forecast,
+    loads: BTreeMap<SessionId, Load>,
+    next_round: Time,
+    next_store: Time,
+    /// What is under way, so that nothing else of this job is.
+    busy: Option<Busy>,
+    /// Leaving tasks that were told that they have nothing left.
+    told: BTreeSet<SessionId>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Busy {
+    /// A plan for this generation is being made.
+    Planning(Generation),
+    /// A change of this generation is proposed.
+    Proposed(Generation),
+}
+
+impl Lead {
+    fn new(now: Time, spec: &JobSpec, assignment: &Assignment) -> Self {
+        let mut roster = Roster::new(spec.heartbeat);
+        roster.sync(now, assignment.tasks.keys().copied());
+        Self {
+            roster,
+            table: LoadTable::default(),
+            forecast: Forecast::new(assignment),
+            loads: BTreeMap::new(),
+            next_round: now + spec.balance_every,
+            next_store: now + STORE_EVERY,
+            busy: None,
+            told: BTreeSet::new(),
+        }
+    }
+
+    fn deadline(&self) -> Time {
+        let due = self.next_round.min(self.next_store);
+        self.roster.deadline().map_or(due, |loss| due.min(loss))
+    }
+
+    fn report(&mut self, report: Report) {
+        let checked: Result<(), ReportError> = self.table.receive(report);
+        // The edge has refused bad reports before, and told their sender.
+        debug_assert!(checked.is_ok(), "reports are checked where they come in");
+    }
+
+    /// A command of this job was applied. Emergencies are planned for at once, everything else at the next round.
+    fn applied(&mut self, now: Time, state: &State, name: &JobName, out: &mut Vec<Action>) {
+        let job = &state.jobs[name];
+        let assignment = &job.assignment;
+        self.next_round = self.next_round.min(now + job.spec.balance_every);
+        self.roster.sync(now, assignment.tasks.keys().copied());
+        self.told.retain(|session| assignment.tasks.contains_key(session));
+        if matches!(self.busy, Some(Busy::Proposed(base)) if base < assignment.generation) {
+            self.busy = None;
+        }
+        for session in drained(assignment) {
+            if self.told.insert(session) {
+                out.push(Action::Drained { job: name.clone(), session });
+            }
+        }
+        if self.busy.is_none() && is_urgent(assignment) {
+            self.plan(now, &job.spec, assignment, false, out);
+        }
+    }
+
+    /// The time for evening out has come: the newest measurements go into the forecast, and that into a plan.
+    fn round(
+        &mut self,
+        now: Time,
+        spec: &JobSpec,
+        assignment: &Arc<Assignment>,
+        out: &mut Vec<Action>,
+    ) {
+        self.next_round = now + spec.balance_every;
+        self.forecast.update(assignment, &self.table);
+        self.table.clear();
+        self.loads.clear();
+        for (slice, assigned) in assignment.slices.iter() {
+            let replicas = assigned.replicas.as_slice();
+            let each = self.forecast.load_of(slice).share(1, replicas.len().max(1) as u128);
+            for replica in replicas {
+                *self.loads.entry(replica.session).or_default() += each;
+            }
+        }
+        if self.busy.is_none() {
+            self.plan(now, spec, assignment, true, out);
+        }
+    }
+
+    fn plan(
+        &mut self,
+        now: Time,
+        spec: &JobSpec,
+        of: &Arc<Assignment>,
+        even: bool,
+        out: &mut Vec<Action>,
+    ) {
+        if of.tasks.values().all(|task| task.phase != Phase::Serving) {
+            return;
+        }
+        let loads: Vec<Load> =
+            of.slices.iter().map(|(slice, _)| self.forecast.load_of(slice)).collect();
+        // Before anything was measured nothing is lost by moving it: a job that just began becomes even at once.
+        let fresh = loads.iter().all(|load| *load == Load::ZERO);
+        let round = Round {
+            now,
+            assignment: Arc::clone(of),
+            loads,
+            forecast_error: self.forecast.error(),
+            policy: Policy::from(spec),
+        };
+        self.busy = Some(Busy::Planning(of.generation));
+        out.push(Action::Plan(Box::new(if even || fresh {
+            round
+        } else {
+            round.emergencies_only()
+        })));
+    }
+
+    fn planned(
+        &mut self,
+        now: Time,
+        state: &State,
+        job: &JobName,
+        plan: Plan,
+        out: &mut Vec<Action>,
+    ) {
+        if self.busy != Some(Busy::Planning(plan.base)) {
+            return;
+        }
+        self.busy = None;
+        if state.jobs[job].assignment.generation != plan.base {
+            // Something came first; what was urgent still is.
+            self.applied(now, state, job, out);
+        } else if !plan.edits.is_empty() {
+            self.busy = Some(Busy::Proposed(plan.base));
+            out.push(Action::Propose(Command::Change { job: job.clone(), plan }));
+        }
+    }
+
+    /// A change came to nothing, mostly because another came first: look again soon.
+    fn retry(&mut self, now: Time) {
+        self.busy = None;
+        self.next_round = self.next_round.min(now + RETRY_AFTER);
+    }
+
+    fn store(&mut self, now: Time, assignment: &Assignment, out: &mut Vec<Action>) {
+        self.next_store = now + STORE_EVERY;
+        let loads: Vec<Load> =
+            assignment.slices.iter().map(|(slice, _)| self.forecast.load_of(slice)).collect();
+        if assignment.slices.iter().zip(&loads).any(|((_, assigned), load)| assigned.load != *load)
+        {
+            let (job, base) = (assignment.job.clone(), assignment.generation);
+            out.push(Action::Propose(Command::StoreLoads { job, base, loads }));
+        }
+    }
+}
+
+/// Leaving tasks that serve nothing any more.
+fn drained(assignment: &Assignment) -> impl Iterator<Item = SessionId> {
+    let leaving = assignment.tasks.values().filter(|task| task.phase == Phase::Draining);
+    leaving.map(|task| task.session).filter(|session| assignment.of(*session).next().is_none())
+}
+
+/// Whether something cannot wait for the next round: a slice that nobody serves, a leaving task that still serves, or a
+/// task that has nothing.
+fn is_urgent(assignment: &Assignment) -> bool {
+    let mut busy = BTreeSet::new();
+    for (_, assigned) in assignment.slices.iter() {
+        let replicas = assigned.replicas.as_slice();
+        if replicas.is_empty() {
+            return true;
+        }
+        busy.extend(replicas.iter().map(|replica| replica.session));
+    }
+    assignment.tasks.values().any(|task| match task.phase {
+        Phase::Draining => busy.contains(&task.session),
+        Phase::Serving => !busy.contains(&task.session),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::balance;
+    use crate::state::Outcome;
+    use crate::task::TaskInfo;
+
+    /// A leader, and a log of one node that applies at once.
+    struct Scene {
+        state: State,
+        leader: Leader,
+        now: Time,
+        drained: Vec<SessionId>,
+    }
+
+    fn kv() -> JobName {
+        "kv".parse().unwrap()
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let (state, now) = (State::default(), Time::from_millis(1_000));
+            let leader = Leader::new(now, &state);
+            let mut scene = Self { state, leader, now, drained: Vec::new() };
+            scene.propose(Command::ApplyJob { spec: JobSpec::new(kv()), if_version: None });
+            scene
+        }
+
+        fn propose(&mut self, command: Command) -> Option<SessionId> {
+            let applied = self.state.apply(command.clone());
+            let event =
+                if applied.is_ok() { Event::Applied { job: kv() } } else { Event::Failed(command) };
+            self.happen(event);
+            match applied.ok()?.outcome {
+                Outcome::Session(session) => Some(session),
+                _ => None,
+            }
+        }
+
+        fn happen(&mut self, event: Event) {
+            let mut out = Vec::new();
+            self.leader.handle(self.now, &self.state, event, &mut out);
+            self.carry_out(out);
+        }
+
+        fn carry_out(&mut self, actions: Vec<Action>) {
+            for action in actions {
+                match action {
+                    Action::Propose(command) => drop(self.propose(command)),
+                    Action::Plan(round) => {
+                        let plan = balance::plan(&round);
+                        self.happen(Event::Planned { job: kv(), plan });
+                    }
+                    Action::Drained { session, .. } => self.drained.push(session),
+                }
+            }
+        }
+
+        /// Lets time pass; all tasks but `silent` beat, and report the load that `load` gives each key.
+        fn pass(
+            &mut self,
+            seconds: u64,
+            silent: &[SessionId],
+            load: impl Fn(crate::slice::Slice) -> u64,
+        ) {
+            for second in 0..seconds * 10 {
+                self.now += Duration::from_millis(100);
+                let assignment = Arc::clone(&self.state.jobs[&kv()].assignment);
+                for session in
+                    assignment.tasks.keys().copied().filter(|session| !silent.contains(session))
+                {
+                    self.happen(Event::Heard { job: kv(), session });
+                    if second % 50 == 0 {
+                        let slices = assignment
+                            .of(session)
+                            .map(|(s, _)| (s, Load::from_milli(load(s))))
+                            .collect();
+                        let (generation, window) = (assignment.generation, Duration::from_secs(5));
+                        self.happen(Event::Reported {
+                            job: kv(),
+                            report: Report { session, generation, window, slices },
+                        });
+                    }
+                }
+                let mut out = Vec::new();
+                if self.leader.deadline().is_some_and(|deadline| deadline <= self.now) {
+                    self.leader.tick(self.now, &self.state, &mut out);
+                }
+                self.carry_out(out);
+            }
+        }
+
+        fn register(&mut self, id: u64) -> SessionId {
+            let info = TaskInfo::new(
+                format!("t{id}").parse().unwrap(),
+                id,
+                format!("h:{id}").parse().unwrap(),
+            );
+            let session =
+                self.propose(Command::Register { job: kv(), info, stopped: None }).unwrap();
+            self.happen(Event::Attached { job: kv(), session });
+            session
+        }
+
+        fn keys_of(&self, session: SessionId) -> f64 {
+            let keys: u128 =
+                self.state.jobs[&kv()].assignment.of(session).map(|(slice, _)| slice.width()).sum();
+            keys as f64 / (1_u128 << 64) as f64
+        }
+    }
+
+    #[test]
+    fn the_first_task_gets_everything_and_the_next_ones_their_part_at_once() {
+        let mut scene = Scene::new();
+        let first = scene.register(1);
+        assert_eq!(scene.keys_of(first), 1.0);
+        let more: Vec<SessionId> = (2..=4).map(|id| scene.register(id)).collect();
+        for session in more {
+            assert!((0.22..0.28).contains(&scene.keys_of(session)), "{}", scene.keys_of(session));
+        }
+    }
+
+    #[test]
+    fn a_lost_task_is_replaced_by_the_others() {
+        let mut scene = Scene::new();
+        let (lost, other) = (scene.register(1), scene.register(2));
+        scene.pass(20, &[], |_| 100_000);
+        scene.happen(Event::Broken { job: kv(), session: lost });
+        scene.pass(2, &[lost], |_| 100_000);
+        assert_eq!(scene.keys_of(other), 1.0);
+        assert!(!scene.state.jobs[&kv()].assignment.tasks.contains_key(&lost));
+    }
+
+    #[test]
+    fn a_newcomer_under_load_is_filled_round_by_round() {
+        let mut scene = Scene::new();
+        let _ = [scene.register(1), scene.register(2)];
+        let even = |slice: crate::slice::Slice| (slice.width() >> 44) as u64;
+        scene.pass(20, &[], even);
+        let newcomer = scene.register(3);
+        assert_eq!(scene.keys_of(newcomer), 0.0, "no more than emergencies between rounds");
+        scene.pass(10, &[], even);
+        assert!((0.01..0.06).contains(&scene.keys_of(newcomer)), "{}", scene.keys_of(newcomer));
+        scene.pass(100, &[], even);
+        assert!(scene.keys_of(newcomer) > 0.25, "{}", scene.keys_of(newcomer));
+    }
+
+    #[test]
+    fn a_leaving_task_hears_when_its_last_slice_is_gone() {
+        let mut scene = Scene::new();
+        let (leaving, _) = (scene.register(1), scene.register(2));
+        scene.propose(Command::Drain { job: kv(), session: leaving });
+        assert_eq!((scene.keys_of(leaving), scene.drained.as_slice()), (0.0, [leaving].as_slice()));
+    }
+
+    #[test]
+    fn a_plan_that_something_overtook_is_dropped_and_made_anew() {
+        let mut scene = Scene::new();
+        let first = scene.register(1);
+        // A plan is under way when a task registers.
+        let info = TaskInfo::new("t2".parse().unwrap(), 2, "h:2".parse().unwrap());
+        let mut out = Vec::new();
+        let drain = scene.state.apply(Command::Drain { job: kv(), session: first });
+        assert!(drain.is_ok());
+        scene.leader.handle(scene.now, &scene.state, Event::Applied { job: kv() }, &mut out);
+        assert!(out.is_empty(), "there is nobody to take over: {out:?}");
+        scene.state.apply(Command::Register { job: kv(), info, stopped: None }).unwrap();
+        scene.leader.handle(scene.now, &scene.state, Event::Applied { job: kv() }, &mut out);
+        let [Action::Plan(round)] = out.as_slice() else { panic!("a plan is asked for: {out:?}") };
+        let stale = balance::plan(round);
+        scene.state.apply(Command::Undrain { job: kv(), session: first }).unwrap();
+        let mut out = Vec::new();
+        scene.leader.handle(
+            scene.now,
+            &scene.state,
+            Event::Planned { job: kv(), plan: stale },
+            &mut out,
+        );
+        assert!(matches!(out.as_slice(), [Action::Plan(_)]), "{out:?}");
+    }
+
+    #[test]
+    fn a_new_leader_begins_with_the_stored_loads_and_gives_everyone_time() {
+        let mut scene = Scene::new();
+        let (one, two) = (scene.register(1), scene.register(2));
+        scene.pass(70, &[], |_| 100_000);
+        let stored: Load =
+            scene.state.jobs[&kv()].assignment.slices.iter().map(|(_, a)| a.load).sum();
+        assert!(stored > Load::ZERO);
+        scene.now += Duration::from_secs(100);
+        scene.leader = Leader::new(scene.now, &scene.state);
+        scene.pass(2, &[one, two], |_| 0);
+        assert_eq!(scene.state.jobs[&kv()].assignment.tasks.len(), 2);
+        scene.pass(2, &[one, two], |_| 0);
+        assert_eq!(
+            scene.state.jobs[&kv()].assignment.tasks.len(),
+            0,
+            "three heartbeats, and not for ever"
+        );
+    }
+}
