@@ -1,0 +1,506 @@
+//! The half of the library inside a caller: who owns this key?
+//!
+//! A clerk holds the newest assignment that it heard of as a `Snapshot`, and one thread of its own that keeps it up to
+//! date, so that callers need no runtime and a busy one does not delay news. Lookups never wait for that thread: they read
+//! whatever snapshot is there. With every source down a clerk goes on with what it knows, says so in its state, and asks
+//! again and again, with pauses of random length.
+
+use std::cell::Cell;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use arc_swap::{ArcSwap, Cache, Guard};
+use mandoline_core::assignment::Assignment;
+use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
+use mandoline_core::name::JobName;
+use mandoline_core::task::Address;
+use mandoline_core::time::Time;
+use mandoline_core::watch;
+use mandoline_distributor::clock::Clock;
+use mandoline_distributor::connect::Connector;
+use mandoline_distributor::follow::{Follower, News, NobodyToAsk, Upstream};
+use mandoline_distributor::hub::Hub;
+use tokio::sync::watch as channel;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::cache;
+use crate::snapshot::{NoTask, Snapshot, Target};
+
+/// The least time between two writes of the cache: a restart loses little by an assignment a second old.
+const SAVE_EVERY: Duration = Duration::from_secs(1);
+
+/// Knows who owns every key of a job. Clones are the same clerk; its thread ends with the last of them.
+///
+/// ```no_run
+/// # async fn f() -> Result<(), Box<dyn std::error::Error>> {
+/// let clerk = mandoline::Clerk::builder("shop".parse()?)
+///     .sources(["10.0.0.1:7400".parse()?, "10.0.0.2:7400".parse()?])
+///     .cache("/var/lib/shop/assignment")
+///     .start()?;
+/// clerk.ready().await;
+/// let target = clerk.route(b"cart/4711")?;
+/// println!("{} serves it at {}", target.name(), target.address());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Clerk {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    job: JobName,
+    snapshot: Arc<ArcSwap<Snapshot>>,
+    current: channel::Receiver<Option<Arc<Assignment>>>,
+    state: channel::Receiver<watch::State>,
+    seen: channel::Sender<Option<Generation>>,
+    clock: Clock,
+    stop: CancellationToken,
+    /// What keeps the rest up to date; none where nothing changes. It ends by itself, soon after `stop`.
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+/// How well a clerk is placed, and for how long it has been so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Nothing is known yet: every lookup fails.
+    Empty {
+        /// For how long.
+        lasting: Duration,
+        /// What went wrong last.
+        why: String,
+    },
+    /// Someone tells what changes.
+    Live {
+        /// For how long.
+        lasting: Duration,
+    },
+    /// Lookups go by the last that was heard, and nobody tells what changes.
+    Stale {
+        /// For how long.
+        lasting: Duration,
+        /// What went wrong last.
+        why: String,
+    },
+}
+
+/// Why a clerk did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// There was neither a source nor a peer.
+    #[error(transparent)]
+    NobodyToAsk(#[from] NobodyToAsk),
+    /// The system gave no thread.
+    #[error("the clerk's thread did not start")]
+    Thread(#[from] io::Error),
+}
+
+/// The generation that was waited for did not come in time.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("generation {wanted} did not come within {waited:?}: {state:?}")]
+pub struct TimedOut {
+    /// What was waited for.
+    pub wanted: Generation,
+    /// For how long.
+    pub waited: Duration,
+    /// How the clerk was placed then.
+    pub state: State,
+}
+
+impl Clerk {
+    /// Begins to describe a clerk of a job.
+    pub fn builder(job: JobName) -> Builder {
+        Builder { job, upstream: Upstream::default(), cache: None, hub: None }
+    }
+
+    /// Makes a clerk that knows this assignment and never another, for tests and tools.
+    pub fn frozen(assignment: Arc<Assignment>) -> Self {
+        let live = watch::State::Live { since: Time::ZERO, source: 0 };
+        let (inner, _desk, _seen) = Inner::new(assignment.job.clone(), Some(assignment), live);
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Makes a clerk that goes by a hub of the same process.
+    pub fn follow_hub(hub: &Hub, job: JobName) -> Result<Self, StartError> {
+        let mut changes = hub.watch_changes(&job);
+        let known = changes.borrow().clone();
+        let (mut inner, mut desk, seen) = Inner::new(job, known, nobody_asked(false));
+        let stop = inner.stop.clone();
+        let follow = async move {
+            let _seen = seen; // a hub has no second source to ask
+            loop {
+                let newest = changes.borrow_and_update().clone();
+                if let Some(assignment) = newest {
+                    desk.tell(News::Install { assignment: &assignment, delta: None });
+                    let since = desk.clock.now();
+                    desk.tell(News::State(&watch::State::Live { since, source: 0 }));
+                }
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    changed = changes.changed() => if changed.is_err() { return },
+                }
+            }
+        };
+        inner.thread = Some(spawn(follow)?);
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Finds the task that serves a key.
+    ///
+    /// Never waits and never allocates. The answer keeps its snapshot for as long as it lives, so let it go soon. A thread
+    /// that asks often is faster with a `router` of its own.
+    #[inline]
+    pub fn route(&self, key: &[u8]) -> Result<Target<Held>, NoTask> {
+        self.route_at(SliceKey::of(key))
+    }
+
+    /// Finds the task that serves a slice key, such as a grouped one.
+    #[inline]
+    pub fn route_at(&self, key: SliceKey) -> Result<Target<Held>, NoTask> {
+        let held = Held(self.inner.snapshot.load());
+        let found = held.find(key, next_turn)?;
+        Ok(Target::new(held, found))
+    }
+
+    /// Makes a handle for one thread or one connection, which looks up in a third of the time.
+    pub fn router(&self) -> Router {
+        let cache = Cache::new(Arc::clone(&self.inner.snapshot));
+        Router { clerk: self.clone(), cache, turn: next_turn() }
+    }
+
+    /// Names the job.
+    pub fn job(&self) -> &JobName {
+        &self.inner.job
+    }
+
+    /// Gives the newest assignment that is known.
+    pub fn assignment(&self) -> Option<Arc<Assignment>> {
+        self.inner.current.borrow().clone()
+    }
+
+    /// Watches the assignment: the receiver holds the newest, and wakes when there is a newer one.
+    pub fn changes(&self) -> channel::Receiver<Option<Arc<Assignment>>> {
+        self.inner.current.clone()
+    }
+
+    /// Waits until an assignment is known, however old.
+    pub async fn ready(&self) -> Arc<Assignment> {
+        self.reached(Generation::ZERO).await
+    }
+
+    /// Waits until a generation is known, or a later one. Needs a tokio runtime with time.
+    pub async fn wait_for(
+        &self,
+        wanted: Generation,
+        patience: Duration,
+    ) -> Result<Arc<Assignment>, TimedOut> {
+        self.refresh(wanted);
+        let reached = tokio::time::timeout(patience, self.reached(wanted)).await;
+        reached.map_err(|_| TimedOut { wanted, waited: patience, state: self.state() })
+    }
+
+    /// Tells the clerk that a generation was seen elsewhere, such as on a request that a task turned away. Should its
+    /// source not have it soon, it asks another one.
+    pub fn refresh(&self, seen: Generation) {
+        let news = |known: &mut Option<Generation>| {
+            let news = Some(seen) > *known;
+            if news {
+                *known = Some(seen);
+            }
+            news
+        };
+        self.inner.seen.send_if_modified(news);
+    }
+
+    /// Says how well the clerk is placed.
+    pub fn state(&self) -> State {
+        let now = self.inner.clock.now();
+        match self.inner.state.borrow().clone() {
+            watch::State::Empty { since, why } => State::Empty { lasting: now.since(since), why },
+            watch::State::Live { since, .. } => State::Live { lasting: now.since(since) },
+            watch::State::Stale { since, why } => State::Stale { lasting: now.since(since), why },
+        }
+    }
+
+    async fn reached(&self, wanted: Generation) -> Arc<Assignment> {
+        let mut current = self.inner.current.clone();
+        let reached = |current: &Option<Arc<Assignment>>| {
+            current.as_ref().is_some_and(|current| current.generation >= wanted)
+        };
+        let newest = match current.wait_for(reached).await {
+            Ok(newest) => newest.clone(),
+            Err(_) => None, // nothing changes any more
+        };
+        match newest {
+            Some(newest) => newest,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl fmt::Debug for Clerk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let generation = self.inner.snapshot.load().assignment().generation;
+        write!(f, "clerk of {} at {generation}, {:?}", self.inner.job, self.state())
+    }
+}
+
+impl Inner {
+    fn new(
+        job: JobName,
+        known: Option<Arc<Assignment>>,
+        state: watch::State,
+    ) -> (Self, Desk, channel::Receiver<Option<Generation>>) {
+        let nothing = || Arc::new(Assignment::new(job.clone(), Generation::ZERO));
+        let first = Snapshot::of(known.clone().unwrap_or_else(nothing));
+        let snapshot = Arc::new(ArcSwap::from_pointee(first));
+        let (known, current) = channel::channel(known);
+        let (well, state) = channel::channel(state);
+        let (seen, sightings) = channel::channel(None);
+        let (clock, stop) = (Clock::start(), CancellationToken::new());
+        let desk = Desk { snapshot: Arc::clone(&snapshot), current: known, state: well, clock };
+        let inner = Self { job, snapshot, current, state, seen, clock, stop, thread: None };
+        (inner, desk, sightings)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// A snapshot that stays as it is while this lives.
+pub struct Held(Guard<Arc<Snapshot>>);
+
+impl Deref for Held {
+    type Target = Snapshot;
+
+    fn deref(&self) -> &Snapshot {
+        &self.0
+    }
+}
+
+/// A handle on a clerk for one thread or one connection: it keeps the snapshot at hand and asks only whether it is the
+/// newest.
+///
+/// An idle one keeps the snapshot that it used last.
+pub struct Router {
+    clerk: Clerk,
+    cache: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
+    turn: u32,
+}
+
+impl Router {
+    /// Finds the task that serves a key. Never waits and never allocates.
+    #[inline]
+    pub fn route(&mut self, key: &[u8]) -> Result<Target<&Snapshot>, NoTask> {
+        self.route_at(SliceKey::of(key))
+    }
+
+    /// Finds the task that serves a slice key, such as a grouped one.
+    #[inline]
+    pub fn route_at(&mut self, key: SliceKey) -> Result<Target<&Snapshot>, NoTask> {
+        let snapshot: &Snapshot = self.cache.load();
+        let turn = &mut self.turn;
+        let found = snapshot.find(key, || {
+            *turn = turn.wrapping_add(TURN_STEP);
+            *turn
+        })?;
+        Ok(Target::new(snapshot, found))
+    }
+
+    /// Gives the clerk that this is a handle on.
+    pub fn clerk(&self) -> &Clerk {
+        &self.clerk
+    }
+}
+
+impl fmt::Debug for Router {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "router of {:?}", self.clerk)
+    }
+}
+
+/// 2^32 divided by the golden ratio: steps of it visit the replicas of a slice evenly, whatever their number.
+const TURN_STEP: u32 = 0x9E37_79B9;
+
+/// Says whose turn it is among replicas, for callers without a router.
+fn next_turn() -> u32 {
+    thread_local! {
+        static TURN: Cell<u32> = const { Cell::new(0) };
+    }
+    TURN.with(|turn| {
+        turn.set(turn.get().wrapping_add(TURN_STEP));
+        turn.get()
+    })
+}
+
+/// Describes a clerk.
+#[derive(Debug)]
+pub struct Builder {
+    job: JobName,
+    upstream: Upstream,
+    cache: Option<PathBuf>,
+    hub: Option<Hub>,
+}
+
+impl Builder {
+    /// Asks these, each as good as the others: assigner nodes or distributors.
+    #[must_use]
+    pub fn sources(mut self, sources: impl IntoIterator<Item = Address>) -> Self {
+        self.upstream.sources.extend(sources);
+        self
+    }
+
+    /// Asks these while no source answers: slicelets or proxies.
+    #[must_use]
+    pub fn peers(mut self, peers: impl IntoIterator<Item = Address>) -> Self {
+        self.upstream.peers.extend(peers);
+        self
+    }
+
+    /// Reaches them so, such as with TLS and a token.
+    #[must_use]
+    pub fn connector(mut self, connector: Connector) -> Self {
+        self.upstream.connector = connector;
+        self
+    }
+
+    /// Says who asks, for the logs of those who serve.
+    #[must_use]
+    pub fn named(mut self, name: impl Into<String>) -> Self {
+        self.upstream.watcher = name.into();
+        self
+    }
+
+    /// Keeps the last assignment in this file and starts from it: one file a job, for one process at a time.
+    #[must_use]
+    pub fn cache(mut self, path: impl Into<PathBuf>) -> Self {
+        self.cache = Some(path.into());
+        self
+    }
+
+    /// Tells a hub what comes, so that peers can be served from it.
+    #[must_use]
+    pub fn publish_to(mut self, hub: Hub) -> Self {
+        self.hub = Some(hub);
+        self
+    }
+
+    /// Starts the clerk. It knows nothing yet, or what the cache held: see `Clerk::ready`.
+    pub fn start(mut self) -> Result<Clerk, StartError> {
+        let known = self.from_cache();
+        if let (Some(hub), Some(known)) = (&self.hub, &known) {
+            hub.publish(Arc::clone(known), None);
+        }
+        let state = nobody_asked(known.is_some());
+        let (mut inner, mut desk, seen) = Inner::new(self.job.clone(), known.clone(), state);
+        let follower = Follower::new(self.job, self.upstream, known, seen, inner.clock)?;
+        let tell = {
+            let hub = self.hub;
+            move |news: News<'_>| {
+                desk.tell(news);
+                if let (News::Install { assignment, delta }, Some(hub)) = (news, &hub) {
+                    hub.publish(Arc::clone(assignment), delta);
+                }
+            }
+        };
+        let follow = follower.run(tell, inner.stop.clone());
+        let save = save(self.cache, inner.current.clone(), inner.stop.clone());
+        inner.thread = Some(spawn(async move {
+            tokio::join!(follow, save);
+        })?);
+        Ok(Clerk { inner: Arc::new(inner) })
+    }
+
+    /// What the cache holds. One that is not ours stays as it is, and nothing is saved then.
+    fn from_cache(&mut self) -> Option<Arc<Assignment>> {
+        let path = self.cache.as_deref()?;
+        match cache::load(path, &self.job) {
+            Ok(known) => known.map(Arc::new),
+            Err(error) => {
+                let replace = error.may_replace();
+                let file = path.display();
+                let error: &dyn std::error::Error = &error;
+                warn!(%file, error, replace, "The cached assignment was not used");
+                if !replace {
+                    self.cache = None;
+                }
+                None
+            }
+        }
+    }
+}
+
+/// Where the clerk's thread puts what callers read.
+struct Desk {
+    snapshot: Arc<ArcSwap<Snapshot>>,
+    current: channel::Sender<Option<Arc<Assignment>>>,
+    state: channel::Sender<watch::State>,
+    clock: Clock,
+}
+
+impl Desk {
+    fn tell(&mut self, news: News<'_>) {
+        match news {
+            News::Install { assignment, .. } => {
+                // Whoever hears of it must find it in use.
+                self.snapshot.store(Arc::new(Snapshot::of(Arc::clone(assignment))));
+                self.current.send_replace(Some(Arc::clone(assignment)));
+            }
+            News::State(state) => {
+                self.state.send_replace(state.clone());
+            }
+        }
+    }
+}
+
+fn nobody_asked(known: bool) -> watch::State {
+    let (since, why) = (Time::ZERO, "nobody was asked yet".to_owned());
+    if known { watch::State::Stale { since, why } } else { watch::State::Empty { since, why } }
+}
+
+/// Runs a clerk's work on a thread and a runtime of its own.
+fn spawn(work: impl Future<Output = ()> + Send + 'static) -> io::Result<thread::JoinHandle<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    thread::Builder::new().name("mandoline-clerk".into()).spawn(move || runtime.block_on(work))
+}
+
+/// Saves each assignment that comes, at most so often; on the way out once more, if there is something new.
+async fn save(
+    path: Option<PathBuf>,
+    mut current: channel::Receiver<Option<Arc<Assignment>>>,
+    stop: CancellationToken,
+) {
+    let Some(path) = path else { return };
+    let mut failing = false;
+    loop {
+        let news = tokio::select! {
+            () = stop.cancelled() => current.has_changed().unwrap_or(false),
+            changed = current.changed() => changed.is_ok(),
+        };
+        let newest = current.borrow_and_update().clone();
+        let (true, Some(newest)) = (news, newest) else { return };
+        let to = path.clone();
+        let saved = tokio::task::spawn_blocking(move || cache::save(&to, &newest)).await;
+        let saved = saved.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+        if let (Err(error), false) = (&saved, failing) {
+            let file = path.display();
+            warn!(%file, %error, "The assignment was not cached; the next one will be tried");
+        }
+        failing = saved.is_err();
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(SAVE_EVERY) => {}
+        }
+    }
+}
