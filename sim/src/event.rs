@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// The highest cost that one request may claim. A billion of them still add up in a `u64`.
-pub const WEIGHT_MAX: u64 = 1_000_000_000;
+/// The highest cost that one request may claim: what a slicelet counts for one request at most.
+pub const WEIGHT_MAX: u64 = 1_000_000;
 
 /// A request for a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
