@@ -79,6 +79,9 @@ fn blend(old: Load, new: Load, window: Duration) -> Load {
     Load::from_milli((old.milli() * (of - gain) + new.milli() * gain) / of)
 }
 
+/// What smoothing leaves of the standard deviation of chance, in percent: the root of gain / (2 - gain).
+const SMOOTHED: u128 = 42;
+
 /// Each task's expected and measured load.
 #[derive(Default)]
 struct TaskErrors(BTreeMap<SessionId, (Load, Load)>);
@@ -91,7 +94,8 @@ impl TaskErrors {
     }
 
     /// The median error over the tasks in relation to the mean; 1.48 medians are a standard deviation (of a normal
-    /// distribution), and one task that is far off does not count more than any other.
+    /// distribution), and one task that is far off does not count more than any other. What is off is one measurement,
+    /// what is planned for is smoother.
     fn blend_into(self, old: Ratio) -> Ratio {
         let total: u64 = self.0.values().map(|(_, measured)| measured.milli()).sum();
         let mean = (total / (self.0.len() as u64).max(1)).max(1);
@@ -99,7 +103,8 @@ impl TaskErrors {
             self.0.values().map(|(e, m)| e.milli().abs_diff(m.milli())).collect();
         errors.sort_unstable();
         let median = errors.get(errors.len() / 2).copied().unwrap_or(0);
-        let sigma = (u128::from(median) * 1_480_000 / u128::from(mean)).min(1_000_000) as u32;
+        let sigma =
+            (u128::from(median) * 14_800 * SMOOTHED / u128::from(mean)).min(1_000_000) as u32;
         Ratio::from_millionths(old.millionths() / 10 * 8 + sigma / 10 * 2)
     }
 }

@@ -3,6 +3,8 @@
 //! Pure and synchronous: it reads files and nothing else of the world. `mandoline dev` drives a running system with the
 //! same events. Modules are listed in order of use: a module uses only what stands above it.
 
+#[cfg(test)]
+mod real;
 pub mod event;
 pub mod trace;
 pub mod access_log;
@@ -10,3 +12,4 @@ mod zstd;
 pub mod lines;
 pub mod replay;
 pub mod workload;
+pub mod service;

@@ -427,27 +427,13 @@ mod tests {
 
     #[test]
     fn every_real_trace_is_read_to_its_end() {
-        // A relative folder counts from the workspace.
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let folder = workspace.join(
-            std::env::var("MANDOLINE_TRACES").unwrap_or_else(|_| "../shared/data".to_owned()),
-        );
         // Counted by awk.
         for (name, events, keys) in [
             ("nasa_http_19950801.tsv.zst", 30_969, 2_088),
             ("cache2k_web12.tsv.zst", 95_607, 13_756),
             ("mooncake_conversation_session.tsv.zst", 12_031, 7_373),
         ] {
-            let path = folder.join(name);
-            if !path.exists() {
-                assert!(
-                    std::env::var("MANDOLINE_REQUIRE_ALL").as_deref() != Ok("1"),
-                    "{} is missing",
-                    path.display()
-                );
-                println!("skipped: {} not found", path.display());
-                continue;
-            }
+            let Some(path) = crate::real::trace(name) else { continue };
             let read: Vec<Event> = Replay::open(&path, None).unwrap().map(Result::unwrap).collect();
             let distinct: std::collections::BTreeSet<&str> =
                 read.iter().map(|event| &*event.key).collect();
