@@ -332,14 +332,15 @@ impl Watcher {
     fn seen(&mut self, now: Time, generation: Generation) {
         let news = Some(generation) > self.generation();
         // With nobody else to ask, another stream would say the same.
-        if !news || self.count == 1 || now < self.behind_again {
+        if !news || self.count == 1 {
             return;
         }
         if let Phase::Open { patience, .. } = &mut self.phase
             && patience.behind.is_none()
         {
-            patience.behind = Some((now + BEHIND_PATIENCE, generation));
-            self.behind_again = now + BEHIND_EVERY;
+            let leave = (now + BEHIND_PATIENCE).max(self.behind_again);
+            patience.behind = Some((leave, generation));
+            self.behind_again = leave + BEHIND_EVERY;
         }
     }
 
@@ -419,5 +420,357 @@ impl Watcher {
             State::Stale { since, .. } => State::Stale { since, why },
             State::Empty { since, .. } => State::Empty { since, why },
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::assignment::{Assigned, Replica};
+    use crate::slice::Slice;
+    use crate::task::SessionId;
+
+    /// Plays a transcript: on each line what happens, then what the watcher does, then how it is placed.
+    struct Play {
+        now: Time,
+        watcher: Watcher,
+        stream: StreamId,
+    }
+
+    impl Play {
+        fn new(sources: usize, peers: usize, known: Option<u64>, seed: u64) -> Self {
+            let known = known.map(|number| Arc::new(assignment("kv", &format!("1.{number}"))));
+            let (job, prng) = ("kv".parse().unwrap(), Prng::new(seed));
+            let watcher = Watcher::new(job, sources, peers, known, Time::ZERO, prng);
+            Self { now: Time::ZERO, watcher, stream: StreamId(0) }
+        }
+
+        fn step(&mut self, line: &str) -> String {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let mut out = Vec::new();
+            let stream = self.stream;
+            let event = match words[..] {
+                // The next deadline comes; tick twice, which does no more than once.
+                ["wait"] => {
+                    self.now = self.now.max(self.watcher.deadline().expect("it waits for a time"));
+                    self.watcher.tick(self.now, &mut out);
+                    self.watcher.tick(self.now, &mut out);
+                    None
+                }
+                ["pass", ms] => {
+                    self.now += Duration::from_millis(ms.parse().unwrap());
+                    self.watcher.tick(self.now, &mut out);
+                    None
+                }
+                ["open"] => Some(Event::Opened(stream)),
+                ["full", g] => Some(Event::Full(stream, Arc::new(assignment("kv", g)))),
+                ["full", g, job] => Some(Event::Full(stream, Arc::new(assignment(job, g)))),
+                ["delta", from, to] => Some(Event::Delta(stream, delta(from, to, vec![]))),
+                ["broken-delta", from, to] => {
+                    let replica = Replica { session: SessionId(9), since: Generation::ZERO };
+                    let assigned = Assigned {
+                        replicas: [replica].into_iter().collect(),
+                        ..Default::default()
+                    };
+                    Some(Event::Delta(stream, delta(from, to, vec![(Slice::FULL, assigned)])))
+                }
+                ["unknown"] => Some(Event::Unknown(stream)),
+                ["fail"] => Some(Event::Failed(stream, "it broke".into())),
+                ["late", "full", g] => {
+                    Some(Event::Full(StreamId(stream.0 - 1), Arc::new(assignment("kv", g))))
+                }
+                ["late", "fail"] => Some(Event::Failed(StreamId(stream.0 - 1), "old".into())),
+                ["seen", g] => Some(Event::Seen(g.parse().unwrap())),
+                _ => panic!("{line} is no step"),
+            };
+            if let Some(event) = event {
+                self.watcher.handle(self.now, event, &mut out);
+            }
+            let mut text: Vec<String> = Vec::new();
+            for action in out {
+                text.push(match action {
+                    Action::Ask { stream, source, known } => {
+                        assert!(stream > self.stream, "each stream has a greater name");
+                        self.stream = stream;
+                        let known = known.map_or("nothing".to_owned(), |known| known.to_string());
+                        format!("ask {source} knowing {known}")
+                    }
+                    Action::Close => "close".into(),
+                    Action::Install { assignment, delta } => {
+                        assert_eq!(self.watcher.known(), Some(&assignment));
+                        let how = if delta.is_some() { "by delta" } else { "in full" };
+                        format!("install {} {how}", assignment.generation)
+                    }
+                });
+            }
+            let state = match self.watcher.state() {
+                State::Empty { .. } => "empty",
+                State::Live { .. } => "live",
+                State::Stale { .. } => "stale",
+            };
+            format!("{} | {state}", if text.is_empty() { "-".into() } else { text.join(", ") })
+        }
+    }
+
+    fn assignment(job: &str, generation: &str) -> Assignment {
+        Assignment::new(job.parse().unwrap(), generation.parse().unwrap())
+    }
+
+    fn delta(from: &str, to: &str, slices: Vec<(Slice, Assigned)>) -> Delta {
+        let (from, to) = (from.parse().unwrap(), to.parse().unwrap());
+        Delta { job: "kv".parse().unwrap(), from, to, tasks: vec![], slices }
+    }
+
+    fn check(mut play: Play, transcript: &str) {
+        for line in transcript.lines().map(str::trim).filter(|line| !line.is_empty()) {
+            let (step, expected) = line.split_once('>').expect("a step > what follows");
+            let found = play.step(step.trim());
+            assert_eq!(found, expected.trim(), "after {step:?} in {transcript}");
+        }
+    }
+
+    #[test]
+    fn everything_comes_once_and_then_what_changes() {
+        check(
+            Play::new(1, 0, None, 1),
+            "wait            > ask 0 knowing nothing | empty
+             open            > - | empty
+             full 1.5        > install 1.5 in full | live
+             delta 1.5 1.6   > install 1.6 by delta | live
+             delta 1.6 1.9   > install 1.9 by delta | live
+             full 1.9        > - | live
+             full 2.1        > install 2.1 in full | live",
+        );
+    }
+
+    #[test]
+    fn what_was_known_before_is_where_the_stream_begins() {
+        check(
+            Play::new(1, 0, Some(5), 1),
+            "wait            > ask 0 knowing 1.5 | stale
+             open            > - | live
+             delta 1.5 1.6   > install 1.6 by delta | live",
+        );
+    }
+
+    #[test]
+    fn a_delta_that_does_not_fit_asks_for_everything_and_keeps_what_is_known() {
+        check(
+            Play::new(1, 0, Some(5), 1),
+            "wait                  > ask 0 knowing 1.5 | stale
+             open                  > - | live
+             delta 1.7 1.8         > ask 0 knowing nothing | stale
+             late full 1.9         > - | stale
+             open                  > - | stale
+             full 1.8              > install 1.8 in full | live
+             broken-delta 1.8 1.9  > ask 0 knowing nothing | stale
+             open                  > - | stale
+             full 1.8              > install 1.8 in full | live",
+        );
+    }
+
+    #[test]
+    fn a_source_that_owes_everything_and_sends_a_delta_is_left() {
+        check(
+            Play::new(2, 0, None, 1),
+            "wait            > ask 1 knowing nothing | empty
+             open            > - | empty
+             delta 1.1 1.2   > close | empty
+             wait            > ask 0 knowing nothing | empty
+             open            > - | empty
+             wait            > close | empty",
+        );
+    }
+
+    #[test]
+    fn nothing_goes_back() {
+        check(
+            Play::new(2, 0, Some(5), 1),
+            "wait            > ask 1 knowing 1.5 | stale
+             open            > - | live
+             delta 1.3 1.4   > - | live
+             delta 1.4 1.5   > - | live
+             full 1.4        > close | stale
+             late full 1.9   > - | stale
+             wait            > ask 0 knowing 1.5 | stale
+             full 0.900      > close | stale
+             wait            > ask 1 knowing 1.5 | stale
+             full 1.6 other  > close | stale
+             wait            > ask 0 knowing 1.5 | stale
+             full 1.6        > install 1.6 in full | live",
+        );
+    }
+
+    #[test]
+    fn each_source_is_tried_then_each_peer_then_the_sources_again() {
+        check(
+            Play::new(2, 2, Some(5), 1),
+            "wait  > ask 1 knowing 1.5 | stale
+             fail  > close | stale
+             wait  > ask 0 knowing 1.5 | stale
+             fail  > close | stale
+             wait  > ask 2 knowing 1.5 | stale
+             fail  > close | stale
+             wait  > ask 3 knowing 1.5 | stale
+             fail  > close | stale
+             wait  > ask 0 knowing 1.5 | stale
+             fail  > close | stale
+             wait  > ask 1 knowing 1.5 | stale",
+        );
+    }
+
+    #[test]
+    fn a_peer_is_left_for_the_sources_after_a_while() {
+        check(
+            Play::new(1, 1, None, 1),
+            "wait            > ask 0 knowing nothing | empty
+             wait            > close | empty
+             wait            > ask 1 knowing nothing | empty
+             open            > - | empty
+             full 1.5        > install 1.5 in full | live
+             pass 10000      > - | live
+             delta 1.5 1.6   > install 1.6 by delta | live
+             pass 10000      > - | live
+             wait            > close | stale
+             wait            > ask 0 knowing 1.6 | stale
+             fail            > close | stale
+             wait            > ask 1 knowing 1.6 | stale
+             open            > - | live",
+        );
+    }
+
+    #[test]
+    fn a_peer_that_fails_after_it_served_is_left_for_the_sources() {
+        check(
+            Play::new(2, 2, None, 1),
+            "wait      > ask 1 knowing nothing | empty
+             fail      > close | empty
+             wait      > ask 0 knowing nothing | empty
+             fail      > close | empty
+             wait      > ask 2 knowing nothing | empty
+             full 1.1  > install 1.1 in full | live
+             fail      > close | stale
+             wait      > ask 0 knowing 1.1 | stale",
+        );
+    }
+
+    #[test]
+    fn a_job_that_a_source_does_not_know_is_asked_for_elsewhere_in_turn() {
+        check(
+            Play::new(2, 0, None, 1),
+            "wait      > ask 1 knowing nothing | empty
+             open      > - | empty
+             unknown   > - | empty
+             wait      > close | empty
+             wait      > ask 0 knowing nothing | empty
+             unknown   > - | empty
+             full 1.1  > install 1.1 in full | live
+             pass 60000 > - | live
+             unknown   > - | stale
+             wait      > close | stale",
+        );
+        let mut alone = Play::new(1, 0, None, 1);
+        for step in ["wait", "open", "unknown"] {
+            alone.step(step);
+        }
+        assert_eq!(alone.watcher.deadline(), None, "with nobody else to ask it waits");
+    }
+
+    #[test]
+    fn a_source_that_lags_behind_what_was_seen_is_left_once() {
+        check(
+            Play::new(2, 0, Some(5), 1),
+            "wait            > ask 1 knowing 1.5 | stale
+             open            > - | live
+             seen 1.5        > - | live
+             pass 10000      > - | live
+             seen 1.6        > - | live
+             delta 1.5 1.6   > install 1.6 by delta | live
+             pass 2000       > - | live
+             seen 1.7        > - | live
+             wait            > close | stale
+             wait            > ask 0 knowing 1.6 | stale
+             open            > - | live
+             seen 9.9        > - | live
+             pass 900        > - | live
+             seen 9.9        > - | live
+             pass 100        > close | stale",
+        );
+        let mut alone = Play::new(1, 0, Some(5), 1);
+        for step in ["wait", "open", "seen 9.9"] {
+            alone.step(step);
+        }
+        assert_eq!(alone.watcher.deadline(), None, "another stream would say the same");
+    }
+
+    #[test]
+    fn pauses_begin_short_grow_and_differ() {
+        let mut firsts = std::collections::BTreeSet::new();
+        for seed in 0..50 {
+            let mut play = Play::new(1, 0, Some(1), seed);
+            let mut pauses = Vec::new();
+            for _ in 0..20 {
+                play.step("wait");
+                play.step("fail");
+                let until = play.watcher.deadline().expect("it tries again");
+                pauses.push(until.since(play.now));
+            }
+            firsts.insert(pauses[0]);
+            assert!(pauses[0] <= Duration::from_millis(200), "{pauses:?}");
+            assert!(pauses.iter().all(|pause| *pause <= BACKOFF_MAX), "{pauses:?}");
+            assert!(pauses[10..].iter().all(|pause| *pause >= BACKOFF_MAX / 2), "{pauses:?}");
+        }
+        assert!(firsts.len() > 40, "watchers that failed together come back apart");
+    }
+
+    #[test]
+    fn a_source_that_opens_and_fails_at_once_is_not_asked_without_pause() {
+        let mut play = Play::new(1, 0, Some(1), 3);
+        for _ in 0..20 {
+            for step in ["wait", "open", "fail"] {
+                play.step(step);
+            }
+        }
+        let until = play.watcher.deadline().expect("it tries again");
+        assert!(until.since(play.now) >= BACKOFF_MAX / 2);
+    }
+
+    #[test]
+    fn whatever_comes_nothing_goes_back_and_someone_is_asked() {
+        for seed in 0..300 {
+            let mut prng = Prng::new(seed);
+            let (sources, peers) = (prng.below(3) as usize, 1 + prng.below(2) as usize);
+            let mut play = Play::new(sources, peers, None, seed);
+            let mut known = None;
+            for _ in 0..200 {
+                let (a, b) = (prng.below(9), prng.below(9));
+                let step = match prng.below(12) {
+                    0 => "pass 700".to_owned(),
+                    1 => "open".into(),
+                    2 => format!("full {}.{a}", 1 + b / 7),
+                    3 => format!("delta 1.{a} 1.{b}"),
+                    4 => format!("delta 1.{a} 1.{}", a + 1),
+                    5 => format!("broken-delta 1.{a} 1.{}", a + 1),
+                    6 => "unknown".into(),
+                    7 => "fail".into(),
+                    8 => format!("seen 1.{a}"),
+                    9 if play.stream > StreamId(0) => format!("late full 1.{a}"),
+                    _ if play.watcher.deadline().is_some() => "wait".into(),
+                    _ => "fail".into(),
+                };
+                play.step(&step);
+                let now_known = play.watcher.generation();
+                assert!(
+                    now_known >= known,
+                    "seed {seed}: {known:?} became {now_known:?} by {step}"
+                );
+                known = now_known;
+                let waits = matches!(play.watcher.phase, Phase::Open { .. });
+                assert!(
+                    waits || play.watcher.deadline().is_some(),
+                    "seed {seed}: stuck after {step}"
+                );
+            }
+        }
     }
 }
