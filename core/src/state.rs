@@ -439,3 +439,191 @@ fn union(mut ranges: Vec<Slice>) -> Vec<Slice> {
     }
     joined
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::EndReason;
+    use crate::key::SliceKey;
+    use crate::plan::Reason;
+    use crate::spec::Ratio;
+
+    fn kv() -> JobName {
+        "kv".parse().unwrap()
+    }
+
+    fn info(name: &str, incarnation: u64, port: u16) -> TaskInfo {
+        TaskInfo::new(name.parse().unwrap(), incarnation, format!("h:{port}").parse().unwrap())
+    }
+
+    fn with_job() -> State {
+        let mut state = State::default();
+        let spec = JobSpec::new(kv());
+        state.apply(Command::ApplyJob { spec, if_version: None }).unwrap();
+        state
+    }
+
+    fn register(state: &mut State, info: TaskInfo) -> Result<SessionId, Refused> {
+        let applied = state.apply(Command::Register { job: kv(), info, stopped: None })?;
+        let Outcome::Session(session) = applied.outcome else { panic!("{applied:?}") };
+        Ok(session)
+    }
+
+    fn give_all(state: &mut State, to: SessionId) -> Result<Applied, Refused> {
+        let base = state.jobs[&kv()].assignment.generation;
+        let none = Load::ZERO;
+        let (slice, reason) = (Slice::FULL, Reason::First);
+        let step =
+            Move { slice, from: None, to: Some(to), reason, load: none, before: none, after: none };
+        let even = Ratio::from_millionths(1_000_000);
+        let plan =
+            Plan { base, edits: vec![Edit::Move(step)], imbalance: (even, even), total: none };
+        state.apply(Command::Change { job: kv(), plan })
+    }
+
+    /// Applies a command that must be refused, and checks that it left everything as it was.
+    fn refuse(state: &mut State, command: Command) -> Refused {
+        let before = state.clone();
+        let refused = state.apply(command).unwrap_err();
+        assert_eq!(*state, before);
+        refused
+    }
+
+    #[test]
+    fn each_change_is_a_greater_generation_and_a_delta_that_leads_there() {
+        let mut state = with_job();
+        let mut followed = state.jobs[&kv()].assignment.as_ref().clone();
+        let commands = [
+            Command::Register { job: kv(), info: info("a", 1, 1), stopped: None },
+            Command::Register { job: kv(), info: info("b", 2, 2), stopped: None },
+            Command::Drain { job: kv(), session: SessionId(1) },
+            Command::Undrain { job: kv(), session: SessionId(1) },
+            Command::End { job: kv(), session: SessionId(1), reason: EndReason::Left },
+        ];
+        for command in commands {
+            let delta = state.apply(command).unwrap().delta.unwrap();
+            followed = delta.apply_to(&followed).unwrap();
+            assert_eq!(followed, *state.jobs[&kv()].assignment);
+        }
+        assert_eq!(followed.generation.number, 6);
+    }
+
+    #[test]
+    fn registering_again_gives_the_same_session_and_another_process_is_refused() {
+        let mut state = with_job();
+        let first = register(&mut state, info("a", 1, 1)).unwrap();
+        assert_eq!(register(&mut state, info("a", 1, 1)), Ok(first));
+        let twice = Command::Register { job: kv(), info: info("a", 2, 9), stopped: None };
+        assert!(
+            matches!(refuse(&mut state, twice), Refused::NameTaken { session, .. } if session == first)
+        );
+        let same_address = Command::Register { job: kv(), info: info("b", 2, 1), stopped: None };
+        assert!(matches!(refuse(&mut state, same_address), Refused::AddressTaken { .. }));
+        let nowhere =
+            Command::Register { job: "x".parse().unwrap(), info: info("a", 1, 1), stopped: None };
+        assert!(matches!(refuse(&mut state, nowhere), Refused::NoSuchJob(_)));
+    }
+
+    #[test]
+    fn a_successor_may_say_that_its_predecessor_has_stopped() {
+        let mut state = with_job();
+        let old = register(&mut state, info("a", 1, 1)).unwrap();
+        give_all(&mut state, old).unwrap();
+        let register = Command::Register { job: kv(), info: info("a", 2, 1), stopped: Some(old) };
+        let new = state.apply(register).unwrap().outcome;
+        assert_eq!(new, Outcome::Session(SessionId(2)), "sessions are never given twice");
+        let assignment = &state.jobs[&kv()].assignment;
+        assert!(!assignment.tasks.contains_key(&old));
+        assert_eq!(assignment.get(SliceKey(7)).1.replicas.as_slice(), []);
+    }
+
+    #[test]
+    fn a_plan_applies_to_the_assignment_that_it_was_made_for_and_no_other() {
+        let mut state = with_job();
+        let session = register(&mut state, info("a", 1, 1)).unwrap();
+        let base = state.jobs[&kv()].assignment.generation;
+        let applied = give_all(&mut state, session).unwrap();
+        assert_eq!(applied.delta.unwrap().to, base.next());
+        assert_eq!(state.jobs[&kv()].churn.keys, 1_000_000, "all keys, in millionths");
+        let even = Ratio::from_millionths(1_000_000);
+        let late = Plan { base, edits: vec![], imbalance: (even, even), total: Load::ZERO };
+        let refused = refuse(&mut state, Command::Change { job: kv(), plan: late.clone() });
+        assert!(matches!(refused, Refused::Stale { .. }));
+        let future = Plan { base: base.next().next().next(), ..late };
+        let refused = refuse(&mut state, Command::Change { job: kv(), plan: future });
+        assert!(matches!(refused, Refused::Stale { .. }));
+    }
+
+    #[test]
+    fn a_leaving_task_is_given_nothing() {
+        let mut state = with_job();
+        let session = register(&mut state, info("a", 1, 1)).unwrap();
+        state.apply(Command::Drain { job: kv(), session }).unwrap();
+        let before = state.clone();
+        assert!(matches!(give_all(&mut state, session), Err(Refused::Taker { .. })));
+        assert!(matches!(give_all(&mut state, SessionId(9)), Err(Refused::Taker { .. })));
+        assert_eq!(state, before);
+    }
+
+    #[test]
+    fn an_ended_session_is_gone_for_good() {
+        let mut state = with_job();
+        let session = register(&mut state, info("a", 1, 1)).unwrap();
+        let end = Command::End { job: kv(), session, reason: EndReason::Lost };
+        state.apply(end.clone()).unwrap();
+        assert!(matches!(refuse(&mut state, end), Refused::NoSuchSession { .. }));
+        assert_eq!(register(&mut state, info("a", 1, 1)), Ok(SessionId(2)));
+    }
+
+    #[test]
+    fn loads_are_stored_without_a_new_generation() {
+        let mut state = with_job();
+        let base = state.jobs[&kv()].assignment.generation;
+        let loads = vec![Load::from_milli(5)];
+        state.apply(Command::StoreLoads { job: kv(), base, loads: loads.clone() }).unwrap();
+        let assignment = &state.jobs[&kv()].assignment;
+        assert_eq!((assignment.generation, assignment.get(SliceKey(0)).1.load), (base, loads[0]));
+        let many = Command::StoreLoads { job: kv(), base, loads: vec![Load::ZERO; 2] };
+        assert_eq!(refuse(&mut state, many), Refused::Loads { expected: 1, found: 2 });
+    }
+
+    #[test]
+    fn a_spec_is_changed_only_by_who_has_seen_it() {
+        let mut state = with_job();
+        let spec = JobSpec { band: Ratio::percent(20), ..JobSpec::new(kv()) };
+        let blind = Command::ApplyJob { spec: spec.clone(), if_version: Some(0) };
+        assert!(matches!(
+            refuse(&mut state, blind),
+            Refused::Version { version: 1, expected: 0, .. }
+        ));
+        state.apply(Command::ApplyJob { spec: spec.clone(), if_version: Some(1) }).unwrap();
+        assert_eq!(
+            (state.jobs[&kv()].spec.band, state.jobs[&kv()].version),
+            (Ratio::percent(20), 2)
+        );
+        let senseless = JobSpec { band: Ratio::percent(0), ..spec };
+        let refused = refuse(&mut state, Command::ApplyJob { spec: senseless, if_version: None });
+        assert!(matches!(refused, Refused::Spec(_)));
+    }
+
+    #[test]
+    fn there_are_only_so_many_jobs() {
+        let mut state = State::default();
+        for number in 0..JOBS_MAX {
+            let spec = JobSpec::new(format!("j{number}").parse().unwrap());
+            state.apply(Command::ApplyJob { spec, if_version: None }).unwrap();
+        }
+        let one_more = Command::ApplyJob { spec: JobSpec::new(kv()), if_version: None };
+        assert!(matches!(refuse(&mut state, one_more), Refused::Limit { max: JOBS_MAX, .. }));
+    }
+
+    #[test]
+    fn a_cluster_is_founded_once_and_its_nodes_never_share_an_id() {
+        let mut state = State::default();
+        state.apply(Command::FoundCluster { id: ClusterId(7), nodes: 3 }).unwrap();
+        let again = Command::FoundCluster { id: ClusterId(8), nodes: 3 };
+        assert_eq!(refuse(&mut state, again), Refused::Founded(ClusterId(7)));
+        assert_eq!(state.apply(Command::MintNode).unwrap().outcome, Outcome::Node(NodeId(4)));
+        assert_eq!(state.apply(Command::MintNode).unwrap().outcome, Outcome::Node(NodeId(5)));
+    }
+}
