@@ -16,3 +16,6 @@ pub mod job;
 pub mod update;
 pub mod command;
 pub mod state;
+
+#[cfg(test)]
+mod tests;

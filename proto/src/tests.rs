@@ -1,0 +1,226 @@
+//! Every message there and back, cut short at every byte, and with bytes that nobody wrote.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mandoline_core::assignment::{Assigned, Assignment, Replica};
+use mandoline_core::command::{ClusterId, Command, EndReason};
+use mandoline_core::delta::{Delta, TaskChange};
+use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
+use mandoline_core::load::Load;
+use mandoline_core::plan::{Edit, Move, Plan, Reason};
+use mandoline_core::prng::Prng;
+use mandoline_core::report::Report;
+use mandoline_core::slice::Slice;
+use mandoline_core::spec::{JobSpec, Ratio};
+use mandoline_core::state::{Churn, Job, State};
+use mandoline_core::task::{Phase, SessionId, Task, TaskInfo};
+use prost::Message;
+
+use crate::error::{WireError, decode};
+use crate::pb;
+use crate::task;
+use crate::update::{Assembler, PART_MAX_BYTES, Update, encode_delta, encode_full, encode_unknown};
+
+const NOW: Generation = Generation { incarnation: 1, number: 7 };
+
+fn slice(first: u64, last: u64) -> Slice {
+    Slice::new(SliceKey(first), SliceKey(last)).unwrap()
+}
+
+fn info(id: u64) -> TaskInfo {
+    let mut info =
+        TaskInfo::new(format!("t{id}").parse().unwrap(), id, format!("h{id}:80").parse().unwrap());
+    info.watch = Some("h:81".parse().unwrap());
+    info.labels.insert("zone".into(), "a".into());
+    info.revision = "v2".into();
+    info
+}
+
+fn member(id: u64) -> Arc<Task> {
+    Arc::new(Task { session: SessionId(id), info: info(id), phase: Phase::Draining })
+}
+
+fn assigned(sessions: &[u64]) -> Assigned {
+    let replicas =
+        sessions.iter().map(|id| Replica { session: SessionId(*id), since: NOW }).collect();
+    Assigned { replicas, load: Load::from_milli(12_345), token: NOW }
+}
+
+fn assignment(slices: u64) -> Assignment {
+    let mut assignment = Assignment::new("kv".parse().unwrap(), NOW);
+    assignment.tasks = [1, 2].map(|id| (SessionId(id), member(id))).into();
+    for at in 1..slices {
+        assignment
+            .slices
+            .set(slice(at << 40, u64::MAX), assigned(if at % 2 == 0 { &[1, 2] } else { &[2] }));
+    }
+    assignment
+}
+
+fn delta() -> Delta {
+    let tasks = vec![TaskChange::Set(member(3)), TaskChange::Gone(SessionId(1))];
+    let slices = vec![(slice(0, 9), assigned(&[3])), (slice(10, 99), assigned(&[]))];
+    Delta { job: "kv".parse().unwrap(), from: NOW, to: NOW.next(), tasks, slices }
+}
+
+fn step() -> Move {
+    let (from, to) = (Some(SessionId(1)), None);
+    let [load, before, after] = [5, 9, 4].map(Load::from_milli);
+    Move { slice: slice(1, 2), from, to, reason: Reason::Dereplicate, load, before, after }
+}
+
+fn commands() -> Vec<Command> {
+    let job: mandoline_core::name::JobName = "kv".parse().unwrap();
+    let session = SessionId(4);
+    let edits = vec![
+        Edit::Split { at: SliceKey(5), low: Load::from_milli(1) },
+        Edit::Merge(slice(0, 9)),
+        Edit::Move(step()),
+    ];
+    let imbalance = (Ratio::from_millionths(1_500_000), Ratio::from_millionths(1_000_000));
+    let plan = Plan { base: NOW, edits, imbalance, total: Load::from_milli(77) };
+    let loads = vec![Load::ZERO, Load::from_milli(u64::MAX)];
+    vec![
+        Command::FoundCluster { id: ClusterId(u128::MAX - 5), nodes: 3 },
+        Command::MintNode,
+        Command::ApplyJob { spec: JobSpec::new(job.clone()), if_version: Some(0) },
+        Command::ApplyJob { spec: JobSpec::new(job.clone()), if_version: None },
+        Command::Register { job: job.clone(), info: info(1), stopped: Some(session) },
+        Command::Drain { job: job.clone(), session },
+        Command::Undrain { job: job.clone(), session },
+        Command::End { job: job.clone(), session, reason: EndReason::Lost },
+        Command::Change { job: job.clone(), plan },
+        Command::StoreLoads { job, base: NOW, loads },
+    ]
+}
+
+fn state() -> State {
+    let spec = JobSpec::new("kv".parse().unwrap());
+    let job = Job {
+        version: 3,
+        assignment: Arc::new(assignment(5)),
+        churn: Churn { moves: 1, keys: 2, load: 3 },
+        history: VecDeque::from([(NOW, step())]),
+        ..Job::new(spec.clone(), NOW)
+    };
+    let jobs = [(spec.name, job)].into();
+    State { cluster: Some(ClusterId(9)), incarnation: 2, last_session: 8, last_node: 3, jobs }
+}
+
+/// Checks that a message comes back; that no cut and no flipped bit does worse than an error.
+fn survives<M, T>(value: &T, message: M, parse: impl Fn(M) -> Result<T, WireError>)
+where
+    M: Message + Default + Clone,
+    T: PartialEq + std::fmt::Debug,
+{
+    let bytes = message.encode_to_vec();
+    let read = |bytes: &[u8]| decode::<M>(bytes, "test").and_then(&parse);
+    assert_eq!(read(&bytes).as_ref(), Ok(value));
+    for end in 0..bytes.len() {
+        // A cut between two fields may still be a message, but never the same one.
+        assert_ne!(read(&bytes[..end]).as_ref(), Ok(value), "cut at {end}");
+    }
+    let mut prng = Prng::new(bytes.len() as u64);
+    for _ in 0..2_000 {
+        let mut bent = bytes.clone();
+        let at = prng.below(bent.len() as u64) as usize;
+        bent[at] ^= 1 << prng.below(8);
+        drop(read(&bent));
+    }
+}
+
+#[test]
+fn commands_come_back() {
+    for command in commands() {
+        survives(&command, pb::Command::from(&command), Command::try_from);
+    }
+}
+
+#[test]
+fn the_state_comes_back() {
+    survives(&state(), pb::State::from(&state()), State::try_from);
+}
+
+#[test]
+fn reports_come_back() {
+    let slices = vec![(slice(0, 9), Load::from_milli(1_500)), (slice(10, u64::MAX), Load::ZERO)];
+    let window = Duration::from_millis(5_000);
+    let report = Report { session: SessionId(4), generation: NOW, window, slices };
+    survives(&report, pb::Report::from(&report), |message| task::report(SessionId(4), message));
+}
+
+type Bend = fn(&mut pb::Assignment);
+
+#[test]
+fn fields_that_make_no_sense_are_named() {
+    let good = pb::Assignment::from(&assignment(3));
+    let bend = |bend: Bend| {
+        let mut message = good.clone();
+        bend(&mut message);
+        Assignment::try_from(message).unwrap_err().to_string()
+    };
+    let cases: [(Bend, &str); 8] = [
+        (|m| m.job = "a/b".into(), "job: the name \"a/b\" has '/'"),
+        (|m| m.job = "x".repeat(64), "job: the name is 64 bytes long"),
+        (|m| m.generation = None, "generation: is missing"),
+        (|m| m.slices.clear(), "slices: the first slice does not begin at"),
+        (
+            |m| m.slices.swap(1, 2),
+            "slices: the slice that begins at 0000010000000000 is out of order",
+        ),
+        (|m| m.tasks[1].session = 0, "tasks[1].session: is zero"),
+        (|m| m.tasks.clear(), "names a task that is unknown"),
+        (
+            |m| m.tasks[0].info.as_mut().unwrap().address = "nowhere".into(),
+            "tasks[0].info.address: \"nowhere\" is no address",
+        ),
+    ];
+    for (change, message) in cases {
+        let error = bend(change);
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+#[test]
+fn loads_that_are_no_numbers_are_refused() {
+    let report = |load: f64, window_ms: u64| {
+        let slices = vec![pb::SliceLoad { slice: Some(slice(0, 9).into()), load }];
+        task::report(SessionId(1), pb::Report { generation: Some(NOW.into()), window_ms, slices })
+    };
+    assert!(report(1.5, 1_000).is_ok());
+    for bad in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
+        let error = report(bad, 1_000).unwrap_err();
+        assert_eq!(error.field, "slices[0].load", "{error}");
+    }
+    assert_eq!(report(1.0, 0).unwrap_err().field, "report");
+}
+
+#[test]
+fn a_full_assignment_travels_in_parts() {
+    let large = assignment(40_000);
+    let messages = encode_full(&large);
+    assert!(
+        messages.len() > 1 && messages.iter().all(|message| message.len() <= PART_MAX_BYTES + 16)
+    );
+    let mut assembler = Assembler::default();
+    let (last, first) = messages.split_last().unwrap();
+    for message in first {
+        assert_eq!(assembler.take_bytes(message), Ok(None));
+    }
+    assert_eq!(assembler.take_bytes(last), Ok(Some(Update::Full(large))));
+    // And deltas after it.
+    assert_eq!(assembler.take_bytes(&encode_delta(&delta())), Ok(Some(Update::Delta(delta()))));
+    let job: mandoline_core::name::JobName = "kv".parse().unwrap();
+    assert_eq!(assembler.take_bytes(&encode_unknown(&job)), Ok(Some(Update::Unknown(job))));
+}
+
+#[test]
+fn a_delta_between_parts_is_refused() {
+    let messages = encode_full(&assignment(40_000));
+    let mut assembler = Assembler::default();
+    assembler.take_bytes(&messages[0]).unwrap();
+    assert_eq!(assembler.take_bytes(&encode_delta(&delta())).unwrap_err().field, "update");
+}
