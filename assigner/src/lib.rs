@@ -1,1 +1,3 @@
 //! The replicated control plane of Mandoline: decides who serves what.
+
+pub mod raft;

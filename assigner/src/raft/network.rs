@@ -1,0 +1,288 @@
+//! How openraft reaches a peer: one gRPC connection, a stream for what is appended, plain calls for the rest.
+//!
+//! Three things that openraft leaves to its network. It waits out its back-off inside the stream of requests, so the first
+//! request is awaited before dialling; else a peer that is down would be dialled in a loop. Each call ends within its time
+//! to live. And a stream on which a request waits for its reply for too long is given up, so that a peer that hangs does
+//! not hang the leader.
+
+use std::future::{Future, ready};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::{self, BoxStream};
+use futures_util::{Stream, StreamExt};
+use mandoline_core::command::NodeId;
+use mandoline_proto::pb;
+use openraft::OptionalSend;
+use openraft::base::BoxFuture;
+use openraft::errors::{
+    NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable,
+};
+use openraft::network::{
+    Backoff, NetBackoff, NetSnapshot, NetStreamAppend, NetTransferLeader, NetVote, RPCOption,
+    RPCTypes, RaftNetworkFactory,
+};
+use openraft::raft::{
+    AppendEntriesRequest, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use prost::Message;
+use tonic::{Code, Status};
+
+use crate::raft::disk::PART_BYTES;
+use crate::raft::machine::head_of;
+use crate::raft::peer::{Dialer, refusal};
+use crate::raft::types::{Member, Snapshot, Types, Vote};
+use crate::raft::wire;
+
+/// The least that a reply may take: a sync on a busy disk takes longer than three quarters of a heartbeat.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// Makes the links of one node.
+#[derive(Clone, Debug)]
+pub(crate) struct Network {
+    me: NodeId,
+    dialer: Arc<Dialer>,
+}
+
+impl Network {
+    pub(crate) fn new(me: NodeId, dialer: Arc<Dialer>) -> Self {
+        Self { me, dialer }
+    }
+}
+
+impl RaftNetworkFactory<Types> for Network {
+    type Network = Link;
+
+    async fn new_client(&mut self, target: u64, node: &Member) -> Link {
+        Link {
+            me: self.me,
+            target: NodeId(target),
+            address: node.peer.clone(),
+            dialer: self.dialer.clone(),
+        }
+    }
+}
+
+/// The way to one peer.
+#[derive(Debug)]
+pub(crate) struct Link {
+    me: NodeId,
+    target: NodeId,
+    address: String,
+    dialer: Arc<Dialer>,
+}
+
+impl Link {
+    /// Makes one call, within its time.
+    async fn call<T>(
+        &self,
+        action: RPCTypes,
+        within: Duration,
+        call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+    ) -> Result<T, RPCError<Types>> {
+        match tokio::time::timeout(within, call).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(self.failed(&status)),
+            Err(_) => Err(self.late(action, within)),
+        }
+    }
+
+    fn failed(&self, status: &Status) -> RPCError<Types> {
+        if let Some(kind) = refusal(status) {
+            tracing::warn!(peer = %self.target, address = %self.address, kind, error = status.message(), "Peer refused a call");
+        }
+        let message = format!(
+            "{} at {}: {:?}: {}",
+            self.target,
+            self.address,
+            status.code(),
+            status.message()
+        );
+        match status.code() {
+            Code::InvalidArgument | Code::ResourceExhausted => {
+                RPCError::Network(NetworkError::from_string(message))
+            }
+            // Everything else goes away by itself or not at all: openraft backs off.
+            _ => RPCError::Unreachable(Unreachable::from_string(message)),
+        }
+    }
+
+    fn late(&self, action: RPCTypes, timeout: Duration) -> RPCError<Types> {
+        RPCError::Timeout(Timeout { action, id: self.me.0, target: self.target.0, timeout })
+    }
+
+    fn odd(&self, error: impl std::fmt::Display) -> RPCError<Types> {
+        RPCError::Network(NetworkError::from_string(format!(
+            "{} at {}: {error}",
+            self.target, self.address
+        )))
+    }
+
+    async fn ask(
+        &self,
+        rpc: VoteRequest<Types>,
+        pre: bool,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, RPCError<Types>> {
+        let mut client =
+            self.dialer.client(&self.address).map_err(|status| self.failed(&status))?;
+        let request = self.dialer.request(Some(self.target), wire::pb_vote_request(&rpc, pre));
+        let reply = self.call(RPCTypes::Vote, option.soft_ttl(), client.vote(request)).await?;
+        wire::vote_reply(reply).map_err(|error| self.odd(error))
+    }
+
+    async fn append<S>(
+        &self,
+        mut input: S,
+        option: RPCOption,
+    ) -> Result<BoxStream<'_, Result<StreamAppendResult<Types>, RPCError<Types>>>, RPCError<Types>>
+    where
+        S: Stream<Item = AppendEntriesRequest<Types>> + Send + Unpin + 'static,
+    {
+        let Some(first) = input.next().await else {
+            return Ok(stream::empty().boxed());
+        };
+        let mut client =
+            self.dialer.client(&self.address).map_err(|status| self.failed(&status))?;
+        let within = option.soft_ttl().max(PATIENCE);
+        let sent = Arc::new(AtomicU64::new(0));
+        let count = sent.clone();
+        let outgoing = stream::once(ready(first)).chain(input).flat_map(move |request| {
+            count.fetch_add(1, Ordering::Relaxed);
+            stream::iter(parts(wire::pb_append(&request).encode_to_vec().into()))
+        });
+        let call = client.append(self.dialer.request(Some(self.target), outgoing));
+        let replies = self.call(RPCTypes::AppendEntries, within, call).await?;
+        let replies = stream::unfold((Some(replies), 0_u64), move |(replies, received)| {
+            let sent = sent.clone();
+            async move {
+                let mut replies = replies?;
+                loop {
+                    let before = sent.load(Ordering::Relaxed);
+                    match tokio::time::timeout(within, replies.message()).await {
+                        Ok(Ok(Some(reply))) => {
+                            let result = wire::append_reply(reply).map_err(|error| self.odd(error));
+                            let more = matches!(result, Ok(Ok(_))).then_some(replies);
+                            return Some((result, (more, received + 1)));
+                        }
+                        Ok(Ok(None)) => return None,
+                        Ok(Err(status)) => {
+                            return Some((Err(self.failed(&status)), (None, received)));
+                        }
+                        // Nothing was asked the whole time: silence is the right answer.
+                        Err(_) if before <= received => {}
+                        Err(_) => {
+                            return Some((
+                                Err(self.late(RPCTypes::AppendEntries, within)),
+                                (None, received),
+                            ));
+                        }
+                    }
+                }
+            }
+        });
+        Ok(replies.boxed())
+    }
+}
+
+/// Cuts bytes into parts.
+fn parts(bytes: Bytes) -> Vec<pb::RaftPart> {
+    let mut parts: Vec<_> = (0..bytes.len())
+        .step_by(PART_BYTES)
+        .map(|at| bytes.slice(at..bytes.len().min(at + PART_BYTES)))
+        .map(|data| pb::RaftPart { data, last: false, head: None })
+        .collect();
+    if parts.is_empty() {
+        parts.push(pb::RaftPart::default());
+    }
+    parts.last_mut().expect("there is one at least").last = true;
+    parts
+}
+
+impl NetBackoff<Types> for Link {
+    fn backoff(&self) -> Option<Backoff> {
+        None
+    }
+}
+
+impl NetStreamAppend<Types> for Link {
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<
+        's,
+        Result<
+            openraft::base::BoxStream<'s, Result<StreamAppendResult<Types>, RPCError<Types>>>,
+            RPCError<Types>,
+        >,
+    >
+    where
+        S: Stream<Item = AppendEntriesRequest<Types>> + OptionalSend + Unpin + 'static,
+    {
+        Box::pin(self.append(input, option))
+    }
+}
+
+impl NetVote<Types> for Link {
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, RPCError<Types>> {
+        self.ask(rpc, false, option).await
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<Types>,
+        option: RPCOption,
+    ) -> Result<VoteResponse<Types>, RPCError<Types>> {
+        self.ask(rpc, true, option).await
+    }
+}
+
+impl NetSnapshot<Types> for Link {
+    type SnapshotData = Bytes;
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
+        let mut client =
+            self.dialer.client(&self.address).map_err(|status| self.failed(&status))?;
+        let head = head_of(snapshot.meta, &snapshot.snapshot);
+        let mut parts = parts(snapshot.snapshot);
+        parts[0].head = Some(wire::pb_head(&head, Some(&vote)));
+        let request = self.dialer.request(Some(self.target), stream::iter(parts));
+        let call =
+            self.call(RPCTypes::InstallSnapshot, option.soft_ttl(), client.snapshot(request));
+        let reply = tokio::select! {
+            reply = call => reply?,
+            closed = cancel => return Err(closed.into()),
+        };
+        let vote = reply.vote.ok_or_else(|| self.odd("a reply without a vote"))?;
+        Ok(SnapshotResponse::new(wire::vote(vote)))
+    }
+}
+
+impl NetTransferLeader<Types> for Link {
+    async fn transfer_leader(
+        &mut self,
+        request: TransferLeaderRequest<Types>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<Types>, RPCError<Types>> {
+        let mut client =
+            self.dialer.client(&self.address).map_err(|status| self.failed(&status))?;
+        let call =
+            client.transfer(self.dialer.request(Some(self.target), wire::pb_transfer(&request)));
+        let reply = self.call(RPCTypes::TransferLeader, option.soft_ttl(), call).await?;
+        Ok(wire::transfer_reply(reply, &request))
+    }
+}

@@ -1,0 +1,6 @@
+//! Tests of the consensus layer as a whole: the storage by itself, a node alone, three nodes over TCP.
+
+mod kit;
+mod storage;
+mod alone;
+mod cluster;
