@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod real;
 pub mod event;
+pub mod spread;
 pub mod trace;
 pub mod access_log;
 mod zstd;

@@ -15,6 +15,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -44,15 +45,16 @@ pub(crate) struct Client {
     // As many as were in use at once, at most.
     idle: Mutex<Vec<SendRequest<Full<Bytes>>>>,
     connections: TaskTracker,
+    dials: Semaphore,
     stop: CancellationToken,
 }
 
 impl Client {
     pub(crate) fn new(target: SocketAddr) -> Self {
         let host = HeaderValue::try_from(target.to_string()).expect("an address is visible ASCII");
-        let (idle, connections, stop) =
-            (Mutex::default(), TaskTracker::new(), CancellationToken::new());
-        Self { target, host, idle, connections, stop }
+        let (idle, dials) = (Mutex::default(), Semaphore::new(DIALS_MAX));
+        let (connections, stop) = (TaskTracker::new(), CancellationToken::new());
+        Self { target, host, idle, connections, dials, stop }
     }
 
     /// Sends a request and reads the whole answer. The error says why there is none.
@@ -88,15 +90,7 @@ impl Client {
         mut request: Request<Full<Bytes>>,
     ) -> Result<(SendRequest<Full<Bytes>>, http::Response<Incoming>), String> {
         loop {
-            let (mut sender, is_fresh) = match self.pop() {
-                Some(sender) => (sender, false),
-                None => (
-                    self.dial()
-                        .await
-                        .map_err(|error| format!("no connection to {}: {error}", self.target))?,
-                    true,
-                ),
-            };
+            let (mut sender, is_fresh) = self.connection().await?;
             let mut error = match sender.try_send_request(request).await {
                 Ok(response) => return Ok((sender, response)),
                 Err(error) => error,
@@ -107,6 +101,22 @@ impl Client {
                 None => return Err(format!("no answer: {}", with_source(&error.into_error()))),
             }
         }
+    }
+
+    /// Takes the connection that was used last, or makes one; says whether it is fresh.
+    async fn connection(&self) -> Result<(SendRequest<Full<Bytes>>, bool), String> {
+        if let Some(sender) = self.pop() {
+            return Ok((sender, false));
+        }
+        let _turn = self.dials.acquire().await.expect("the semaphore is never closed");
+        // One may have come back meanwhile.
+        if let Some(sender) = self.pop() {
+            return Ok((sender, false));
+        }
+        let dialled = self.dial().await;
+        let sender =
+            dialled.map_err(|error| format!("no connection to {}: {error}", self.target))?;
+        Ok((sender, true))
     }
 
     async fn dial(&self) -> Result<SendRequest<Full<Bytes>>, String> {
@@ -170,5 +180,8 @@ fn with_source(error: &hyper::Error) -> String {
     }
 }
 
+/// Connections that are being made at once: a burst of hundreds overruns a server's backlog, and each that is dropped
+/// there comes again after a whole second.
+const DIALS_MAX: usize = 32;
 /// How much of an error's body is kept: a line or two.
 const EXCERPT_BYTES: usize = 200;

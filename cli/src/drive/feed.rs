@@ -9,6 +9,7 @@ use mandoline_sim::access_log::KeyPart;
 use mandoline_sim::event::Event;
 use mandoline_sim::lines::InputError;
 use mandoline_sim::replay::{Replay, Skipped};
+use mandoline_sim::spread::Spread;
 use mandoline_sim::workload::{Sampler, Workload};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -102,7 +103,7 @@ fn read(
     let mut offset = Duration::ZERO;
     for pass in 1.. {
         let (mut last, mut count) = (Duration::ZERO, 0_u32);
-        let mut at_end = false;
+        let (mut spread, mut at_end) = (Spread::default(), false);
         while !at_end {
             let mut events = Vec::with_capacity(BATCH_EVENTS);
             while events.len() < BATCH_EVENTS && !at_end {
@@ -110,13 +111,19 @@ fn read(
                     Some(event) => {
                         last = event.at;
                         count = count.saturating_add(1);
-                        events.push(Event { at: offset.saturating_add(event.at), ..event });
+                        spread.push(event, &mut events);
                     }
-                    None => at_end = true,
+                    None => {
+                        spread.finish(&mut events);
+                        at_end = true;
+                    }
                 }
             }
-            if sender.blocking_send(Ok(Batch { events, pass, skipped: replay.skipped() })).is_err()
-            {
+            for event in &mut events {
+                event.at = event.at.saturating_add(offset);
+            }
+            let batch = Batch { events, pass, skipped: replay.skipped() };
+            if sender.blocking_send(Ok(batch)).is_err() {
                 return Ok(());
             }
         }
@@ -130,7 +137,7 @@ fn read(
     Ok(())
 }
 
-/// Events that travel together, so that the channel costs little for each.
+/// Events that travel together (more where more had one time), so that the channel costs little for each.
 const BATCH_EVENTS: usize = 256;
 /// Batches that wait for the driver: a thousand events ahead hide any pause of the disk.
 const BATCHES: usize = 4;

@@ -64,7 +64,7 @@ pub(crate) enum Load {
 /// How fast a recording is sent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Pace {
-    /// By its own times, so many times faster.
+    /// By its own times, so many times faster. Times in whole seconds or minutes are spread evenly over them.
     Speed(Speed),
     /// At a steady rate, in its own order.
     Rate(Rate),
@@ -214,7 +214,7 @@ async fn run(
             None => stop.cancelled().await,
         }
     };
-    let send = send_all(&mut feed, pace, limits.in_flight, start, end, &sender, &tasks);
+    let send = send_all(&mut feed, pace, limits.in_flight, start, &sender, &tasks);
     let error = tokio::select! {
         biased;
         () = ended => None,
@@ -249,22 +249,19 @@ async fn send_all(
     pace: Pace,
     in_flight: usize,
     start: Instant,
-    end: Option<Instant>,
     sender: &Arc<Sender>,
     tasks: &TaskTracker,
 ) -> Result<(), InputError> {
     let room = Arc::new(Semaphore::new(in_flight));
     let mut number = 0_u64;
     while let Some(event) = feed.next(&sender.ledger).await? {
-        let due = start
-            + match pace {
-                Pace::Speed(Speed(times)) => event.at.div_f64(times),
-                Pace::Rate(Rate(rate)) => Duration::from_secs_f64(number as f64 / rate),
-            };
+        let after = match pace {
+            Pace::Speed(Speed(times)) => event.at.as_secs_f64() / times,
+            Pace::Rate(Rate(rate)) => number as f64 / rate,
+        };
+        let due = start + Duration::from_secs_f64(after.min(DUE_MAX_SECONDS));
         number += 1;
-        if end.is_some_and(|end| due >= end) {
-            break;
-        }
+        // What is due after the end is waited for too: the end comes first.
         if due > Instant::now() {
             sleep_until(due).await;
         }
@@ -279,6 +276,9 @@ async fn send_all(
     }
     Ok(())
 }
+
+/// Thirty years, so that no sum of times overflows.
+const DUE_MAX_SECONDS: f64 = 1e9;
 
 /// What each request needs.
 #[derive(Debug)]
