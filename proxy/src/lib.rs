@@ -1,1 +1,29 @@
 //! The L7 proxy of Mandoline: sends each request to the task that owns its key.
+//!
+//! HTTP/1.1 on hyper, one single-threaded runtime per core, nothing shared between cores on a request's path but the
+//! assignment. A request runs through named stages, in this order and in one function, [`serve::serve`]:
+//!
+//! ```text
+//! listen -> identify -> key -> route -> forward -> observe
+//! ```
+
+pub mod names;
+pub mod config;
+pub mod record;
+pub mod metrics;
+pub mod route;
+mod refusal;
+mod upload;
+mod pool;
+mod worker;
+mod exchange;
+mod download;
+mod identify;
+mod forward;
+mod serve;
+mod listen;
+mod admin;
+pub mod proxy;
+
+#[cfg(test)]
+mod tests;

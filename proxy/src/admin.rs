@@ -1,0 +1,137 @@
+//! What operators and probes ask: `/metrics`, `/livez`, `/readyz`, on an address of its own so that no client can.
+
+use std::convert::Infallible;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{self, HeaderValue};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1::Builder;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use crate::metrics::Tally;
+use crate::route::Router;
+
+/// Connections at a time: a few probes and scrapers. One more waits in the kernel until another has ended.
+const CONNECTIONS_MAX: usize = 64;
+/// How long one connection may be silent.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// How long to wait after the kernel refused a socket.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What the admin address knows.
+pub(crate) struct Admin {
+    registry: Registry,
+    router: Arc<Router>,
+    stop: CancellationToken,
+}
+
+impl Admin {
+    pub(crate) fn new(tally: Tally, router: Arc<Router>, stop: CancellationToken) -> Self {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(tally));
+        Self { registry, router, stop }
+    }
+
+    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
+        if known && !matches!(*request.method(), Method::GET | Method::HEAD) {
+            return text(StatusCode::METHOD_NOT_ALLOWED, "ask with GET\n");
+        }
+        match request.uri().path() {
+            "/metrics" => self.metrics(),
+            "/livez" => text(StatusCode::OK, "ok\n"),
+            "/readyz" => self.ready(),
+            _ => text(StatusCode::NOT_FOUND, "try /metrics, /livez or /readyz\n"),
+        }
+    }
+
+    fn metrics(&self) -> Response<Full<Bytes>> {
+        let mut all = String::new();
+        encode(&mut all, &self.registry).expect("writing to a string does not fail");
+        let mut response = Response::new(Full::from(all));
+        response.headers_mut().insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8"),
+        );
+        response
+    }
+
+    fn ready(&self) -> Response<Full<Bytes>> {
+        if self.stop.is_cancelled() {
+            text(StatusCode::SERVICE_UNAVAILABLE, "the proxy is stopping\n")
+        } else if !self.router.is_ready() {
+            text(StatusCode::SERVICE_UNAVAILABLE, "no assignment has come in yet\n")
+        } else {
+            text(StatusCode::OK, "ok\n")
+        }
+    }
+}
+
+fn text(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(text));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+/// Answers until the proxy has stopped: also while it stops, so that `/readyz` can say so.
+pub(crate) async fn run(admin: Arc<Admin>, listener: TcpListener, stopped: CancellationToken) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let connections = TaskTracker::new();
+    loop {
+        let place = tokio::select! {
+            () = stopped.cancelled() => break,
+            place = Arc::clone(&places).acquire_owned() => place.expect("the semaphore is never closed"),
+        };
+        tokio::select! {
+            () = stopped.cancelled() => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    let serving = connection(Arc::clone(&admin), stream, stopped.clone());
+                    connections.spawn(async move {
+                        serving.await;
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    warn!(%error, "No admin connection could be accepted");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    connections.close();
+    connections.wait().await;
+}
+
+async fn connection(admin: Arc<Admin>, stream: TcpStream, stopped: CancellationToken) {
+    let service = service_fn(|request| {
+        let answer = admin.answer(&request);
+        async move { Ok::<_, Infallible>(answer) }
+    });
+    let mut builder = Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(SILENCE_MAX);
+    let connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    tokio::select! {
+        served = connection => if let Err(error) = served {
+            debug!(%error, "Admin connection broke");
+        },
+        () = stopped.cancelled() => {}
+    }
+}

@@ -1,0 +1,248 @@
+//! What a proxy is told before it starts. Where it comes from (flags, environment, a file) is the caller's business.
+
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::str::FromStr;
+use std::time::Duration;
+
+use mandoline_core::extract::Extract;
+
+use crate::record::Observer;
+
+/// The longest name of a proxy, in bytes: a DNS label.
+pub const ID_MAX_BYTES: usize = 63;
+
+/// What a proxy is told before it starts.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where requests come in. Port 0 takes any free port.
+    pub listen: SocketAddr,
+    /// Where `/metrics`, `/livez` and `/readyz` are served, if anywhere.
+    pub admin: Option<SocketAddr>,
+    /// Where the key is in a request.
+    pub key: Extract,
+    /// How many cores to use: each gets a thread, a runtime, a listening socket and a connection pool of its own.
+    pub workers: NonZeroUsize,
+    /// What the proxy calls itself in `Via`; two proxies in a row need different names.
+    pub id: ProxyId,
+    /// How long to wait for what.
+    pub timeouts: Timeouts,
+    /// How much to take at most.
+    pub limits: Limits,
+    /// Is told of each request when it has ended.
+    pub observer: Option<Observer>,
+}
+
+impl Config {
+    /// Takes what has no good default, and defaults for the rest.
+    pub fn new(listen: SocketAddr, key: Extract) -> Self {
+        Self {
+            listen,
+            admin: None,
+            key,
+            workers: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+            id: ProxyId::random(),
+            timeouts: Timeouts::default(),
+            limits: Limits::default(),
+            observer: None,
+        }
+    }
+
+    /// Refuses values that no proxy could work with.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        let Timeouts { connect, header, response, idle, grace: _ } = self.timeouts;
+        let timeouts =
+            [("connect", connect), ("header", header), ("response", response), ("idle", idle)];
+        for (name, length) in timeouts {
+            if length.is_zero() || length > TIMEOUT_MAX {
+                return Err(ConfigError::Timeout { name, length });
+            }
+        }
+        let Limits { connections, header_bytes, headers, idle_per_task, replay_bytes: _ } =
+            self.limits;
+        let limits = [
+            ("connections", connections, 1, 1_000_000),
+            // hyper's smallest buffer is 8 KiB, and a key alone may have 8 KiB.
+            ("header_bytes", header_bytes, 8 << 10, 1 << 20),
+            ("headers", headers, 1, 10_000),
+            ("idle_per_task", idle_per_task, 0, 100_000),
+        ];
+        for (name, value, least, most) in limits {
+            if !(least..=most).contains(&value) {
+                return Err(ConfigError::Limit { name, value, least, most });
+            }
+        }
+        match self.workers.get() {
+            1..=WORKERS_MAX => Ok(()),
+            value => {
+                Err(ConfigError::Limit { name: "workers", value, least: 1, most: WORKERS_MAX })
+            }
+        }
+    }
+}
+
+/// The most workers: twice the threads of the largest machines in common use.
+pub const WORKERS_MAX: usize = 1024;
+/// The longest time-out: a day, since nobody waits longer and clocks overflow somewhere.
+pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A configuration held a value that no proxy could work with.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A time-out was zero or longer than a day.
+    #[error("the {name} time-out is {length:?}: give more than 0s and at most 24h")]
+    Timeout {
+        /// Which one.
+        name: &'static str,
+        /// What it was.
+        length: Duration,
+    },
+    /// A limit was out of its range.
+    #[error("the limit {name} is {value}: give {least} to {most}")]
+    Limit {
+        /// Which one.
+        name: &'static str,
+        /// What it was.
+        value: usize,
+        /// The least that works.
+        least: usize,
+        /// The most that makes sense.
+        most: usize,
+    },
+}
+
+/// How long to wait for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For a task to accept a connection. A second: within one data centre it takes a millisecond, or a lost packet's
+    /// first retransmission (1 s) has shown that something is wrong.
+    pub connect: Duration,
+    /// For a client to finish the head of a request, and between two requests of one connection.
+    pub header: Duration,
+    /// For a task to begin its answer, counted anew whenever a piece of the request's body gets through.
+    pub response: Duration,
+    /// How long a connection to a task is kept for the next request. Below the 5 s after which Node closes its end, the
+    /// shortest common default: closing first means never sending into a connection that is being closed.
+    pub idle: Duration,
+    /// For requests in flight to finish once the proxy is told to stop.
+    pub grace: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(1),
+            header: Duration::from_secs(10),
+            response: Duration::from_secs(60),
+            idle: Duration::from_secs(4),
+            grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// How much to take at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Client connections at a time, over all workers. One more gets a 503 and is closed.
+    pub connections: usize,
+    /// The head of a request or of an answer, in bytes. More gets a 431, or a 502 where a task sent it.
+    pub header_bytes: usize,
+    /// Header lines in a request or an answer. More gets a 431, or a 502 where a task sent it.
+    pub headers: usize,
+    /// Connections kept open to a task that have nothing to do, for each worker. More are closed.
+    pub idle_per_task: usize,
+    /// Request bodies kept for a second try, over all requests of a worker. Beyond it a body cannot be sent again.
+    pub replay_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 20_000,
+            // What nginx takes (4 buffers of 8 KiB).
+            header_bytes: 32 << 10,
+            headers: 100,
+            idle_per_task: 256,
+            replay_bytes: 64 << 20,
+        }
+    }
+}
+
+/// What a proxy calls itself in `Via`: letters, digits, `-`, `_` and `.`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ProxyId(Box<str>);
+
+/// A proxy's name was empty, too long, or held something else than letters, digits, `-`, `_` and `.`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} is no name for a proxy: give 1 to {ID_MAX_BYTES} of a-z, A-Z, 0-9, '-', '_' and '.'"
+)]
+pub struct ProxyIdError(String);
+
+impl ProxyId {
+    /// Draws a name that no other proxy has, so that two in a row do not take each other for a loop.
+    pub fn random() -> Self {
+        // The standard library's hasher is the one source of randomness that needs no dependency.
+        Self(format!("{:016x}", RandomState::new().hash_one(std::process::id())).into())
+    }
+
+    /// Gives the name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for ProxyId {
+    type Err = ProxyIdError;
+
+    fn from_str(text: &str) -> Result<Self, ProxyIdError> {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+        if (1..=ID_MAX_BYTES).contains(&text.len()) && text.bytes().all(allowed) {
+            Ok(Self(text.into()))
+        } else {
+            Err(ProxyIdError(text.chars().take(2 * ID_MAX_BYTES).collect()))
+        }
+    }
+}
+
+impl fmt::Display for ProxyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proxys_name_fits_a_header() {
+        for good in ["a", "edge-1.eu_west", &"x".repeat(63)] {
+            assert_eq!(good.parse::<ProxyId>().unwrap().as_str(), good);
+        }
+        for bad in ["", "a b", "a,b", "a/b", &"x".repeat(64)] {
+            assert!(bad.parse::<ProxyId>().is_err(), "{bad}");
+        }
+        assert_ne!(ProxyId::random(), ProxyId::random());
+        assert!(ProxyId::random().as_str().parse::<ProxyId>().is_ok());
+    }
+
+    #[test]
+    fn values_that_cannot_work_are_refused_by_name() {
+        let good = Config::new("127.0.0.1:0".parse().unwrap(), Extract::Host);
+        assert_eq!(good.check(), Ok(()));
+        let mut bad = good.clone();
+        bad.timeouts.connect = Duration::ZERO;
+        let error = bad.check().unwrap_err().to_string();
+        assert_eq!(error, "the connect time-out is 0ns: give more than 0s and at most 24h");
+        let mut bad = good.clone();
+        bad.limits.header_bytes = 100;
+        let error = bad.check().unwrap_err().to_string();
+        assert_eq!(error, "the limit header_bytes is 100: give 8192 to 1048576");
+        let mut bad = good;
+        bad.workers = NonZeroUsize::MAX;
+        assert!(bad.check().is_err());
+    }
+}

@@ -1,0 +1,98 @@
+//! One request from its head to the last byte of its answer. Whatever happens, its end is counted once: when the exchange
+//! is dropped, with the last thing that was known.
+
+use std::rc::Rc;
+
+use http::StatusCode;
+use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
+use mandoline_core::task::SessionId;
+use tokio::time::Instant;
+
+use crate::metrics::Count;
+use crate::record::{Outcome, Record};
+use crate::route::Target;
+use crate::worker::Worker;
+
+/// One request, under way.
+pub(crate) struct Exchange {
+    worker: Rc<Worker>,
+    began: Instant,
+    key: Option<SliceKey>,
+    generation: Generation,
+    first: Option<SessionId>,
+    last: Option<SessionId>,
+    retried: bool,
+    first_try_right: bool,
+    status: Option<StatusCode>,
+    outcome: Outcome,
+}
+
+impl Exchange {
+    pub(crate) fn begin(worker: &Rc<Worker>) -> Self {
+        worker.counters.count(Count::Requests);
+        Self {
+            worker: Rc::clone(worker),
+            began: Instant::now(),
+            key: None,
+            generation: Generation::ZERO,
+            first: None,
+            last: None,
+            retried: false,
+            first_try_right: false,
+            status: None,
+            outcome: Outcome::Abandoned,
+        }
+    }
+
+    pub(crate) const fn began(&self) -> Instant {
+        self.began
+    }
+
+    pub(crate) const fn has_key(&mut self, key: SliceKey) {
+        self.key = Some(key);
+    }
+
+    pub(crate) fn tries(&mut self, target: &Target) {
+        if self.first.is_none() {
+            self.first = Some(target.session);
+            self.generation = target.generation;
+        } else {
+            self.retried = true;
+        }
+        self.last = Some(target.session);
+    }
+
+    pub(crate) const fn first_try_was_right(&mut self) {
+        self.first_try_right = true;
+    }
+
+    /// The head of the answer goes out; until the rest has, it counts as abandoned.
+    pub(crate) const fn answers(&mut self, status: StatusCode) {
+        self.status = Some(status);
+    }
+
+    pub(crate) const fn ends(&mut self, outcome: Outcome) {
+        self.outcome = outcome;
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let record = Record {
+            key: self.key,
+            generation: self.generation,
+            first: self.first,
+            last: self.last,
+            first_try_right: self.first_try_right,
+            retried: self.retried,
+            status: self.status.map(|status| status.as_u16()),
+            outcome: self.outcome,
+            duration: self.began.elapsed(),
+        };
+        self.worker.counters.record(&record);
+        if let Some(observer) = &self.worker.config.observer {
+            observer.observe(&record);
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! From a target to an answer: one try, and a second on the fresh owner where the first may be repeated.
+//!
+//! A request may be sent again when no task has acted on it: the task could not be reached, the connection was closed
+//! before the request was written, or the task answered 421, which says so. After a connection that broke off before the
+//! answer it may be sent again only if its method promises that twice is as good as once (RFC 9110, 9.2.2). In each case
+//! its body must still be at hand.
+
+use std::future::Future;
+use std::pin::pin;
+use std::rc::Rc;
+
+use http::header::{self, HeaderMap, HeaderValue};
+use http::request::Parts;
+use http::{Request, Response, StatusCode, Version};
+use hyper::body::Incoming;
+use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
+use tokio::time::{Instant, timeout_at};
+use tracing::debug;
+
+use crate::exchange::Exchange;
+use crate::metrics::TaskCount;
+use crate::names::{GENERATION, strip_hop_by_hop};
+use crate::pool::{Lease, Upstream};
+use crate::refusal::Refusal;
+use crate::route::Target;
+use crate::upload::{Tape, Upload};
+use crate::worker::Worker;
+
+/// A task's answer and the connection it comes on.
+pub(crate) type Answer = (Response<Incoming>, Lease);
+
+/// What one try came to, if not an answer to pass on.
+enum Setback {
+    /// The task was not reached, or was not sent the request.
+    Unreached,
+    /// The task says that the key is not its own, and by which assignment.
+    Misdirected(Option<Generation>),
+    /// The task broke off before it answered.
+    Broken,
+    /// There is no use in trying again.
+    Final(Refusal),
+}
+
+/// Sends a request to its task, and once more to the fresh owner if it may be repeated.
+pub(crate) async fn forward(
+    worker: &Worker,
+    key: SliceKey,
+    target: Target,
+    head: &Parts,
+    tape: &Tape,
+    exchange: &mut Exchange,
+) -> Result<Answer, Refusal> {
+    exchange.tries(&target);
+    let setback = match attempt(worker, &target, head, tape, exchange).await {
+        Ok(answer) => {
+            if answer.0.status() != StatusCode::SERVICE_UNAVAILABLE {
+                exchange.first_try_was_right();
+            }
+            tape.settle();
+            return Ok(answer);
+        }
+        Err(setback) => setback,
+    };
+    let told = match &setback {
+        Setback::Misdirected(told) => *told,
+        Setback::Broken if !head.method.is_idempotent() => return Err(setback.into()),
+        Setback::Unreached | Setback::Broken => None,
+        Setback::Final(_) => return Err(setback.into()),
+    };
+    if !tape.is_whole() {
+        return Err(setback.into());
+    }
+    let Some(fresh) = worker.router.fresh(key, &target, told).await else {
+        return Err(Refusal::Unserved);
+    };
+    if fresh.session == target.session && !matches!(setback, Setback::Misdirected(_)) {
+        return Err(setback.into());
+    }
+    debug!(%key, from = %target.session, to = %fresh.session, "Request is tried again");
+    exchange.tries(&fresh);
+    let answer = attempt(worker, &fresh, head, tape, exchange).await?;
+    tape.settle();
+    Ok(answer)
+}
+
+impl From<Setback> for Refusal {
+    fn from(setback: Setback) -> Self {
+        match setback {
+            Setback::Unreached => Self::Unreached,
+            Setback::Misdirected(_) => Self::Moving,
+            Setback::Broken => Self::Broken,
+            Setback::Final(refusal) => refusal,
+        }
+    }
+}
+
+async fn attempt(
+    worker: &Worker,
+    target: &Target,
+    head: &Parts,
+    tape: &Tape,
+    exchange: &Exchange,
+) -> Result<Answer, Setback> {
+    let upstream = worker.pool.upstream(target);
+    upstream.counters.count(TaskCount::Tried);
+    let answer = exchange_messages(worker, &upstream, head, tape, exchange).await;
+    upstream.counters.count(match &answer {
+        Ok((response, _)) if response.status().is_server_error() => TaskCount::Failed,
+        Ok(_) => TaskCount::Answered,
+        Err(Setback::Misdirected(_)) => TaskCount::Misdirected,
+        Err(_) => TaskCount::Failed,
+    });
+    answer
+}
+
+async fn exchange_messages(
+    worker: &Worker,
+    upstream: &Rc<Upstream>,
+    head: &Parts,
+    tape: &Tape,
+    exchange: &Exchange,
+) -> Result<Answer, Setback> {
+    loop {
+        // A kept connection that turns out closed costs nothing but the look, so this loop ends with a new one.
+        let mut lease = match worker.pool.kept(upstream) {
+            Some(lease) => lease,
+            None => worker.pool.connect(upstream).await.map_err(|error| {
+                debug!(%error, "Task not reached");
+                Setback::Unreached
+            })?,
+        };
+        let Some(upload) = tape.play() else { return Err(Setback::Broken) };
+        let sent = lease.sender.try_send_request(request(head, upload));
+        let limit = worker.config.timeouts.response;
+        let Some(answer) = within(sent, limit, exchange.began(), tape).await else {
+            let late = if tape.is_waiting() { Refusal::SlowBody } else { Refusal::Late };
+            return Err(Setback::Final(late));
+        };
+        let error = match answer {
+            Ok(response) => return accept(response, lease),
+            Err(error) => error,
+        };
+        let unsent = error.message().is_some();
+        let error = error.into_error();
+        debug!(%error, unsent, reused = lease.reused, "Connection to a task broke");
+        if tape.is_broken() {
+            return Err(Setback::Final(Refusal::Malformed(
+                "the body of the request broke off or is not well formed",
+            )));
+        }
+        if error.is_parse() {
+            return Err(Setback::Final(Refusal::Garbled(
+                "its head cannot be parsed, or is too large",
+            )));
+        }
+        match (unsent, lease.reused) {
+            (true, true) => {}
+            (true, false) => return Err(Setback::Unreached),
+            // The task closed a connection that it had kept, at the moment when it was used.
+            (false, true) if head.method.is_idempotent() => {}
+            (false, _) => return Err(Setback::Broken),
+        }
+    }
+}
+
+fn request(head: &Parts, upload: Upload) -> Request<Upload> {
+    let mut request = Request::new(upload);
+    *request.method_mut() = head.method.clone();
+    *request.uri_mut() = head.uri.clone();
+    *request.headers_mut() = head.headers.clone();
+    request
+}
+
+/// Waits for an answer as long as the body gets on, and for `limit` after it last did.
+async fn within<T>(
+    answer: impl Future<Output = T>,
+    limit: std::time::Duration,
+    began: Instant,
+    tape: &Tape,
+) -> Option<T> {
+    let mut answer = pin!(answer);
+    let mut deadline = began + limit;
+    loop {
+        if let Ok(answer) = timeout_at(deadline, answer.as_mut()).await {
+            return Some(answer);
+        }
+        let moved = tape.moved().map(|moved| moved + limit);
+        deadline = moved.filter(|moved| *moved > deadline)?;
+    }
+}
+
+/// Takes an answer over: 421 leads to another try, and what belongs to this hop ends here.
+fn accept(mut response: Response<Incoming>, lease: Lease) -> Result<Answer, Setback> {
+    if response.status() == StatusCode::MISDIRECTED_REQUEST {
+        let told =
+            response.headers().get(GENERATION).and_then(|value| value.to_str().ok()?.parse().ok());
+        return Err(Setback::Misdirected(told));
+    }
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Setback::Final(Refusal::Garbled(
+            "it switched protocols though nobody had asked",
+        )));
+    }
+    framing(&mut response)?;
+    strip_hop_by_hop(response.headers_mut());
+    *response.version_mut() = Version::HTTP_11;
+    Ok((response, lease))
+}
+
+/// Leaves one reading of where the answer ends: hyper has chosen it by the rules, so what speaks against it goes.
+fn framing(response: &mut Response<Incoming>) -> Result<(), Setback> {
+    let no_body = matches!(response.status(), StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    let headers = response.headers();
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    let chunked = match (codings.next(), codings.next()) {
+        (None, _) => false,
+        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => true,
+        _ => {
+            return Err(Setback::Final(Refusal::Garbled(
+                "its transfer coding is not chunked alone",
+            )));
+        }
+    };
+    let length = one_length(headers)?;
+    let headers = response.headers_mut();
+    if chunked || no_body {
+        headers.remove(header::CONTENT_LENGTH);
+    } else if let Some(length) = length {
+        headers.insert(header::CONTENT_LENGTH, length);
+    }
+    Ok(())
+}
+
+/// Finds the length that an answer states, in a plain form if it was stated twice alike.
+fn one_length(headers: &HeaderMap) -> Result<Option<HeaderValue>, Setback> {
+    let mut lines = headers.get_all(header::CONTENT_LENGTH).iter();
+    let Some(first) = lines.next() else { return Ok(None) };
+    let all =
+        [first].into_iter().chain(lines).flat_map(|line| line.as_bytes().split(|b| *b == b','));
+    let mut lengths = all.map(<[u8]>::trim_ascii);
+    let length = lengths.next().unwrap_or_default();
+    let plain = !length.is_empty() && length.iter().all(u8::is_ascii_digit);
+    if !plain || lengths.any(|other| other != length) {
+        return Err(Setback::Final(Refusal::Garbled(
+            "its Content-Length is no number, or says two things",
+        )));
+    }
+    Ok(HeaderValue::from_bytes(length).ok())
+}

@@ -1,0 +1,184 @@
+//! Who asks for what: refuses what cannot be passed on safely, and signs what is passed on, so that the task knows the
+//! client and a loop is noticed.
+//!
+//! hyper has parsed the head by now and refused what is no HTTP. Of a request with both Content-Length and
+//! Transfer-Encoding it has dropped the former and will close the connection after the answer (RFC 9112, 6.1), so that
+//! what goes on to the task has one reading.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+
+use http::header::{self, HeaderMap, HeaderValue};
+use http::request::Parts;
+use http::uri::PathAndQuery;
+use http::{Method, Uri, Version};
+use mandoline_core::extract;
+
+use crate::names::{lists, strip_hop_by_hop};
+use crate::refusal::Refusal;
+use crate::worker::Worker;
+
+/// The host that a request is for: from an absolute target, or else from `Host`.
+pub(crate) struct Host(HeaderValue);
+
+impl Host {
+    pub(crate) fn as_str(&self) -> Option<&str> {
+        self.0.to_str().ok().filter(|host| !host.is_empty())
+    }
+}
+
+/// Lets core's key extraction look into a request's headers.
+pub(crate) struct Fields<'a>(pub(crate) &'a HeaderMap);
+
+impl extract::Headers for Fields<'_> {
+    fn values<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a [u8]> {
+        self.0.get_all(name).iter().map(HeaderValue::as_bytes)
+    }
+}
+
+/// Refuses what cannot be passed on safely, and finds out which host is meant.
+pub(crate) fn identify(worker: &Worker, head: &mut Parts) -> Result<Host, Refusal> {
+    method(&head.method)?;
+    framing(head)?;
+    no_upgrade(&head.headers)?;
+    no_loop(&head.headers, &worker.pseudonym)?;
+    let host = host(head)?;
+    origin_form(head)?;
+    Ok(host)
+}
+
+fn method(method: &Method) -> Result<(), Refusal> {
+    match *method {
+        Method::CONNECT => Err(Refusal::Method("CONNECT")),
+        // It would show a script what its browser hides from it.
+        Method::TRACE => Err(Refusal::Method("TRACE")),
+        _ => Ok(()),
+    }
+}
+
+fn framing(head: &Parts) -> Result<(), Refusal> {
+    let mut codings = head.headers.get_all(header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => {}
+        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => {}
+        _ => return Err(Refusal::TransferCoding),
+    }
+    let mut expectations = head.headers.get_all(header::EXPECT).iter();
+    if expectations.any(|value| !value.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+        return Err(Refusal::Expectation);
+    }
+    Ok(())
+}
+
+fn no_upgrade(headers: &HeaderMap) -> Result<(), Refusal> {
+    // A client that would rather speak HTTP/2 goes on in HTTP/1.1 when nobody answers its wish (RFC 9110, 7.8).
+    let mut wishes = headers.get_all(header::UPGRADE).iter();
+    let harmless = wishes.all(|wish| wish.as_bytes().eq_ignore_ascii_case(b"h2c"));
+    if harmless { Ok(()) } else { Err(Refusal::Upgrade) }
+}
+
+fn no_loop(headers: &HeaderMap, pseudonym: &str) -> Result<(), Refusal> {
+    let mut entries =
+        headers.get_all(header::VIA).iter().flat_map(|line| line.as_bytes().split(|b| *b == b','));
+    // An entry is protocol, pseudonym and perhaps a comment.
+    let ours = entries.any(|entry| {
+        let mut words = entry.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
+        words.nth(1) == Some(pseudonym.as_bytes())
+    });
+    if ours { Err(Refusal::Loop) } else { Ok(()) }
+}
+
+fn host(head: &Parts) -> Result<Host, Refusal> {
+    let mut lines = head.headers.get_all(header::HOST).iter();
+    let host = match (lines.next(), lines.next()) {
+        (_, Some(_)) => return Err(Refusal::Malformed("the request has more than one Host")),
+        (None, None) if head.version == Version::HTTP_11 => {
+            return Err(Refusal::Malformed("the request has no Host"));
+        }
+        (host, None) => host.cloned().unwrap_or(HeaderValue::from_static("")),
+    };
+    // An absolute target outweighs Host (RFC 9112, 3.2.2).
+    let host = match head.uri.authority() {
+        None => host,
+        Some(authority) => {
+            let without_user = authority.as_str().rsplit('@').next().unwrap_or_default();
+            HeaderValue::from_str(without_user).map_err(|_| Refusal::Malformed(BAD_HOST))?
+        }
+    };
+    if host.as_bytes().iter().all(|b| is_host_byte(*b)) {
+        Ok(Host(host))
+    } else {
+        Err(Refusal::Malformed(BAD_HOST))
+    }
+}
+
+const BAD_HOST: &str = "the host of the request is none: use a name or address, and perhaps a port";
+
+const fn is_host_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric()
+        || matches!(byte, b'-' | b'.' | b'_' | b'~' | b':' | b'[' | b']' | b'%')
+}
+
+fn origin_form(head: &mut Parts) -> Result<(), Refusal> {
+    if head.uri.scheme().is_some() {
+        let path = head.uri.path_and_query().cloned();
+        head.uri = Uri::from(path.unwrap_or(PathAndQuery::from_static("/")));
+    }
+    let asterisk = head.method == Method::OPTIONS && head.uri.path() == "*";
+    if head.uri.path().starts_with('/') || asterisk {
+        Ok(())
+    } else {
+        Err(Refusal::Malformed("the target of the request is no path: begin it with /"))
+    }
+}
+
+/// Takes away what was meant for this hop, and says who the client was and that the request came by here.
+pub(crate) fn sign(worker: &Worker, client: &Client, host: &Host, head: &mut Parts) {
+    let headers = &mut head.headers;
+    let trailers = lists(headers.get_all(header::TE), "trailers");
+    let chunked = headers.contains_key(header::TRANSFER_ENCODING);
+    strip_hop_by_hop(headers);
+    // The proxy meets the expectation itself: it asks for the body as soon as the task takes it.
+    headers.remove(header::EXPECT);
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        headers.insert(header::CONNECTION, HeaderValue::from_static("te"));
+    }
+    if chunked {
+        // Also with GET, where hyper would take a body of unknown length for none.
+        headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+    headers.append(header::VIA, worker.via(head.version));
+    headers.append(header::FORWARDED, client.forwarded(host));
+    headers.insert(header::HOST, host.0.clone());
+    head.version = Version::HTTP_11;
+}
+
+/// The other end of a client's connection.
+pub(crate) struct Client {
+    // `for=...;proto=http`, the same for every request.
+    prefix: String,
+}
+
+impl Client {
+    pub(crate) fn new(address: IpAddr) -> Self {
+        let prefix = match address.to_canonical() {
+            IpAddr::V4(v4) => format!("for={v4};proto=http"),
+            IpAddr::V6(v6) => format!("for=\"[{v6}]\";proto=http"),
+        };
+        Self { prefix }
+    }
+
+    fn forwarded(&self, host: &Host) -> HeaderValue {
+        let prefix = &self.prefix;
+        let text = match host.as_str() {
+            None => Cow::Borrowed(prefix),
+            // A port or an IPv6 address is no token, so it is quoted. No host holds a quote: see `is_host_byte`.
+            Some(host) if host.contains([':', '[']) => {
+                Cow::Owned(format!("{prefix};host=\"{host}\""))
+            }
+            Some(host) => Cow::Owned(format!("{prefix};host={host}")),
+        };
+        HeaderValue::try_from(text.into_owned()).expect("addresses and checked hosts fit a header")
+    }
+}

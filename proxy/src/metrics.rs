@@ -1,0 +1,435 @@
+//! Every number the proxy keeps, by name. Each worker counts for itself, alone, in plain cells that others may read; they
+//! are added up when someone asks. So counting costs a load and a store, and no core waits for another.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use mandoline_core::generation::Generation;
+use mandoline_core::task::{Address, SessionId};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+
+use crate::record::{Outcome, Record};
+
+/// What one worker counts. Only that worker writes.
+// Two workers' cells must not share a cache line, nor the pair of lines that the prefetcher fetches.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct Counters {
+    cells: [AtomicU64; COUNTS.len()],
+    durations: [AtomicU64; BUCKETS + 1],
+    duration_nanos: AtomicU64,
+    tasks: Mutex<BTreeMap<SessionId, Arc<TaskCounters>>>,
+}
+
+/// What one worker counts for one task.
+#[derive(Debug)]
+pub(crate) struct TaskCounters {
+    address: Address,
+    cells: [AtomicU64; TASK_COUNTS.len()],
+}
+
+/// What is counted. `COUNTS` has the name and the help of each, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Count {
+    Requests,
+    Answered,
+    Refused,
+    Failed,
+    Abandoned,
+    FirstTryRight,
+    Retried,
+    Unserved,
+    ConnectionsOpened,
+    ConnectionsClosed,
+    ConnectionsTurnedAway,
+    Connects,
+    ConnectFailures,
+    Stale,
+}
+
+const COUNTS: [(Count, &str, &str); 14] = [
+    (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
+    (
+        Count::Answered,
+        "mandoline_proxy_requests_answered",
+        "Requests that a task answered below 500, to the end",
+    ),
+    (
+        Count::Refused,
+        "mandoline_proxy_requests_refused",
+        "Requests that could not be served by anyone, such as without a key",
+    ),
+    (
+        Count::Failed,
+        "mandoline_proxy_requests_failed",
+        "Requests that ended in a 5xx or in a broken answer",
+    ),
+    (
+        Count::Abandoned,
+        "mandoline_proxy_requests_abandoned",
+        "Requests whose client left before the end",
+    ),
+    (
+        Count::FirstTryRight,
+        "mandoline_proxy_requests_first_try_right",
+        "Requests that the task tried first took",
+    ),
+    (Count::Retried, "mandoline_proxy_requests_retried", "Requests that were tried a second time"),
+    (Count::Unserved, "mandoline_proxy_requests_unserved", "Requests for keys that no task serves"),
+    (Count::ConnectionsOpened, "mandoline_proxy_connections_opened", "Client connections accepted"),
+    (
+        Count::ConnectionsClosed,
+        "mandoline_proxy_connections_closed",
+        "Client connections that have ended",
+    ),
+    (
+        Count::ConnectionsTurnedAway,
+        "mandoline_proxy_connections_turned_away",
+        "Client connections over the limit",
+    ),
+    (Count::Connects, "mandoline_proxy_connects", "Connections to tasks that were opened"),
+    (
+        Count::ConnectFailures,
+        "mandoline_proxy_connect_failures",
+        "Connections to tasks that could not be opened",
+    ),
+    (
+        Count::Stale,
+        "mandoline_proxy_stale_connections",
+        "Kept connections to tasks that turned out closed when used",
+    ),
+];
+
+/// What is counted for each task. `TASK_COUNTS` has the name and the help of each, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TaskCount {
+    Tried,
+    Answered,
+    Misdirected,
+    Failed,
+}
+
+const TASK_COUNTS: [(TaskCount, &str, &str); 4] = [
+    (
+        TaskCount::Tried,
+        "mandoline_proxy_task_requests",
+        "Requests sent to the task, second tries too",
+    ),
+    (
+        TaskCount::Answered,
+        "mandoline_proxy_task_answers",
+        "Answers of the task other than 421 and 5xx",
+    ),
+    (
+        TaskCount::Misdirected,
+        "mandoline_proxy_task_misdirected",
+        "Requests that the task said it does not own (421)",
+    ),
+    (
+        TaskCount::Failed,
+        "mandoline_proxy_task_failures",
+        "Requests that the task could not be reached for, broke off or answered 5xx",
+    ),
+];
+
+const IN_FLIGHT: (&str, &str) =
+    ("mandoline_proxy_requests_in_flight", "Requests that have begun and not ended");
+const CONNECTIONS: (&str, &str) =
+    ("mandoline_proxy_connections_open", "Client connections that are open");
+const GENERATION: (&str, &str) = (
+    "mandoline_proxy_assignment_generation",
+    "Number of the generation that requests are routed by, 0 before the first",
+);
+const DURATION: (&str, &str) = (
+    "mandoline_proxy_request_duration_seconds",
+    "From the head of a request to the last byte of its answer",
+);
+
+/// Durations are counted in buckets that double, from 128 us (below it a proxy's own time shows) to 67 s (above the
+/// longest wait for an answer).
+const BUCKETS: usize = 20;
+const FIRST_BUCKET_NANOS: u64 = 128_000;
+
+fn bump(cell: &AtomicU64, by: u64) {
+    // One writer, so no read-modify-write is needed.
+    cell.store(cell.load(Relaxed) + by, Relaxed);
+}
+
+impl Counters {
+    pub(crate) fn count(&self, what: Count) {
+        bump(&self.cells[what as usize], 1);
+    }
+
+    /// Gives the cells of a task, new ones the first time. Takes a lock, so callers keep what they get.
+    pub(crate) fn task(&self, session: SessionId, address: &Address) -> Arc<TaskCounters> {
+        let mut tasks = self.tasks.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let fresh = || TaskCounters { address: address.clone(), cells: Default::default() };
+        Arc::clone(tasks.entry(session).or_insert_with(|| Arc::new(fresh())))
+    }
+
+    /// Forgets a task that is gone, so that the list does not grow for ever.
+    pub(crate) fn forget(&self, session: SessionId) {
+        self.tasks.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).remove(&session);
+    }
+
+    pub(crate) fn record(&self, record: &Record) {
+        self.count(match record.outcome {
+            Outcome::Answered => Count::Answered,
+            Outcome::Refused => Count::Refused,
+            Outcome::Failed => Count::Failed,
+            Outcome::Abandoned => Count::Abandoned,
+        });
+        if record.first_try_right {
+            self.count(Count::FirstTryRight);
+        }
+        if record.retried {
+            self.count(Count::Retried);
+        }
+        let nanos = u64::try_from(record.duration.as_nanos()).unwrap_or(u64::MAX);
+        let bucket = (0..BUCKETS).find(|n| nanos <= FIRST_BUCKET_NANOS << n).unwrap_or(BUCKETS);
+        bump(&self.durations[bucket], 1);
+        bump(&self.duration_nanos, nanos);
+    }
+}
+
+impl TaskCounters {
+    pub(crate) fn count(&self, what: TaskCount) {
+        bump(&self.cells[what as usize], 1);
+    }
+}
+
+/// What a proxy has done so far, added up over its workers. Grows only, but for the two that say "now".
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Requests whose head came in.
+    pub requests: u64,
+    /// Requests that have begun and not ended, now.
+    pub in_flight: u64,
+    /// Requests that a task answered below 500, to the end.
+    pub answered: u64,
+    /// Requests that nobody could serve, such as without a key.
+    pub refused: u64,
+    /// Requests that ended in a 5xx or in an answer that broke off.
+    pub failed: u64,
+    /// Requests whose client left before the end.
+    pub abandoned: u64,
+    /// Requests that the task tried first took: it could be reached and answered something else than 421 or 503.
+    pub first_try_right: u64,
+    /// Requests that were tried a second time.
+    pub retried: u64,
+    /// Requests for keys that no task serves.
+    pub unserved: u64,
+    /// Client connections, now.
+    pub connections: u64,
+    /// Connections to tasks that were opened.
+    pub connects: u64,
+    /// Each task that was tried in the last minutes.
+    pub tasks: BTreeMap<SessionId, TaskStats>,
+}
+
+/// What a proxy has sent to one task so far.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskStats {
+    /// Where the task listens.
+    pub address: Address,
+    /// Requests sent to it, second tries too.
+    pub tried: u64,
+    /// Its answers other than 421 and 5xx.
+    pub answered: u64,
+    /// Requests that it said it does not own (421).
+    pub misdirected: u64,
+    /// Requests that it could not be reached for, broke off or answered 5xx.
+    pub failed: u64,
+}
+
+/// The counters of all workers, to be added up at any time from any thread.
+#[derive(Clone)]
+pub struct Tally {
+    workers: Arc<[Arc<Counters>]>,
+    generation: Arc<dyn Fn() -> Generation + Send + Sync>,
+}
+
+impl fmt::Debug for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Tally").field(&self.stats()).finish()
+    }
+}
+
+impl Tally {
+    pub(crate) fn new(
+        workers: Arc<[Arc<Counters>]>,
+        generation: impl Fn() -> Generation + Send + Sync + 'static,
+    ) -> Self {
+        Self { workers, generation: Arc::new(generation) }
+    }
+
+    /// Adds everything up. Each number is right; two numbers may be a request apart.
+    pub fn stats(&self) -> Stats {
+        let [ended, closed] = [
+            [Count::Answered, Count::Refused, Count::Failed, Count::Abandoned]
+                .map(|c| self.sum(c))
+                .iter()
+                .sum(),
+            self.sum(Count::ConnectionsClosed) + self.sum(Count::ConnectionsTurnedAway),
+        ];
+        let requests = self.sum(Count::Requests);
+        Stats {
+            requests,
+            in_flight: requests.saturating_sub(ended),
+            answered: self.sum(Count::Answered),
+            refused: self.sum(Count::Refused),
+            failed: self.sum(Count::Failed),
+            abandoned: self.sum(Count::Abandoned),
+            first_try_right: self.sum(Count::FirstTryRight),
+            retried: self.sum(Count::Retried),
+            unserved: self.sum(Count::Unserved),
+            connections: self.sum(Count::ConnectionsOpened).saturating_sub(closed),
+            connects: self.sum(Count::Connects),
+            tasks: self.tasks(),
+        }
+    }
+
+    fn sum(&self, what: Count) -> u64 {
+        self.workers.iter().map(|worker| worker.cells[what as usize].load(Relaxed)).sum()
+    }
+
+    fn tasks(&self) -> BTreeMap<SessionId, TaskStats> {
+        let mut sums = BTreeMap::new();
+        for worker in &*self.workers {
+            let tasks = worker.tasks.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            for (session, counters) in &*tasks {
+                let empty = TaskStats {
+                    address: counters.address.clone(),
+                    tried: 0,
+                    answered: 0,
+                    misdirected: 0,
+                    failed: 0,
+                };
+                let sum: &mut TaskStats = sums.entry(*session).or_insert(empty);
+                let now = |what: TaskCount| counters.cells[what as usize].load(Relaxed);
+                sum.tried += now(TaskCount::Tried);
+                sum.answered += now(TaskCount::Answered);
+                sum.misdirected += now(TaskCount::Misdirected);
+                sum.failed += now(TaskCount::Failed);
+            }
+        }
+        sums
+    }
+
+    /// Adds up how long requests took: the sum in seconds, their number, and how many ended by each bucket's bound.
+    fn durations(&self) -> (f64, u64, Vec<(f64, u64)>) {
+        let nanos: u64 =
+            self.workers.iter().map(|worker| worker.duration_nanos.load(Relaxed)).sum();
+        let bound = |n: usize| match n {
+            BUCKETS => f64::INFINITY,
+            n => Duration::from_nanos(FIRST_BUCKET_NANOS << n).as_secs_f64(),
+        };
+        let count =
+            |n: usize| self.workers.iter().map(|worker| worker.durations[n].load(Relaxed)).sum();
+        let buckets: Vec<(f64, u64)> = (0..=BUCKETS).map(|n| (bound(n), count(n))).collect();
+        (nanos as f64 / 1e9, buckets.iter().map(|(_, count)| count).sum(), buckets)
+    }
+}
+
+/// Writes all numbers in the form that Prometheus reads.
+impl Collector for Tally {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let stats = self.stats();
+        for (what, name, help) in COUNTS {
+            let sum = ConstCounter::new(self.sum(what));
+            sum.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
+        }
+        let number = i64::try_from((self.generation)().number).unwrap_or(i64::MAX);
+        let now = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        let gauges = [
+            (IN_FLIGHT, now(stats.in_flight)),
+            (CONNECTIONS, now(stats.connections)),
+            (GENERATION, number),
+        ];
+        for ((name, help), value) in gauges {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+        }
+        for (what, name, help) in TASK_COUNTS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (session, task) in &stats.tasks {
+                let value = match what {
+                    TaskCount::Tried => task.tried,
+                    TaskCount::Answered => task.answered,
+                    TaskCount::Misdirected => task.misdirected,
+                    TaskCount::Failed => task.failed,
+                };
+                let labels = [("task", session.to_string()), ("address", task.address.to_string())];
+                ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let (sum, count, buckets) = self.durations();
+        let (name, help) = DURATION;
+        let mut histogram = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        histogram.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_count_is_listed_where_it_is_counted() {
+        for (place, (what, ..)) in COUNTS.iter().enumerate() {
+            assert_eq!(*what as usize, place, "{what:?}");
+        }
+        for (place, (what, ..)) in TASK_COUNTS.iter().enumerate() {
+            assert_eq!(*what as usize, place, "{what:?}");
+        }
+    }
+
+    #[test]
+    fn workers_are_added_up() {
+        let workers: Arc<[Arc<Counters>]> = (0..2).map(|_| Arc::new(Counters::default())).collect();
+        let address: Address = "127.0.0.1:1".parse().unwrap();
+        for worker in &*workers {
+            worker.count(Count::Requests);
+            worker.count(Count::Requests);
+            worker.task(SessionId(7), &address).count(TaskCount::Tried);
+            worker.record(&Record {
+                key: None,
+                generation: Generation::ZERO,
+                first: None,
+                last: None,
+                first_try_right: true,
+                retried: true,
+                status: Some(200),
+                outcome: Outcome::Answered,
+                duration: Duration::from_millis(1),
+            });
+        }
+        let tally = Tally::new(workers, || Generation { incarnation: 1, number: 42 });
+        let stats = tally.stats();
+        assert_eq!((stats.requests, stats.answered, stats.in_flight, stats.retried), (4, 2, 2, 2));
+        assert_eq!(stats.tasks[&SessionId(7)].tried, 2);
+
+        let mut registry = prometheus_client::registry::Registry::default();
+        registry.register_collector(Box::new(tally));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for line in [
+            "mandoline_proxy_requests_total 4",
+            "mandoline_proxy_requests_in_flight 2",
+            "mandoline_proxy_assignment_generation 42",
+            "mandoline_proxy_task_requests_total{task=\"s7\",address=\"127.0.0.1:1\"} 2",
+            "mandoline_proxy_request_duration_seconds_count 2",
+            "mandoline_proxy_request_duration_seconds_bucket{le=\"0.001024\"} 2",
+            "mandoline_proxy_request_duration_seconds_bucket{le=\"+Inf\"} 2",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
+    }
+}

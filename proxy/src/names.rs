@@ -1,0 +1,108 @@
+//! The header fields that Mandoline's parts say things to each other in, and those that end at every hop.
+
+use http::header;
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+
+/// In a 421 answer: the address of the task that owns the key, as far as the sender knows. A hint for people: nobody
+/// connects to an address because a response says so.
+pub const OWNER: HeaderName = HeaderName::from_static("mandoline-owner");
+/// In a 421 answer: the generation that the sender judged by, as `incarnation.number`.
+pub const GENERATION: HeaderName = HeaderName::from_static("mandoline-generation");
+
+/// Why a response is what it is, when the proxy made it (RFC 9209).
+pub(crate) const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+/// Fields that a `Connection` field may not take away: the message is not the same without them.
+const END_TO_END: [HeaderName; 5] = [
+    header::HOST,
+    header::CONTENT_LENGTH,
+    header::TRANSFER_ENCODING,
+    header::VIA,
+    header::FORWARDED,
+];
+
+/// Takes away what is meant for this hop alone (RFC 9110, 7.6.1), and what `Connection` names besides.
+pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        for named in connection_options(headers) {
+            if !END_TO_END.contains(&named) {
+                headers.remove(named);
+            }
+        }
+        headers.remove(header::CONNECTION);
+    }
+    for name in [
+        KEEP_ALIVE,
+        PROXY_CONNECTION,
+        HTTP2_SETTINGS,
+        header::TE,
+        header::TRANSFER_ENCODING,
+        header::UPGRADE,
+        header::PROXY_AUTHENTICATE,
+        header::PROXY_AUTHORIZATION,
+    ] {
+        headers.remove(name);
+    }
+}
+
+fn connection_options(headers: &HeaderMap) -> Vec<HeaderName> {
+    let lines = headers.get_all(header::CONNECTION).iter();
+    let options = lines.flat_map(|line| line.as_bytes().split(|b| *b == b','));
+    options.filter_map(|option| HeaderName::from_bytes(option.trim_ascii()).ok()).collect()
+}
+
+/// Tells whether a list-valued field has this member, whatever its case and parameters.
+pub(crate) fn lists<'a>(lines: impl IntoIterator<Item = &'a HeaderValue>, member: &str) -> bool {
+    lines.into_iter().flat_map(|line| line.as_bytes().split(|b| *b == b',')).any(|item| {
+        let bare = item.split(|b| *b == b';').next().unwrap_or_default();
+        bare.trim_ascii().eq_ignore_ascii_case(member.as_bytes())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(lines: &[(&'static str, &'static str)]) -> HeaderMap {
+        lines
+            .iter()
+            .map(|(name, value)| {
+                (name.parse::<HeaderName>().unwrap(), HeaderValue::from_static(value))
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_meant_for_one_hop_ends_there() {
+        let mut all = headers(&[
+            ("connection", "close, X-Mine"),
+            ("connection", "host,content-length , b@d,"),
+            ("x-mine", "1"),
+            ("x-yours", "1"),
+            ("host", "a"),
+            ("content-length", "1"),
+            ("keep-alive", "1"),
+            ("proxy-connection", "1"),
+            ("te", "trailers"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "h2c"),
+            ("http2-settings", "x"),
+            ("proxy-authorization", "x"),
+            ("trailer", "x"),
+        ]);
+        strip_hop_by_hop(&mut all);
+        let mut left: Vec<&str> = all.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["content-length", "host", "trailer", "x-yours"]);
+    }
+
+    #[test]
+    fn list_members_are_found_whatever_their_case_and_parameters() {
+        let te = headers(&[("te", "gzip;q=0.5"), ("te", "deflate, Trailers;q=1")]);
+        assert!(lists(te.get_all("te"), "trailers") && lists(te.get_all("te"), "GZIP"));
+        assert!(!lists(te.get_all("te"), "trailer"));
+    }
+}

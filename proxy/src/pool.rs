@@ -1,0 +1,186 @@
+//! One worker's connections to tasks: one request at a time on each, the last used first, so that the rest grow old and
+//! are closed. Bounded: as many as there are requests in flight, and `idle_per_task` more for each task.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::client::conn::http1::{Builder, SendRequest};
+use hyper_util::rt::TokioIo;
+use mandoline_core::task::{Address, SessionId};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use crate::config::{Limits, Timeouts};
+use crate::metrics::{Count, Counters, TaskCounters};
+use crate::route::Target;
+use crate::upload::Upload;
+
+/// Connections to tasks, by session: a task that comes back is another one, and gets no old connection.
+pub(crate) struct Pool {
+    upstreams: RefCell<HashMap<SessionId, Rc<Upstream>>>,
+    timeouts: Timeouts,
+    limits: Limits,
+    counters: Arc<Counters>,
+    drivers: TaskTracker,
+}
+
+/// One task, as one worker knows it.
+pub(crate) struct Upstream {
+    address: Address,
+    // Oldest first.
+    idle: RefCell<Vec<Idle>>,
+    used: Cell<Instant>,
+    limit: usize,
+    pub(crate) counters: Arc<TaskCounters>,
+}
+
+struct Idle {
+    sender: SendRequest<Upload>,
+    since: Instant,
+}
+
+/// A connection that is this request's alone.
+pub(crate) struct Lease {
+    pub(crate) sender: SendRequest<Upload>,
+    pub(crate) upstream: Rc<Upstream>,
+    /// Whether it has carried a request before: if so, the task may be closing it at this moment.
+    pub(crate) reused: bool,
+}
+
+/// Why there is no connection to a task.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectError {
+    #[error("{0} does not accept connections")]
+    Refused(Address, #[source] io::Error),
+    #[error("{0} did not accept a connection in time")]
+    Late(Address),
+}
+
+/// A task that nothing was sent to for so long is forgotten, its counters too. Longer than any scrape interval.
+const FORGET_AFTER: Duration = Duration::from_secs(600);
+
+/// How long a connection may take to become ready for its next request before it is closed. It waits only for a request
+/// body that the task did not want to the end.
+const READY_WAIT: Duration = Duration::from_secs(1);
+
+impl Pool {
+    pub(crate) fn new(timeouts: Timeouts, limits: Limits, counters: Arc<Counters>) -> Self {
+        let drivers = TaskTracker::new();
+        Self { upstreams: RefCell::default(), timeouts, limits, counters, drivers }
+    }
+
+    /// Gives the task that a target names, for its counters and its connections.
+    pub(crate) fn upstream(&self, target: &Target) -> Rc<Upstream> {
+        let mut upstreams = self.upstreams.borrow_mut();
+        let known =
+            upstreams.get(&target.session).filter(|upstream| upstream.address == target.address);
+        if let Some(upstream) = known {
+            return Rc::clone(upstream);
+        }
+        let upstream = Rc::new(Upstream {
+            address: target.address.clone(),
+            idle: RefCell::default(),
+            used: Cell::new(Instant::now()),
+            limit: self.limits.idle_per_task,
+            counters: self.counters.task(target.session, &target.address),
+        });
+        upstreams.insert(target.session, Rc::clone(&upstream));
+        upstream
+    }
+
+    /// Takes a kept connection that is still good.
+    pub(crate) fn kept(&self, upstream: &Rc<Upstream>) -> Option<Lease> {
+        let mut idle = upstream.idle.borrow_mut();
+        while let Some(Idle { sender, .. }) = idle.pop() {
+            if sender.is_ready() {
+                return Some(Lease { sender, upstream: Rc::clone(upstream), reused: true });
+            }
+            self.counters.count(Count::Stale);
+        }
+        None
+    }
+
+    /// Opens a connection.
+    pub(crate) async fn connect(&self, upstream: &Rc<Upstream>) -> Result<Lease, ConnectError> {
+        let opened = self.open(upstream).await;
+        self.counters.count(if opened.is_ok() { Count::Connects } else { Count::ConnectFailures });
+        opened
+    }
+
+    async fn open(&self, upstream: &Rc<Upstream>) -> Result<Lease, ConnectError> {
+        let address = &upstream.address;
+        let refused = |error| ConnectError::Refused(address.clone(), error);
+        let connecting = timeout(self.timeouts.connect, TcpStream::connect(address.as_str()));
+        let stream =
+            connecting.await.map_err(|_| ConnectError::Late(address.clone()))?.map_err(refused)?;
+        stream.set_nodelay(true).map_err(refused)?;
+        let mut builder = Builder::new();
+        builder.max_headers(self.limits.headers).max_header_size(self.limits.header_bytes);
+        builder.max_buf_size(2 * self.limits.header_bytes);
+        let made = builder.handshake(TokioIo::new(stream)).await;
+        let (sender, connection) = made.map_err(|error| refused(io::Error::other(error)))?;
+        self.drivers.spawn_local(async move {
+            if let Err(error) = connection.await {
+                debug!(%error, "Connection to a task broke");
+            }
+        });
+        Ok(Lease { sender, upstream: Rc::clone(upstream), reused: false })
+    }
+
+    /// Keeps a connection whose answer has been read to the end.
+    pub(crate) fn give_back(&self, lease: Lease) {
+        let Lease { mut sender, upstream, .. } = lease;
+        if sender.is_ready() {
+            upstream.keep(sender);
+        } else if !sender.is_closed() {
+            self.drivers.spawn_local(async move {
+                if let Ok(Ok(())) = timeout(READY_WAIT, sender.ready()).await {
+                    upstream.keep(sender);
+                }
+            });
+        }
+    }
+
+    /// Runs something beside the requests, for as long as the worker lives.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        self.drivers.spawn_local(task);
+    }
+
+    /// Closes connections that were not used for too long, and forgets tasks that are gone.
+    pub(crate) fn sweep(&self, now: Instant) {
+        self.upstreams.borrow_mut().retain(|session, upstream| {
+            let mut idle = upstream.idle.borrow_mut();
+            let old = idle.partition_point(|idle| idle.since + self.timeouts.idle <= now);
+            idle.drain(..old);
+            let gone = idle.is_empty() && upstream.used.get() + FORGET_AFTER <= now;
+            if gone {
+                self.counters.forget(*session);
+            }
+            !gone
+        });
+    }
+
+    /// Closes all connections that are not in use, and lets no more be kept.
+    pub(crate) fn close(&self) {
+        for (_, upstream) in self.upstreams.borrow_mut().drain() {
+            upstream.idle.borrow_mut().clear();
+        }
+    }
+}
+
+impl Upstream {
+    fn keep(&self, sender: SendRequest<Upload>) {
+        let now = Instant::now();
+        self.used.set(now);
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() < self.limit {
+            idle.push(Idle { sender, since: now });
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Starting and stopping: sockets first, so that whoever started a proxy knows at once where it listens or why not.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::thread;
+
+use tokio::net::TcpListener;
+use tokio::runtime::{self, Runtime};
+use tokio::sync::oneshot;
+use tokio::task::LocalSet;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::admin::{self, Admin};
+use crate::config::{Config, ConfigError};
+use crate::listen::{self, Share};
+use crate::metrics::{Counters, Stats, Tally};
+use crate::route::Router;
+use crate::worker::Worker;
+
+/// A running proxy. Dropping it tells it to stop and does not wait.
+#[derive(Debug)]
+pub struct Proxy {
+    local: SocketAddr,
+    admin: Option<SocketAddr>,
+    tally: Tally,
+    stop: CancellationToken,
+    // Ends the admin address, after the workers have ended.
+    stopped: CancellationToken,
+    threads: Vec<Thread>,
+    admin_thread: Option<Thread>,
+}
+
+#[derive(Debug)]
+struct Thread {
+    handle: thread::JoinHandle<()>,
+    done: oneshot::Receiver<()>,
+}
+
+/// Why a proxy did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration holds a value that cannot work.
+    #[error("the proxy's configuration cannot work")]
+    Config(#[from] ConfigError),
+    /// An address is taken or not ours.
+    #[error(
+        "the proxy cannot listen on {address}: give another address, or stop what listens there"
+    )]
+    Bind {
+        /// Which one.
+        address: SocketAddr,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The system gave no thread or no event queue.
+    #[error("the proxy cannot start a worker")]
+    Worker(#[source] io::Error),
+}
+
+impl Proxy {
+    /// Starts a proxy that routes by `router` until `stop` is cancelled. Its sockets are bound when this returns.
+    pub fn start(
+        config: Config,
+        router: Router,
+        stop: &CancellationToken,
+    ) -> Result<Self, StartError> {
+        config.check()?;
+        let (config, router) = (Arc::new(config), Arc::new(router));
+        let bind_error = |address| move |source| StartError::Bind { address, source };
+        let workers = config.workers.get();
+        let (sockets, local) =
+            listen::bind(config.listen, workers).map_err(bind_error(config.listen))?;
+        let admin_socket = match config.admin {
+            None => None,
+            Some(address) => {
+                Some(listen::open(address, Share::Alone).map_err(bind_error(address))?)
+            }
+        };
+        let counters: Arc<[Arc<Counters>]> = (0..workers).map(|_| Arc::default()).collect();
+        let routed_by = Arc::clone(&router);
+        let mut proxy = Self {
+            local,
+            admin: admin_socket.as_ref().and_then(|socket| socket.local_addr().ok()),
+            tally: Tally::new(Arc::clone(&counters), move || routed_by.generation()),
+            stop: stop.child_token(),
+            stopped: CancellationToken::new(),
+            threads: Vec::with_capacity(workers),
+            admin_thread: None,
+        };
+        let open_connections = Arc::new(AtomicUsize::new(0));
+        for (n, (socket, counters)) in sockets.into_iter().zip(&*counters).enumerate() {
+            let (config, router, counters) =
+                (Arc::clone(&config), Arc::clone(&router), Arc::clone(counters));
+            let (open_connections, stop) = (Arc::clone(&open_connections), proxy.stop.clone());
+            let body = async move |listener| {
+                let worker = Rc::new(Worker::new(config, router, counters));
+                listen::run(worker, listener, open_connections, stop).await;
+            };
+            // On an error `proxy` is dropped, which stops the workers that have begun.
+            proxy.threads.push(
+                spawn(format!("mandoline-proxy-{n}"), socket, body).map_err(StartError::Worker)?,
+            );
+        }
+        if let Some(socket) = admin_socket {
+            let (tally, router) = (proxy.tally.clone(), Arc::clone(&router));
+            let (stop, stopped) = (proxy.stop.clone(), proxy.stopped.clone());
+            let body = async move |listener| {
+                admin::run(Arc::new(Admin::new(tally, router, stop)), listener, stopped).await;
+            };
+            proxy.admin_thread = Some(
+                spawn("mandoline-proxy-admin".to_owned(), socket, body)
+                    .map_err(StartError::Worker)?,
+            );
+        }
+        info!(address = %local, workers, key = %config.key, "Proxy listens");
+        Ok(proxy)
+    }
+
+    /// Says where requests come in.
+    pub const fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Says where `/metrics` and its like are served.
+    pub const fn admin_addr(&self) -> Option<SocketAddr> {
+        self.admin
+    }
+
+    /// Adds up what was done so far.
+    pub fn stats(&self) -> Stats {
+        self.tally.stats()
+    }
+
+    /// Gives a handle that adds up what was done so far, also from elsewhere and after the proxy has stopped.
+    pub fn tally(&self) -> Tally {
+        self.tally.clone()
+    }
+
+    /// Stops: no new connections, the requests in flight end within the grace period, and the rest is cut off.
+    pub async fn stop(mut self) {
+        self.stop.cancel();
+        for thread in self.threads.drain(..) {
+            thread.end().await;
+        }
+        self.stopped.cancel();
+        if let Some(thread) = self.admin_thread.take() {
+            thread.end().await;
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        self.stopped.cancel();
+    }
+}
+
+impl Thread {
+    async fn end(self) {
+        // An error says that the thread is gone already, which is as good.
+        let _: Result<(), _> = self.done.await;
+        if self.handle.join().is_err() {
+            tracing::error!("A worker of the proxy panicked");
+        }
+    }
+}
+
+/// Runs `body` on a thread and a runtime of its own.
+fn spawn(
+    name: String,
+    socket: std::net::TcpListener,
+    body: impl AsyncFnOnce(TcpListener) + Send + 'static,
+) -> io::Result<Thread> {
+    socket.set_nonblocking(true)?;
+    let runtime: Runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let listener = {
+        let _guard = runtime.enter();
+        TcpListener::from_std(socket)?
+    };
+    let (tell, done) = oneshot::channel();
+    let run = move || {
+        LocalSet::new().block_on(&runtime, body(listener));
+        // Nobody may be waiting.
+        let _: Result<(), ()> = tell.send(());
+    };
+    let handle = thread::Builder::new().name(name).spawn(run)?;
+    Ok(Thread { handle, done })
+}

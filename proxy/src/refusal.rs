@@ -1,0 +1,132 @@
+//! Every answer that the proxy makes itself, with its status, its `Proxy-Status` (RFC 9209) and a text that says what to do.
+
+use bytes::Bytes;
+use http::header::{self, HeaderValue};
+use http::{Response, StatusCode};
+
+use crate::names::PROXY_STATUS;
+use crate::record::Outcome;
+
+/// Why the proxy answers in a task's place.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refusal {
+    /// The request cannot be passed on safely, or makes no sense.
+    #[error("{0}")]
+    Malformed(&'static str),
+    /// It has no usable key.
+    #[error("{0}")]
+    Key(String),
+    /// The client stopped sending the body.
+    #[error("the body of the request stopped coming")]
+    SlowBody,
+    /// `CONNECT` and `TRACE` are for other kinds of proxies.
+    #[error("this proxy does not take the method {0}")]
+    Method(&'static str),
+    /// The client expects something that is not known.
+    #[error("this proxy knows no expectation but 100-continue")]
+    Expectation,
+    /// The connection cannot change its protocol.
+    #[error("this proxy cannot switch protocols: send the request without Upgrade")]
+    Upgrade,
+    /// The body is encoded in a way that would have to be undone to pass it on.
+    #[error("the transfer coding is not known here: use chunked alone, or Content-Length")]
+    TransferCoding,
+    /// The request has been here before.
+    #[error(
+        "the request came back to the proxy that sent it: the address of a task leads to this proxy"
+    )]
+    Loop,
+    /// No task serves the key.
+    #[error("no task serves this key at the moment: try again in a second")]
+    Unserved,
+    /// The task cannot be reached.
+    #[error("the task that serves this key cannot be reached at the moment: try again in a second")]
+    Unreached,
+    /// The task and its successor both say that the key is not theirs.
+    #[error("this key is moving from task to task at the moment: try again in a second")]
+    Moving,
+    /// The task broke off, and may have done what was asked or not.
+    #[error("the task broke off before it answered: the request may have been carried out or not")]
+    Broken,
+    /// The task did not answer as HTTP demands.
+    #[error("the task gave an answer that is not HTTP/1.1: {0}")]
+    Garbled(&'static str),
+    /// The task did not answer in time.
+    #[error("the task did not answer in time: the request may have been carried out or not")]
+    Late,
+    /// The proxy is at its limit.
+    #[error("this proxy has as many connections as it may have: try again in a second")]
+    Full,
+}
+
+impl Refusal {
+    pub(crate) fn status(&self) -> StatusCode {
+        match self {
+            Self::Malformed(_) | Self::Key(_) => StatusCode::BAD_REQUEST,
+            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
+            Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Expectation => StatusCode::EXPECTATION_FAILED,
+            Self::Upgrade | Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
+            Self::Loop => StatusCode::LOOP_DETECTED,
+            Self::Unserved | Self::Unreached | Self::Moving | Self::Full => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            Self::Broken | Self::Garbled(_) => StatusCode::BAD_GATEWAY,
+            Self::Late => StatusCode::GATEWAY_TIMEOUT,
+        }
+    }
+
+    pub(crate) fn outcome(&self) -> Outcome {
+        match self {
+            Self::Malformed(_)
+            | Self::Key(_)
+            | Self::SlowBody
+            | Self::Method(_)
+            | Self::Expectation
+            | Self::Upgrade
+            | Self::TransferCoding
+            | Self::Loop => Outcome::Refused,
+            _ => Outcome::Failed,
+        }
+    }
+
+    pub(crate) const fn proxy_status(&self) -> &'static str {
+        match self {
+            Self::Malformed(_)
+            | Self::Key(_)
+            | Self::SlowBody
+            | Self::Method(_)
+            | Self::Expectation
+            | Self::Upgrade
+            | Self::TransferCoding => "mandoline; error=http_request_error",
+            Self::Loop => "mandoline; error=proxy_loop_detected",
+            Self::Unserved | Self::Moving => "mandoline; error=destination_unavailable",
+            Self::Unreached => "mandoline; error=connection_refused",
+            Self::Broken => "mandoline; error=connection_terminated",
+            Self::Garbled(_) => "mandoline; error=http_protocol_error",
+            Self::Late => "mandoline; error=http_response_timeout",
+            Self::Full => "mandoline; error=connection_limit_reached",
+        }
+    }
+
+    pub(crate) fn response(&self) -> Response<Bytes> {
+        let mut response = Response::new(Bytes::from(format!("mandoline: {self}\n")));
+        *response.status_mut() = self.status();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        headers.insert(PROXY_STATUS, HeaderValue::from_static(self.proxy_status()));
+        if self.status() == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if matches!(self, Self::Method(_)) {
+            // Which methods the task takes only the task knows; an empty list is allowed (RFC 9110, 10.2.1).
+            headers.insert(header::ALLOW, HeaderValue::from_static(""));
+        }
+        // What follows a request whose framing is in doubt cannot be trusted to be a request.
+        if matches!(self, Self::Malformed(_) | Self::TransferCoding | Self::SlowBody) {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+}

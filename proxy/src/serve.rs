@@ -1,0 +1,129 @@
+//! One request's path, from its head to the head of its answer.
+
+use std::convert::Infallible;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header;
+use http::request::Parts;
+use http::{Request, Response};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use mandoline_core::extract::Parts as KeyParts;
+use mandoline_core::key::SliceKey;
+use tokio::time::timeout;
+
+use crate::download::{Download, Stream};
+use crate::exchange::Exchange;
+use crate::forward::{Answer, forward};
+use crate::identify::{Client, Fields, Host, identify, sign};
+use crate::metrics::Count;
+use crate::record::Outcome;
+use crate::refusal::Refusal;
+use crate::upload::Tape;
+use crate::worker::Worker;
+
+/// Answers one request, whatever comes.
+pub(crate) async fn serve(
+    worker: Rc<Worker>,
+    client: Rc<Client>,
+    request: Request<Incoming>,
+) -> Result<Response<Download>, Infallible> {
+    let mut exchange = Exchange::begin(&worker);
+    let (mut head, body) = request.into_parts();
+    let tape = Tape::new(body, &worker.replay_room);
+    Ok(match stages(&worker, &client, &mut head, &tape, &mut exchange).await {
+        Ok(answer) => pass_on(worker, answer, exchange),
+        Err(refusal) => refuse(&worker, &head, tape, &refusal, exchange),
+    })
+}
+
+/// The stages in their order. Each may end the request.
+async fn stages(
+    worker: &Worker,
+    client: &Client,
+    head: &mut Parts,
+    tape: &Tape,
+    exchange: &mut Exchange,
+) -> Result<Answer, Refusal> {
+    let host = identify(worker, head)?;
+    let key = key(worker, head, &host)?;
+    exchange.has_key(key);
+    let target = worker.router.route(key).ok_or(Refusal::Unserved)?;
+    sign(worker, client, &host, head);
+    forward(worker, key, target, head, tape, exchange).await
+}
+
+fn key(worker: &Worker, head: &Parts, host: &Host) -> Result<SliceKey, Refusal> {
+    let extract = &worker.config.key;
+    let parts = KeyParts {
+        path: head.uri.path(),
+        query: head.uri.query(),
+        host: host.as_str(),
+        headers: &Fields(&head.headers),
+    };
+    let key = extract.key(&parts);
+    let key =
+        key.map_err(|miss| Refusal::Key(format!("{miss}; the key is {}", extract.describe())))?;
+    Ok(SliceKey::of(&key))
+}
+
+/// Passes a task's answer on.
+fn pass_on(
+    worker: Rc<Worker>,
+    (response, lease): Answer,
+    mut exchange: Exchange,
+) -> Response<Download> {
+    let (mut head, body) = response.into_parts();
+    head.headers.append(header::VIA, worker.via(head.version));
+    exchange.answers(head.status);
+    let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };
+    let stream = Stream::new(body, lease, worker, exchange, outcome);
+    Response::from_parts(head, Download::Task(Box::new(stream)))
+}
+
+/// Answers in the task's place.
+fn refuse(
+    worker: &Rc<Worker>,
+    head: &Parts,
+    tape: Tape,
+    refusal: &Refusal,
+    mut exchange: Exchange,
+) -> Response<Download> {
+    if matches!(refusal, Refusal::Unserved) {
+        worker.counters.count(Count::Unserved);
+    }
+    exchange.answers(refusal.status());
+    exchange.ends(refusal.outcome());
+    // A client that waits for leave to send its body will see the answer first.
+    if !head.headers.contains_key(header::EXPECT) {
+        linger(worker, tape);
+    }
+    refusal.response().map(|text: Bytes| Download::Own(Some(text)))
+}
+
+/// Reads on for a moment. To close a socket with unread bytes would reset it, and the client might lose the answer.
+fn linger(worker: &Worker, tape: Tape) {
+    let Some(mut upload) = tape.play() else { return };
+    tape.settle();
+    if tape.is_empty() || tape.is_broken() {
+        return;
+    }
+    worker.pool.spawn(async move {
+        let mut left = LINGER_BYTES;
+        let reading = async {
+            while let Some(Ok(frame)) = upload.frame().await {
+                let length = frame.data_ref().map_or(0, Bytes::len);
+                let Some(rest) = left.checked_sub(length) else { break };
+                left = rest;
+            }
+        };
+        // Whether it ended or not, enough was done.
+        let _: Result<(), _> = timeout(LINGER_WAIT, reading).await;
+    });
+}
+
+/// How long and how much is read of a body that nobody wants: a few round trips' worth, so that refusing stays cheap.
+const LINGER_WAIT: Duration = Duration::from_millis(500);
+const LINGER_BYTES: usize = 1 << 20;

@@ -1,0 +1,297 @@
+//! Tasks, clients and assignments for the tests: each wait has a deadline and says what it waited for.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
+use mandoline_core::slice_map::SliceMap;
+use mandoline_core::task::{Address, SessionId};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::metrics::Stats;
+use crate::proxy::Proxy;
+use crate::route::{Router, Table};
+
+/// Longer than anything here takes, and short enough that a hang gets its name.
+pub(super) const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Waits, but not for ever.
+pub(super) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(DEADLINE, future).await {
+        Ok(done) => done,
+        Err(_) => panic!("waited {DEADLINE:?} for {what}"),
+    }
+}
+
+/// Looks again and again until it is so.
+pub(super) async fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let mut again = tokio::time::interval(Duration::from_millis(1));
+    within(what, async {
+        while !so() {
+            again.tick().await;
+        }
+    })
+    .await;
+}
+
+pub(super) fn generation(number: u64) -> Generation {
+    Generation { incarnation: 1, number }
+}
+
+/// The assignment that a test decides.
+pub(super) struct Owners {
+    table: watch::Sender<Table>,
+}
+
+impl Owners {
+    /// Nobody serves anything.
+    pub(super) fn none() -> Self {
+        let table = Table { generation: Generation::ZERO, owners: SliceMap::uniform(None) };
+        Self { table: watch::channel(table).0 }
+    }
+
+    pub(super) fn all(address: SocketAddr) -> Self {
+        let owners = Self::none();
+        owners.give(1, &[(0, 1, address)]);
+        owners
+    }
+
+    /// From each place on, up to the next, a session at an address serves.
+    pub(super) fn give(&self, number: u64, runs: &[(u64, u64, SocketAddr)]) {
+        let run = |&(first, session, address): &(u64, u64, SocketAddr)| {
+            let address: Address = address.to_string().parse().unwrap();
+            (SliceKey(first), Some((SessionId(session), address)))
+        };
+        let owners = SliceMap::from_runs(runs.iter().map(run).collect()).unwrap();
+        self.table.send_replace(Table { generation: generation(number), owners });
+    }
+
+    pub(super) fn give_nobody(&self, number: u64) {
+        self.table.send_replace(Table {
+            generation: generation(number),
+            owners: SliceMap::uniform(None),
+        });
+    }
+
+    pub(super) fn router(&self) -> Router {
+        Router::new(self.table.subscribe())
+    }
+}
+
+/// A proxy and the assignment it goes by.
+pub(super) struct Stage {
+    pub(super) proxy: Proxy,
+    pub(super) owners: Owners,
+}
+
+impl Stage {
+    pub(super) fn new(owners: Owners) -> Self {
+        Self::with(owners, |_| {})
+    }
+
+    pub(super) fn with(owners: Owners, change: impl FnOnce(&mut Config)) -> Self {
+        let proxy =
+            Proxy::start(config(change), owners.router(), &CancellationToken::new()).unwrap();
+        Self { proxy, owners }
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        self.proxy.stats()
+    }
+
+    /// Sends bytes and reads what comes until the proxy closes.
+    pub(super) async fn talk(&self, request: &str) -> String {
+        talk(self.proxy.local_addr(), request.as_bytes()).await
+    }
+
+    pub(super) async fn connect(&self) -> Wire {
+        Wire::connect(self.proxy.local_addr()).await
+    }
+}
+
+pub(super) fn config(change: impl FnOnce(&mut Config)) -> Config {
+    let mut config = Config::new("127.0.0.1:0".parse().unwrap(), "path:1".parse().unwrap());
+    config.workers = NonZeroUsize::MIN;
+    config.id = "p1".parse().unwrap();
+    change(&mut config);
+    config
+}
+
+pub(super) async fn talk(address: SocketAddr, request: &[u8]) -> String {
+    let mut wire = Wire::connect(address).await;
+    wire.send(request).await;
+    wire.rest().await
+}
+
+/// A client of raw bytes.
+pub(super) struct Wire {
+    pub(super) stream: TcpStream,
+    read: Vec<u8>,
+}
+
+impl Wire {
+    pub(super) async fn connect(address: SocketAddr) -> Self {
+        let stream = within("a connection", TcpStream::connect(address)).await.unwrap();
+        Self { stream, read: Vec::new() }
+    }
+
+    pub(super) fn of(stream: TcpStream) -> Self {
+        Self { stream, read: Vec::new() }
+    }
+
+    pub(super) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        within("the other side to read", self.stream.write_all(bytes.as_ref())).await.unwrap();
+    }
+
+    /// Reads up to and with `end`.
+    pub(super) async fn read_to(&mut self, end: &str) -> String {
+        loop {
+            let found = self.read.windows(end.len()).position(|window| window == end.as_bytes());
+            if let Some(at) = found {
+                let rest = self.read.split_off(at + end.len());
+                return String::from_utf8(std::mem::replace(&mut self.read, rest)).unwrap();
+            }
+            let mut buffer = [0; 4096];
+            let got = within(&format!("{end:?}"), self.stream.read(&mut buffer)).await.unwrap();
+            assert!(got > 0, "closed before {end:?}: {}", String::from_utf8_lossy(&self.read));
+            self.read.extend_from_slice(&buffer[..got]);
+        }
+    }
+
+    /// Gives what was read and not yet looked at.
+    pub(super) fn unread(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.read)
+    }
+
+    /// Reads the head of a message.
+    pub(super) async fn head(&mut self) -> String {
+        self.read_to("\r\n\r\n").await
+    }
+
+    /// Reads until the other side closes, or resets.
+    pub(super) async fn rest(mut self) -> String {
+        let mut read = std::mem::take(&mut self.read);
+        // What came before a reset counts as well.
+        drop(within("the end", self.stream.read_to_end(&mut read)).await);
+        String::from_utf8_lossy(&read).into_owned()
+    }
+}
+
+pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+pub(super) fn text(text: impl Into<Bytes>) -> Response<Body> {
+    Response::new(Full::new(text.into()).boxed_unsync())
+}
+
+pub(super) fn status(status: u16, lines: &[(&str, &str)]) -> Response<Body> {
+    let mut response = Response::builder().status(status);
+    for (name, value) in lines {
+        response = response.header(*name, *value);
+    }
+    response.body(Full::default().boxed_unsync()).unwrap()
+}
+
+/// A task: a real HTTP server that does as the test says.
+pub(super) struct Backend {
+    pub(super) address: SocketAddr,
+    // Ends with the test.
+    _tasks: JoinSet<()>,
+}
+
+impl Backend {
+    pub(super) async fn serve<F>(
+        answer: impl Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+    ) -> Self
+    where
+        F: Future<Output = Response<Body>> + Send + 'static,
+    {
+        Self::raw(move |stream| {
+            let answer = answer.clone();
+            async move {
+                let service = service_fn(move |request| {
+                    let answer = answer(request);
+                    async move { Ok::<_, Infallible>(answer.await) }
+                });
+                let serving = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(TokioIo::new(stream), service);
+                // The proxy may close whenever it likes.
+                drop(serving.await);
+            }
+        })
+        .await
+    }
+
+    /// A task that answers with its name, a space, and the request as it saw it.
+    pub(super) async fn echo(name: &'static str) -> Self {
+        Self::serve(move |request| async move { text(format!("{name} {}", show(request).await)) })
+            .await
+    }
+
+    /// A task that does with its connections what it likes.
+    pub(super) async fn raw<F>(handle: impl Fn(TcpStream) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.spawn(handle(stream));
+            }
+        });
+        Self { address, _tasks: tasks }
+    }
+
+    /// A task that sends these bytes once it has read the head of a request, and closes.
+    pub(super) async fn script(bytes: &'static str) -> Self {
+        Self::raw(move |stream| async move {
+            let mut wire = Wire::of(stream);
+            wire.head().await;
+            wire.send(bytes).await;
+        })
+        .await
+    }
+
+    /// An address where nobody listens.
+    pub(super) async fn nobody() -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.local_addr().unwrap()
+    }
+}
+
+/// Writes a request down as it came.
+pub(super) async fn show(request: Request<Incoming>) -> String {
+    let (head, body) = request.into_parts();
+    let mut lines = vec![format!("{} {} {:?}", head.method, head.uri, head.version)];
+    for (name, value) in &head.headers {
+        lines.push(format!("{name}: {}", value.to_str().unwrap()));
+    }
+    let body = body.collect().await.unwrap();
+    if let Some(trailers) = body.trailers() {
+        lines.extend(
+            trailers
+                .iter()
+                .map(|(name, value)| format!("trailer {name}: {}", value.to_str().unwrap())),
+        );
+    }
+    lines.push(format!("[{}]", String::from_utf8_lossy(&body.to_bytes())));
+    lines.join("\n")
+}

@@ -1,0 +1,9 @@
+//! The proxy as clients and tasks see it: real sockets, real hyper tasks, and raw bytes where framing is the question.
+
+mod harness;
+mod routing;
+mod framing;
+mod bodies;
+mod tries;
+mod limits;
+mod life;

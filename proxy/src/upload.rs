@@ -1,0 +1,240 @@
+//! A request's body on its way to a task, kept while it is short so that it can be sent again to another one.
+//!
+//! A `Tape` belongs to the request, an `Upload` to one try. A try that was given up may still be asked for frames by a
+//! connection that is about to end: it gets an error, never a frame that the next try is waiting for.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+/// The longest body that is kept, in bytes: most writes of a cache or a shop fit, and a slower client's does not pile up.
+pub(crate) const REPLAY_MAX_BYTES: usize = 64 << 10;
+
+/// The body of one request.
+pub(crate) struct Tape {
+    reel: Option<Rc<RefCell<Reel>>>,
+}
+
+/// The body of one request, for one try.
+pub(crate) struct Upload {
+    reel: Option<Rc<RefCell<Reel>>>,
+    take: u32,
+    sent: u64,
+    ended: bool,
+}
+
+/// Why a body stopped coming.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UploadError {
+    /// The client left or broke the framing.
+    #[error("the client's body broke off")]
+    Client(#[source] hyper::Error),
+    /// This try was given up.
+    #[error("the body is sent elsewhere by now")]
+    GivenUp,
+}
+
+struct Reel {
+    source: Incoming,
+    length: Option<u64>,
+    ended: bool,
+    // What was read from the source; `kept[..at]` was sent in this try.
+    kept: VecDeque<Bytes>,
+    at: usize,
+    kept_bytes: usize,
+    trailers: Option<HeaderMap>,
+    // False once something was sent that is not kept.
+    whole: bool,
+    // Which try may take frames.
+    take: u32,
+    moved: Instant,
+    waiting: bool,
+    broken: bool,
+    // What all requests of this worker may still keep.
+    room: Rc<Cell<usize>>,
+}
+
+impl Tape {
+    pub(crate) fn new(source: Incoming, room: &Rc<Cell<usize>>) -> Self {
+        if source.is_end_stream() {
+            return Self { reel: None };
+        }
+        let reel = Reel {
+            length: source.size_hint().exact(),
+            source,
+            ended: false,
+            kept: VecDeque::new(),
+            at: 0,
+            kept_bytes: 0,
+            trailers: None,
+            whole: true,
+            take: 0,
+            moved: Instant::now(),
+            waiting: false,
+            broken: false,
+            room: Rc::clone(room),
+        };
+        Self { reel: Some(Rc::new(RefCell::new(reel))) }
+    }
+
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.reel.is_none()
+    }
+
+    /// Starts a try from the beginning, unless part of the body was sent and not kept. Earlier tries get nothing more.
+    pub(crate) fn play(&self) -> Option<Upload> {
+        let Some(reel) = &self.reel else {
+            return Some(Upload { reel: None, take: 0, sent: 0, ended: true });
+        };
+        let mut inner = reel.borrow_mut();
+        if !inner.whole {
+            return None;
+        }
+        inner.take += 1;
+        inner.at = 0;
+        Some(Upload { reel: Some(Rc::clone(reel)), take: inner.take, sent: 0, ended: false })
+    }
+
+    /// Says whether the body can be sent from its beginning.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.reel.as_ref().is_none_or(|reel| reel.borrow().whole)
+    }
+
+    /// Keeps nothing from now on: there will be no other try.
+    pub(crate) fn settle(&self) {
+        if let Some(reel) = &self.reel {
+            reel.borrow_mut().forget();
+        }
+    }
+
+    /// Says when the body last got on, if it is still under way.
+    pub(crate) fn moved(&self) -> Option<Instant> {
+        self.reel.as_ref().map(|reel| reel.borrow().moved)
+    }
+
+    /// Says whether the client is the one to send next.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.reel.as_ref().is_some_and(|reel| reel.borrow().waiting)
+    }
+
+    /// Says whether the client's body broke off.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.reel.as_ref().is_some_and(|reel| reel.borrow().broken)
+    }
+}
+
+impl Reel {
+    fn keep(&mut self, data: &Bytes) {
+        if !self.whole {
+            return;
+        }
+        let room = self.room.get();
+        if self.kept_bytes + data.len() > REPLAY_MAX_BYTES || data.len() > room {
+            self.forget();
+            return;
+        }
+        self.room.set(room - data.len());
+        self.kept_bytes += data.len();
+        self.kept.push_back(data.clone());
+        self.at += 1;
+    }
+
+    /// Lets go of what was sent. What this try has yet to send stays until then.
+    fn forget(&mut self) {
+        self.whole = false;
+        for data in self.kept.drain(..self.at) {
+            self.kept_bytes -= data.len();
+            self.room.set(self.room.get() + data.len());
+        }
+        self.at = 0;
+    }
+
+    /// Gives the next piece that an earlier try has read already.
+    fn again(&mut self) -> Option<Bytes> {
+        let data = self.kept.get(self.at)?.clone();
+        self.at += 1;
+        if !self.whole {
+            self.forget();
+        }
+        Some(data)
+    }
+}
+
+impl Drop for Reel {
+    fn drop(&mut self) {
+        self.room.set(self.room.get() + self.kept_bytes);
+    }
+}
+
+impl Body for Upload {
+    type Data = Bytes;
+    type Error = UploadError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, UploadError>>> {
+        let this = &mut *self;
+        let Some(reel) = this.reel.as_ref().filter(|_| !this.ended) else {
+            return Poll::Ready(None);
+        };
+        let reel = &mut *reel.borrow_mut();
+        if reel.take != this.take {
+            return Poll::Ready(Some(Err(UploadError::GivenUp)));
+        }
+        let frame = if let Some(data) = reel.again() {
+            Some(Frame::data(data))
+        } else if reel.ended {
+            reel.trailers.clone().map(Frame::trailers)
+        } else {
+            reel.waiting = true;
+            let polled = ready!(Pin::new(&mut reel.source).poll_frame(context));
+            reel.waiting = false;
+            reel.moved = Instant::now();
+            match polled.transpose() {
+                Ok(frame) => {
+                    if let Some(data) = frame.as_ref().and_then(Frame::data_ref) {
+                        reel.keep(data);
+                    } else {
+                        reel.ended = true;
+                        reel.trailers = frame.as_ref().and_then(Frame::trailers_ref).cloned();
+                    }
+                    frame
+                }
+                Err(error) => {
+                    reel.broken = true;
+                    return Poll::Ready(Some(Err(UploadError::Client(error))));
+                }
+            }
+        };
+        match frame.as_ref().and_then(Frame::data_ref) {
+            Some(data) => this.sent += data.len() as u64,
+            None => this.ended = true,
+        }
+        Poll::Ready(frame.map(Ok))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        // With a known length the last byte is the end; the end of a chunked body shows only when it is asked for.
+        let Some(reel) = &self.reel else { return true };
+        self.ended || reel.borrow().length.is_some_and(|length| self.sent >= length)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.reel {
+            None => SizeHint::with_exact(0),
+            Some(reel) => match reel.borrow().length {
+                Some(length) => SizeHint::with_exact(length.saturating_sub(self.sent)),
+                None => SizeHint::default(),
+            },
+        }
+    }
+}
