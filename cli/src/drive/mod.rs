@@ -9,7 +9,7 @@
 //! brings is exactly the recording's.
 
 mod histogram;
-mod ledger;
+pub(crate) mod ledger;
 mod feed;
 mod client;
 
