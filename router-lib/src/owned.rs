@@ -1,0 +1,460 @@
+//! What a task owns right now, and what its slices have carried since the last report.
+//!
+//! Requests read one `View` behind an `ArcSwap`. Installing a new one runs on a thread that may wait for the
+//! application: slices that come are announced before the first request of theirs is taken, slices that go after the
+//! last could begin.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use mandoline_core::assignment::Assignment;
+use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
+use mandoline_core::load::{LOAD_MAX_UNITS, Load};
+use mandoline_core::report::Report;
+use mandoline_core::slice::Slice;
+use mandoline_core::task::{Address, SessionId};
+use tokio::time::Instant;
+
+use crate::counters::{Tally, spread};
+use crate::snapshot::Snapshot;
+
+/// What the application does when slices come or go.
+pub(crate) type Callback = Box<dyn Fn(&[Slice]) + Send + Sync>;
+
+/// The most entries of one report (some 3 MB of the 4 MiB that a message may have); past it neighbours are reported
+/// together, and their load is taken to lie evenly.
+const REPORT_MAX_SLICES: usize = 100_000;
+
+/// One assignment, seen by one of its tasks.
+pub(crate) struct View {
+    /// Who looks; nobody before registration and after the session has ended.
+    pub(crate) session: Option<SessionId>,
+    snapshot: Snapshot,
+    // A place for each slice of the assignment.
+    mine: Box<[bool]>,
+    tally: Tally,
+}
+
+impl View {
+    fn new(session: Option<SessionId>, assignment: Arc<Assignment>) -> Self {
+        let slices = &assignment.slices;
+        let mine =
+            |index| session.is_some_and(|own| slices.value_at(index).replicas.of(own).is_some());
+        let mine = (0..slices.count()).map(mine).collect();
+        let tally = Tally::new(slices.count());
+        Self { session, snapshot: Snapshot::of(assignment), mine, tally }
+    }
+
+    /// What is known.
+    pub(crate) fn assignment(&self) -> &Arc<Assignment> {
+        self.snapshot.assignment()
+    }
+
+    /// Says whether the task owns `key`.
+    pub(crate) fn owns(&self, key: SliceKey) -> bool {
+        self.mine[self.snapshot.index_of(key)]
+    }
+
+    /// Says whether the task owns `key`, and counts what its request costs, whosever it is.
+    pub(crate) fn claim(&self, key: SliceKey, thousandths: u64) -> bool {
+        let index = self.snapshot.index_of(key);
+        self.tally.add(index, thousandths);
+        self.mine[index]
+    }
+
+    /// Gives where another task serves `key`, as far as is known.
+    pub(crate) fn other_owner(&self, key: SliceKey) -> Option<Address> {
+        let (_, assigned) = self.assignment().get(key);
+        let other = assigned
+            .replicas
+            .as_slice()
+            .iter()
+            .find(|replica| Some(replica.session) != self.session)?;
+        Some(self.assignment().tasks.get(&other.session)?.info.address.clone())
+    }
+
+    /// Counts the slices that the task owns.
+    pub(crate) fn owned(&self) -> usize {
+        self.mine.iter().filter(|mine| **mine).count()
+    }
+
+    /// The slices that the task owns, each with since when.
+    fn held(&self) -> Vec<(Slice, Generation)> {
+        let Some(session) = self.session else { return Vec::new() };
+        self.assignment().of(session).map(|(slice, replica)| (slice, replica.since)).collect()
+    }
+}
+
+/// What a task owns right now.
+pub(crate) struct Owned {
+    view: ArcSwap<View>,
+    // Views that were replaced while a thread was about to count in them. A thread holds one for one lookup, so there
+    // is rarely more than one, and each goes with the next report.
+    retired: Mutex<Vec<Arc<View>>>,
+    added: Callback,
+    removed: Callback,
+}
+
+impl Owned {
+    /// Begins with nothing.
+    pub(crate) fn new(start: Assignment, added: Callback, removed: Callback) -> Self {
+        let view = ArcSwap::from_pointee(View::new(None, Arc::new(start)));
+        Self { view, retired: Mutex::default(), added, removed }
+    }
+
+    /// Gives what holds right now, for one lookup.
+    pub(crate) fn view(&self) -> arc_swap::Guard<Arc<View>> {
+        self.view.load()
+    }
+
+    /// Takes a new assignment, or a new session, into force: announces slices that come, then serves them, then
+    /// announces slices that have gone. One caller at a time.
+    pub(crate) fn install(&self, session: Option<SessionId>, assignment: Arc<Assignment>) {
+        let old = self.view.load_full();
+        let new = Arc::new(View::new(session, assignment));
+        let change = change(&old, &new);
+        // A slice that was lost and came back in between goes before it comes.
+        if !change.broken.is_empty() {
+            announce(&self.removed, &change.broken, "removed");
+        }
+        if !change.added.is_empty() {
+            announce(&self.added, &change.added, "added");
+        }
+        {
+            let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+            self.view.store(new);
+            retired.push(old);
+        }
+        if !change.removed.is_empty() {
+            announce(&self.removed, &change.removed, "removed");
+        }
+    }
+
+    /// Takes what was counted since it was last asked, by the slices of the view that holds now.
+    fn fold(&self) -> (Arc<View>, Vec<u64>) {
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.view.load_full();
+        let slices = &now.assignment().slices;
+        let mut counted: Vec<u64> =
+            (0..slices.count()).map(|index| now.tally.take(index)).collect();
+        retired.retain(|old| {
+            // Asked before it is drained: nobody can take hold of it anew, so what it counts afterwards is nothing.
+            let in_use = Arc::strong_count(old) > 1;
+            for (index, (slice, _)) in old.assignment().slices.iter().enumerate() {
+                let late = old.tally.take(index);
+                if late > 0 {
+                    spread(late, slice, slices, &mut counted);
+                }
+            }
+            in_use
+        });
+        drop(retired);
+        (now, counted)
+    }
+}
+
+fn announce(callback: &Callback, slices: &[Slice], what: &str) {
+    // The callback is the application's: its panic must not cost the session.
+    if catch_unwind(AssertUnwindSafe(|| callback(slices))).is_err() {
+        tracing::error!(
+            slices = slices.len(),
+            "the callback for slices {what} panicked; going on without it"
+        );
+    }
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Change {
+    added: Vec<Slice>,
+    removed: Vec<Slice>,
+    broken: Vec<Slice>,
+}
+
+/// What comes and goes, as ranges of keys: a split or merge that moves nothing changes nothing.
+fn change(old: &View, new: &View) -> Change {
+    let same_life = old.session == new.session;
+    let known = old.assignment().generation;
+    let (before, after) = (old.held(), new.held());
+    let unbroken = |since: Generation| same_life && since <= known;
+    let fresh = after.iter().filter(|(_, since)| !unbroken(*since)).map(|(slice, _)| *slice);
+    let (had, has) =
+        (joined(before.iter().map(|held| held.0)), joined(after.iter().map(|held| held.0)));
+    let broken = common(&had, &joined(fresh));
+    let mut added = without(&has, &had);
+    added.extend(&broken);
+    added.sort_unstable();
+    let removed = without(&had, &has);
+    Change { added: joined(added), removed, broken }
+}
+
+/// Joins neighbours in a sorted list of slices.
+fn joined(slices: impl IntoIterator<Item = Slice>) -> Vec<Slice> {
+    let mut runs: Vec<Slice> = Vec::new();
+    for slice in slices {
+        match runs.last_mut() {
+            Some(before) if before.last().next() == Some(slice.first()) => {
+                *before = Slice::new(before.first(), slice.last()).expect("the end only grows");
+            }
+            _ => runs.push(slice),
+        }
+    }
+    runs
+}
+
+/// The keys of `a` that `b` has too. Both are sorted, without overlap.
+fn common(a: &[Slice], b: &[Slice]) -> Vec<Slice> {
+    let mut both = Vec::new();
+    let mut from = 0;
+    for slice in a {
+        from += b[from..].partition_point(|other| other.last() < slice.first());
+        both.extend(b[from..].iter().map_while(|other| slice.overlap(*other)));
+    }
+    both
+}
+
+/// The keys of `a` that `b` lacks. Both are sorted, without overlap.
+fn without(a: &[Slice], b: &[Slice]) -> Vec<Slice> {
+    let mut left = Vec::new();
+    for slice in a {
+        let mut rest = Some(*slice);
+        for hole in common(&[*slice], b) {
+            let Some(now) = rest else { break };
+            let before = hole.first().previous().and_then(|end| Slice::new(now.first(), end));
+            left.extend(before);
+            rest = hole.last().next().and_then(|start| Slice::new(start, now.last()));
+        }
+        left.extend(rest);
+    }
+    left
+}
+
+/// Turns what is counted into reports, one window after the other.
+pub(crate) struct Window {
+    began: Instant,
+    generation: Generation,
+}
+
+impl Window {
+    /// Begins the first window.
+    pub(crate) fn begin(owned: &Owned, now: Instant) -> Self {
+        Self { began: now, generation: owned.view().assignment().generation }
+    }
+
+    /// Ends the window and begins the next. Nothing to report before there is a session.
+    pub(crate) fn close(&mut self, owned: &Owned, now: Instant) -> Option<Report> {
+        // A window that no clock could measure says nothing; what it counted goes into the next.
+        let window = now.duration_since(self.began);
+        if window < Duration::from_millis(1) {
+            return None;
+        }
+        let (view, counted) = owned.fold();
+        let generation = std::mem::replace(&mut self.generation, view.assignment().generation);
+        self.began = now;
+        let session = view.session?;
+        let slices = (0..counted.len())
+            .filter(|index| view.mine[*index] || counted[*index] > 0)
+            .map(|index| {
+                (view.assignment().slices.slice_at(index), per_second(counted[index], window))
+            })
+            .collect();
+        Some(Report { session, generation, window, slices: thinned(slices, REPORT_MAX_SLICES) })
+    }
+}
+
+fn per_second(thousandths: u64, window: Duration) -> Load {
+    let rate = u128::from(thousandths) * 1_000_000_000 / window.as_nanos();
+    let max = (LOAD_MAX_UNITS * 1_000.0) as u64;
+    Load::from_milli(u64::try_from(rate).unwrap_or(max).min(max))
+}
+
+/// Reports neighbours together, two by two, until there are few enough.
+fn thinned(mut slices: Vec<(Slice, Load)>, max: usize) -> Vec<(Slice, Load)> {
+    while slices.len() > max {
+        let before = slices.len();
+        let mut fewer: Vec<(Slice, Load)> = Vec::with_capacity(before / 2 + 1);
+        let mut may_join = false;
+        for (slice, load) in slices {
+            match fewer.last_mut() {
+                Some((first, sum)) if may_join && first.last().next() == Some(slice.first()) => {
+                    *first = Slice::new(first.first(), slice.last()).expect("the end only grows");
+                    *sum += load;
+                    may_join = false;
+                }
+                _ => {
+                    fewer.push((slice, load));
+                    may_join = true;
+                }
+            }
+        }
+        slices = fewer;
+        if slices.len() == before {
+            // No neighbours are left: what is beyond the limit goes unreported, and keeps the load last stored.
+            slices.truncate(max);
+        }
+    }
+    slices
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use mandoline_core::assignment::{Assigned, Replica, Replicas};
+    use mandoline_core::slice_map::SliceMap;
+    use mandoline_core::task::{Phase, Task, TaskInfo};
+
+    use super::*;
+
+    fn slice(first: u64, last: u64) -> Slice {
+        Slice::new(SliceKey(first), SliceKey(last)).unwrap()
+    }
+
+    fn number(number: u64) -> Generation {
+        Generation { incarnation: 1, number }
+    }
+
+    /// Session 1 and 2 are tasks; each run is where it begins, whose it is (0: nobody's) and since when.
+    fn assignment(generation: u64, runs: &[(u64, u64, u64)]) -> Arc<Assignment> {
+        let task = |id: u64| {
+            let address = format!("127.0.0.1:{id}").parse().unwrap();
+            let info = TaskInfo::new(format!("t{id}").parse().unwrap(), id, address);
+            (SessionId(id), Arc::new(Task { session: SessionId(id), info, phase: Phase::Serving }))
+        };
+        let run = |&(first, session, since): &(u64, u64, u64)| {
+            let replica = Replica { session: SessionId(session), since: number(since) };
+            let replicas = if session == 0 { Replicas::None } else { Replicas::One(replica) };
+            (SliceKey(first), Assigned { replicas, ..Assigned::default() })
+        };
+        Arc::new(Assignment {
+            job: "kv".parse().unwrap(),
+            generation: number(generation),
+            tasks: BTreeMap::from([task(1), task(2)]),
+            slices: SliceMap::from_runs(runs.iter().map(run).collect()).unwrap(),
+        })
+    }
+
+    fn view(session: u64, generation: u64, runs: &[(u64, u64, u64)]) -> View {
+        View::new(Some(SessionId(session)), assignment(generation, runs))
+    }
+
+    /// An owner whose callbacks write down what they hear.
+    fn owned() -> (Arc<Owned>, Arc<Mutex<Vec<String>>>) {
+        let heard: Arc<Mutex<Vec<String>>> = Arc::default();
+        let note = |what: &'static str| -> Callback {
+            let heard = Arc::clone(&heard);
+            Box::new(move |slices| {
+                let slices: Vec<String> = slices.iter().map(Slice::to_string).collect();
+                heard.lock().unwrap().push(format!("{what} {}", slices.join(" ")));
+            })
+        };
+        let start = Assignment::new("kv".parse().unwrap(), Generation::ZERO);
+        (Arc::new(Owned::new(start, note("added"), note("removed"))), heard)
+    }
+
+    #[test]
+    fn a_split_or_merge_that_moves_nothing_is_not_told() {
+        let whole = view(1, 5, &[(0, 1, 3), (100, 2, 3)]);
+        let parted = view(1, 6, &[(0, 1, 3), (50, 1, 3), (100, 2, 3)]);
+        assert_eq!(change(&whole, &parted), Change::default());
+        assert_eq!(change(&parted, &whole), Change::default());
+    }
+
+    #[test]
+    fn what_comes_and_goes_is_told_as_ranges() {
+        let before = view(1, 5, &[(0, 1, 3), (100, 2, 3), (200, 2, 3), (300, 1, 3)]);
+        let after = view(1, 6, &[(0, 1, 3), (50, 2, 6), (100, 1, 6), (200, 1, 6), (300, 1, 3)]);
+        let expected =
+            Change { added: vec![slice(100, 299)], removed: vec![slice(50, 99)], broken: vec![] };
+        assert_eq!(change(&before, &after), expected);
+    }
+
+    #[test]
+    fn what_was_lost_and_came_back_unseen_goes_and_comes() {
+        let before = view(1, 5, &[(0, 1, 3), (100, 2, 3)]);
+        let after = view(1, 9, &[(0, 1, 8), (100, 2, 3)]);
+        let gone = vec![slice(0, 99)];
+        let expected = Change { added: gone.clone(), removed: vec![], broken: gone };
+        assert_eq!(change(&before, &after), expected);
+    }
+
+    #[test]
+    fn another_session_holds_nothing_of_the_one_before() {
+        let before = view(1, 5, &[(0, 1, 3), (100, 2, 3)]);
+        let after = view(2, 5, &[(0, 1, 3), (100, 2, 3)]);
+        let change = change(&before, &after);
+        assert_eq!(
+            (change.added, change.removed),
+            (vec![slice(100, u64::MAX)], vec![slice(0, 99)])
+        );
+    }
+
+    #[test]
+    fn slices_are_announced_before_they_are_served_and_after() {
+        let (owned, heard) = owned();
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (100, 2, 2)]));
+        assert!(owned.view().owns(SliceKey(99)) && !owned.view().owns(SliceKey(100)));
+        owned.install(None, assignment(2, &[(0, 1, 2), (100, 2, 2)]));
+        assert!(!owned.view().owns(SliceKey(99)));
+        let all = heard.lock().unwrap().join("; ");
+        let range = slice(0, 99);
+        assert_eq!(all, format!("added {range}; removed {range}"));
+    }
+
+    #[test]
+    fn a_callback_that_panics_costs_nothing_else() {
+        let start = Assignment::new("kv".parse().unwrap(), Generation::ZERO);
+        let owned =
+            Owned::new(start, Box::new(|_| panic!("the application's bug")), Box::new(|_| ()));
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]));
+        assert!(owned.view().owns(SliceKey(7)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn counts_survive_a_change_and_are_reported_once() {
+        let (owned, _) = owned();
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]));
+        let mut window = Window::begin(&owned, Instant::now());
+        for key in [0, 1, u64::MAX] {
+            assert!(owned.view().claim(SliceKey(key), 1_000));
+        }
+        // One thread holds on to the view that is about to be replaced.
+        let late = owned.view();
+        owned.install(Some(SessionId(1)), assignment(3, &[(0, 1, 2), (1 << 63, 2, 3)]));
+        late.claim(SliceKey(5), 1_000);
+        assert!(
+            !owned.view().claim(SliceKey(1 << 63), 2_000),
+            "misrouted, and counted all the same"
+        );
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let report = window.close(&owned, Instant::now()).unwrap();
+        assert_eq!(report.check(), Ok(()));
+        assert_eq!((report.generation, report.window), (number(2), Duration::from_secs(1)));
+        let loads: Vec<u64> = report.slices.iter().map(|(_, load)| load.milli()).collect();
+        assert_eq!(
+            loads,
+            [2_000, 4_000],
+            "three and the late one, shared by width, and two misrouted"
+        );
+
+        late.claim(SliceKey(5), 8_000);
+        drop(late);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let report = window.close(&owned, Instant::now()).unwrap();
+        assert_eq!(report.generation, number(3));
+        assert_eq!(report.slices.iter().map(|(_, load)| load.milli()).sum::<u64>(), 8_000);
+        assert!(owned.retired.lock().unwrap().is_empty(), "nobody can count there any more");
+    }
+
+    #[test]
+    fn a_report_of_too_many_slices_joins_neighbours() {
+        let slices = (0..10).map(|n| (slice(n * 10, n * 10 + 9), Load::from_milli(n))).collect();
+        let fewer = thinned(slices, 3);
+        assert_eq!(fewer.len(), 3);
+        assert_eq!(fewer[0], (slice(0, 39), Load::from_milli(6)));
+        let apart = (0..10).map(|n| (slice(n * 10, n * 10), Load::ZERO)).collect();
+        assert_eq!(thinned(apart, 3).len(), 3);
+    }
+}

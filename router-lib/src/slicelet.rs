@@ -1,0 +1,482 @@
+//! The library half inside a task: what do I own, and how loaded am I.
+//!
+//! ```no_run
+//! use mandoline::slicelet::{Claim, Slicelet};
+//!
+//! # async fn serve() -> Result<(), Box<dyn std::error::Error>> {
+//! let slicelet = Slicelet::builder("kv", "kv-0", "127.0.0.1:9000")
+//!     .assigners(["127.0.0.1:7400"])
+//!     .on_added(|slices| println!("mine now: {slices:?}"))
+//!     .start()?;
+//! slicelet.ready().await?;
+//! // For each request:
+//! match slicelet.claim(b"user-42") {
+//!     Claim::Mine => println!("serve it"),
+//!     Claim::Elsewhere(owner) => println!("421 Misdirected Request, try {:?}", owner.address),
+//! }
+//! // On SIGTERM:
+//! slicelet.shutdown().await;
+//! # Ok(())
+//! # }
+//! ```
+
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mandoline_core::assignment::Assignment;
+use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
+use mandoline_core::name::{JobName, NameError, TaskName};
+use mandoline_core::slice::Slice;
+use mandoline_core::task::{
+    Address, AddressError, Capacity, CapacityError, TaskInfo, TaskInfoError,
+};
+use mandoline_distributor::connect::Connector;
+use mandoline_distributor::hub::Hub;
+use mandoline_distributor::serve::WatchService;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+pub use crate::counters::{COST_MAX_UNITS, CostError};
+use crate::counters::{ONE_UNIT, thousandths};
+use crate::owned::{Callback, Owned};
+use crate::session::{Order, Session, Setup};
+pub use crate::session::{State, Why};
+
+/// How long a shutdown waits for slices to move away, unless told: Kubernetes kills after 30 s.
+const GRACE: Duration = Duration::from_secs(25);
+
+/// What a task knows of the slices that it owns.
+///
+/// Lookups and counts neither wait nor allocate. The session with the leader runs on a thread of its own. Dropping the
+/// slicelet ends the session at once; [`Slicelet::shutdown`] has the slices moved away first.
+pub struct Slicelet {
+    owned: Arc<Owned>,
+    state: watch::Receiver<State>,
+    orders: mpsc::Sender<Order>,
+    stop: CancellationToken,
+    grace: Duration,
+    watch_address: Option<Address>,
+}
+
+/// Whether a request is for this task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use = "a request that another task owns must be turned away"]
+pub enum Claim {
+    /// Serve it.
+    Mine,
+    /// Turn it away: `421 Misdirected Request`, or forward it.
+    Elsewhere(Owner),
+}
+
+/// Who owns a key, as far as this task knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// Where a task serves the key, if one does that is not this one.
+    pub address: Option<Address>,
+    /// The assignment that says so.
+    pub generation: Generation,
+}
+
+/// How a shutdown went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shutdown {
+    /// Every slice had moved to another task.
+    Drained,
+    /// The grace period ended first: so many slices were still this task's.
+    GraceOver {
+        /// How many.
+        slices: usize,
+    },
+}
+
+/// A task that cannot get ready, though it goes on trying; or one that was shut down.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotReady {
+    /// The leader refuses this task: its name or address is taken, or what it says of itself is wrong. It asks again
+    /// every two seconds, since a process that died under that name is soon found lost.
+    #[error("the leader refuses this task: {0}")]
+    Refused(#[source] Why),
+    /// The slicelet was shut down.
+    #[error("the slicelet was shut down")]
+    Stopped,
+}
+
+/// Why a slicelet did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The job's name is no name.
+    #[error("job {0:?}")]
+    Job(String, #[source] NameError),
+    /// The task's name is no name.
+    #[error("task {0:?}")]
+    Task(String, #[source] NameError),
+    /// Where the task serves, where it may be watched, or where an assigner is, is no address.
+    #[error("{what}")]
+    Address {
+        /// Which one.
+        what: &'static str,
+        /// What is wrong.
+        #[source]
+        error: AddressError,
+    },
+    /// There is nobody to ask.
+    #[error("no assigner is given: name at least one with `assigners`, such as 127.0.0.1:7400")]
+    NoAssigners,
+    /// The capacity is out of range.
+    #[error(transparent)]
+    Capacity(#[from] CapacityError),
+    /// A label or the revision is too long, or there are too many labels.
+    #[error(transparent)]
+    Info(#[from] TaskInfoError),
+    /// The watch address could not be listened on.
+    #[error("cannot listen for watching peers on {0}")]
+    Watch(String, #[source] io::Error),
+    /// The thread for the session could not be made.
+    #[error("cannot start the session's thread")]
+    Thread(#[source] io::Error),
+}
+
+impl Slicelet {
+    /// Begins to describe a task: its job, its stable name, and where it serves requests.
+    pub fn builder(job: &str, task: &str, address: &str) -> Builder {
+        let nothing = || -> Callback { Box::new(|_| ()) };
+        Builder {
+            job: job.to_owned(),
+            task: task.to_owned(),
+            address: address.to_owned(),
+            assigners: Vec::new(),
+            labels: Vec::new(),
+            capacity: 1.0,
+            revision: String::new(),
+            watch_address: None,
+            added: nothing(),
+            removed: nothing(),
+            probe: None,
+            grace: GRACE,
+            connector: Connector::default(),
+        }
+    }
+
+    /// Says whether this task owns a key right now. Counts nothing: see [`Slicelet::claim`].
+    pub fn owns(&self, key: &[u8]) -> bool {
+        self.owns_at(SliceKey::of(key))
+    }
+
+    /// Says whether this task owns a place, for keys that are grouped.
+    pub fn owns_at(&self, key: SliceKey) -> bool {
+        self.owned.view().owns(key)
+    }
+
+    /// Takes a request in: says whether it is this task's, and counts one unit of load for its slice. Misrouted requests
+    /// count too, since they cost as well.
+    pub fn claim(&self, key: &[u8]) -> Claim {
+        self.claim_thousandths(SliceKey::of(key), ONE_UNIT)
+    }
+
+    /// Takes a request in that costs something else than one unit, at a place in the key space.
+    pub fn claim_at(&self, key: SliceKey, cost: f64) -> Result<Claim, CostError> {
+        Ok(self.claim_thousandths(key, thousandths(cost)?))
+    }
+
+    fn claim_thousandths(&self, key: SliceKey, thousandths: u64) -> Claim {
+        let view = self.owned.view();
+        if view.claim(key, thousandths) {
+            return Claim::Mine;
+        }
+        let address = view.other_owner(key);
+        Claim::Elsewhere(Owner { address, generation: view.assignment().generation })
+    }
+
+    /// Counts what a request has cost, where that is known only afterwards: use with [`Slicelet::owns`].
+    pub fn count(&self, key: &[u8], cost: f64) -> Result<(), CostError> {
+        self.count_at(SliceKey::of(key), cost)
+    }
+
+    /// Counts what a request has cost at a place, for keys that are grouped.
+    pub fn count_at(&self, key: SliceKey, cost: f64) -> Result<(), CostError> {
+        let cost = thousandths(cost)?;
+        self.owned.view().claim(key, cost);
+        Ok(())
+    }
+
+    /// Says who else owns a key, for answers to requests that came to the wrong task.
+    pub fn owner_of(&self, key: &[u8]) -> Owner {
+        let view = self.owned.view();
+        let address = view.other_owner(SliceKey::of(key));
+        Owner { address, generation: view.assignment().generation }
+    }
+
+    /// Gives the generation of the assignment in force.
+    pub fn generation(&self) -> Generation {
+        self.owned.view().assignment().generation
+    }
+
+    /// Gives the assignment in force.
+    pub fn assignment(&self) -> Arc<Assignment> {
+        Arc::clone(self.owned.view().assignment())
+    }
+
+    /// Counts the slices that this task owns right now.
+    pub fn owned(&self) -> usize {
+        self.owned.view().owned()
+    }
+
+    /// Says how the task stands with the leader.
+    pub fn state(&self) -> State {
+        self.state.borrow().clone()
+    }
+
+    /// Gives where peers may watch, if they may; its port is the real one where 0 was asked for.
+    pub fn watch_address(&self) -> Option<&Address> {
+        self.watch_address.as_ref()
+    }
+
+    /// Waits until the task is registered and knows what it owns. Waits on while no assigner answers or nobody has made
+    /// the job (`state` says so); gives up where the leader refuses the task, though the slicelet itself does not.
+    pub async fn ready(&self) -> Result<(), NotReady> {
+        let mut state = self.state.clone();
+        loop {
+            match &*state.borrow_and_update() {
+                State::Attached { session, .. } => {
+                    let view = self.owned.view();
+                    let knows = view.assignment().tasks.contains_key(session);
+                    if view.session == Some(*session) && knows {
+                        return Ok(());
+                    }
+                }
+                State::Alone { why, .. } if why.is_refusal() => {
+                    return Err(NotReady::Refused(why.clone()));
+                }
+                State::Alone { .. } => (),
+                State::Stopped => return Err(NotReady::Stopped),
+            }
+            if state.changed().await.is_err() {
+                return Err(NotReady::Stopped);
+            }
+        }
+    }
+
+    /// Leaves in good order: serves until the last slice has moved to another task or the grace period ends, then ends
+    /// the session. Call it on SIGTERM, and stop taking requests when it returns.
+    pub async fn shutdown(&self) -> Shutdown {
+        // The queue is full only if it was asked before.
+        let _queued = self.orders.try_send(Order::Drain);
+        let drained = tokio::time::timeout(self.grace, self.stopped()).await.is_ok();
+        let slices = self.owned();
+        self.stop.cancel();
+        self.stopped().await;
+        if drained || slices == 0 { Shutdown::Drained } else { Shutdown::GraceOver { slices } }
+    }
+
+    async fn stopped(&self) {
+        // An error means that the session's thread is gone, which is as good.
+        drop(self.state.clone().wait_for(|state| *state == State::Stopped).await);
+    }
+}
+
+impl Drop for Slicelet {
+    /// Ends the session at once, in the background: others are given the slices. [`Slicelet::shutdown`] is kinder.
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl fmt::Debug for Slicelet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slicelet")
+            .field("state", &self.state())
+            .field("generation", &self.generation())
+            .field("owned", &self.owned())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a task says of itself, and what it wants to hear.
+#[must_use = "nothing happens before `start`"]
+pub struct Builder {
+    job: String,
+    task: String,
+    address: String,
+    assigners: Vec<String>,
+    labels: Vec<(String, String)>,
+    capacity: f64,
+    revision: String,
+    watch_address: Option<String>,
+    added: Callback,
+    removed: Callback,
+    probe: Option<Handle>,
+    grace: Duration,
+    connector: Connector,
+}
+
+impl Builder {
+    /// Names assigners to ask, in order; any one of the cluster knows who leads.
+    pub fn assigners(mut self, addresses: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.assigners.extend(addresses.into_iter().map(Into::into));
+        self
+    }
+
+    /// Says something of the task that placement may look at, such as `zone`.
+    pub fn label(mut self, key: &str, value: &str) -> Self {
+        self.labels.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Says how much the task can carry, as a multiple of an ordinary one.
+    pub fn capacity(mut self, times: f64) -> Self {
+        self.capacity = times;
+        self
+    }
+
+    /// Says which version of the program this is.
+    pub fn revision(mut self, revision: &str) -> Self {
+        revision.clone_into(&mut self.revision);
+        self
+    }
+
+    /// Lets peers and callers watch assignments here, so that they start while no assigner runs. Port 0 takes a free one.
+    pub fn watch_address(mut self, address: &str) -> Self {
+        self.watch_address = Some(address.to_owned());
+        self
+    }
+
+    /// Calls this with ranges that the task will own, sorted, before it says that it does: load what they need. The
+    /// session goes on meanwhile, other changes wait.
+    pub fn on_added(mut self, call: impl Fn(&[Slice]) + Send + Sync + 'static) -> Self {
+        self.added = Box::new(call);
+        self
+    }
+
+    /// Calls this with ranges that the task no longer owns, sorted, once it says so: let go of what they held.
+    pub fn on_removed(mut self, call: impl Fn(&[Slice]) + Send + Sync + 'static) -> Self {
+        self.removed = Box::new(call);
+        self
+    }
+
+    /// Watches the application's runtime: a task that runs nothing any more must not pass for alive, so heartbeats stop
+    /// while it hangs.
+    pub fn probe(mut self, runtime: Handle) -> Self {
+        self.probe = Some(runtime);
+        self
+    }
+
+    /// Says how long [`Slicelet::shutdown`] waits for slices to move away; 25 s unless told.
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
+    /// Lets the session reach assigners by TLS, or show a token.
+    pub fn connector(mut self, connector: Connector) -> Self {
+        self.connector = connector;
+        self
+    }
+
+    /// Starts the session on a thread of its own. Returns at once: see [`Slicelet::ready`].
+    pub fn start(self) -> Result<Slicelet, StartError> {
+        let job = JobName::new(&self.job).map_err(|error| StartError::Job(self.job, error))?;
+        let task = TaskName::new(&self.task).map_err(|error| StartError::Task(self.task, error))?;
+        let assigners = self.assigners.iter().map(|text| address(text, "an assigner's address"));
+        let assigners: Vec<Address> = assigners.collect::<Result<_, _>>()?;
+        if assigners.is_empty() {
+            return Err(StartError::NoAssigners);
+        }
+        let mut info = TaskInfo::new(task, drawn(), address(&self.address, "the task's address")?);
+        info.labels = self.labels.into_iter().collect();
+        info.capacity = Capacity::new(self.capacity)?;
+        info.revision = self.revision;
+        info.check()?;
+        let listener = self.watch_address.as_deref().map(listen).transpose()?;
+        info.watch = listener.as_ref().map(|(address, _)| address.clone());
+        let watch_address = info.watch.clone();
+
+        let start = Assignment::new(job.clone(), Generation::ZERO);
+        let owned = Arc::new(Owned::new(start.clone(), self.added, self.removed));
+        let (state, watched) = watch::channel(State::starting());
+        // There is one thing to ask, and once is enough.
+        let (orders, asked) = mpsc::channel(1);
+        let (stop, hub) = (CancellationToken::new(), Hub::new());
+        let peers = listener.map(|(_, listener)| Peers { listener, hub: hub.clone() });
+        let setup = Setup {
+            job,
+            info,
+            assigners,
+            connector: self.connector,
+            owned: Arc::clone(&owned),
+            start: Arc::new(start),
+            probe: self.probe,
+            orders: asked,
+            state,
+            hub,
+            stop: stop.clone(),
+        };
+        spawn(setup, peers).map_err(StartError::Thread)?;
+        let grace = self.grace;
+        Ok(Slicelet { owned, state: watched, orders, stop, grace, watch_address })
+    }
+}
+
+/// Where peers watch, and what they are told.
+struct Peers {
+    listener: TcpListener,
+    hub: Hub,
+}
+
+/// Starts the session's thread. Its handle is let go: the thread ends with the session, and the state says when.
+fn spawn(setup: Setup, peers: Option<Peers>) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let stop = setup.stop.clone();
+    let run = async move {
+        let session = async {
+            Session::new(setup).run().await;
+            // After a drain nobody has said so yet.
+            stop.cancel();
+        };
+        tokio::join!(session, serve(peers, stop.clone()));
+    };
+    let thread = std::thread::Builder::new().name("mandoline-slicelet".to_owned());
+    thread.spawn(move || runtime.block_on(run)).map(drop)
+}
+
+async fn serve(peers: Option<Peers>, stop: CancellationToken) {
+    let Some(Peers { listener, hub }) = peers else { return };
+    let served = async {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        tonic::transport::Server::builder()
+            .add_service(WatchService::new(hub, stop.clone()))
+            .serve_with_incoming_shutdown(incoming, stop.cancelled())
+            .await
+            .map_err(io::Error::other)
+    };
+    if let Err(error) = served.await {
+        tracing::error!(%error, "peers can no longer watch here");
+    }
+}
+
+fn listen(text: &str) -> Result<(Address, TcpListener), StartError> {
+    let refused = |error| StartError::Watch(text.to_owned(), error);
+    let listener = TcpListener::bind(text).map_err(refused)?;
+    listener.set_nonblocking(true).map_err(refused)?;
+    let bound = listener.local_addr().map_err(refused)?;
+    // A name is told as it was given: it may mean more to others than the address that it stands for here.
+    let (host, _) = text.rsplit_once(':').unwrap_or((text, ""));
+    let address = address(&format!("{host}:{}", bound.port()), "the watch address")?;
+    Ok((address, listener))
+}
+
+fn address(text: &str, what: &'static str) -> Result<Address, StartError> {
+    text.parse().map_err(|error| StartError::Address { what, error })
+}
+
+/// Draws a number that no other process draws: the standard library seeds each `RandomState` from the system's
+/// randomness.
+fn drawn() -> u64 {
+    RandomState::new().hash_one((std::process::id(), std::time::UNIX_EPOCH.elapsed().ok()))
+}
