@@ -117,6 +117,8 @@ pub struct Watcher {
     known: Option<Arc<Assignment>>,
     /// Whether what is known did not fit what came, so that everything must come anew.
     resync: bool,
+    /// Whether that was so since a delta last fitted: a source may be asked anew once, not in a circle.
+    resynced: bool,
     /// The last `Ask`.
     stream: StreamId,
     /// Whom the last `Ask` went to, or the next one will.
@@ -192,6 +194,7 @@ impl Watcher {
             prng,
             known,
             resync: false,
+            resynced: false,
             stream: StreamId::default(),
             sources_failed: 0,
             failures: 0,
@@ -309,10 +312,16 @@ impl Watcher {
             return; // old news
         }
         match delta.apply_to(&known) {
-            Ok(next) => self.install(now, Arc::new(next), Some(delta), out),
+            Ok(next) => {
+                self.resynced = false;
+                self.install(now, Arc::new(next), Some(delta), out);
+            }
             Err(error) => {
-                // The same source has the rest. Should what it sends then not do either, `fail` follows.
                 self.resync = true;
+                if std::mem::replace(&mut self.resynced, true) {
+                    return self.fail(now, error.to_string(), out);
+                }
+                // The same source has the rest.
                 self.not_live(now, error.to_string());
                 self.ask(now, out);
             }
@@ -351,10 +360,12 @@ impl Watcher {
         delta: Option<Delta>,
         out: &mut Vec<Action>,
     ) {
+        if Some(assignment.generation) > self.generation() {
+            self.failures = 0;
+            self.sources_failed = 0;
+        }
         self.known = Some(Arc::clone(&assignment));
         self.resync = false;
-        self.failures = 0;
-        self.sources_failed = 0;
         self.settle(now);
         out.push(Action::Install { assignment, delta });
     }
@@ -492,7 +503,8 @@ mod tests {
                     Action::Ask { stream, source, known } => {
                         assert!(stream > self.stream, "each stream has a greater name");
                         self.stream = stream;
-                        let known = known.map_or("nothing".to_owned(), |known| known.to_string());
+                        let known =
+                            known.map_or_else(|| "nothing".into(), |known| known.to_string());
                         format!("ask {source} knowing {known}")
                     }
                     Action::Close => "close".into(),
@@ -563,9 +575,12 @@ mod tests {
              late full 1.9         > - | stale
              open                  > - | stale
              full 1.8              > install 1.8 in full | live
-             broken-delta 1.8 1.9  > ask 0 knowing nothing | stale
+             delta 1.8 1.9         > install 1.9 by delta | live
+             broken-delta 1.9 1.10 > ask 0 knowing nothing | stale
              open                  > - | stale
-             full 1.8              > install 1.8 in full | live",
+             full 1.9              > install 1.9 in full | live
+             broken-delta 1.9 1.10 > close | stale
+             wait                  > ask 0 knowing nothing | stale",
         );
     }
 

@@ -231,3 +231,237 @@ fn chain(error: &dyn Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Node, advance, empty, generation, large, soon};
+    use bytes::Bytes;
+    use mandoline_proto::update::{encode_delta, encode_full};
+    use tokio::task::JoinHandle;
+
+    /// A follower that publishes into a hub, and what became of it.
+    struct Following {
+        hub: Hub,
+        states: watch::Receiver<State>,
+        seen: watch::Sender<Option<Generation>>,
+        stop: CancellationToken,
+        task: JoinHandle<()>,
+    }
+
+    impl Following {
+        fn start(sources: &[&Node], peers: &[&Node], known: Option<Arc<Assignment>>) -> Self {
+            let addresses = |nodes: &[&Node]| nodes.iter().map(|n| n.address.clone()).collect();
+            let (sources, peers) = (addresses(sources), addresses(peers));
+            let upstream =
+                Upstream { sources, peers, watcher: "test".into(), ..Default::default() };
+            let (seen, sightings) = watch::channel(None);
+            let clock = Clock::start();
+            let job = "kv".parse().unwrap();
+            let follower = Follower::new(job, upstream, known.clone(), sightings, clock).unwrap();
+            let hub = Hub::new();
+            if let Some(known) = known {
+                hub.publish(known, None);
+            }
+            let (state, states) = watch::channel(follower.watcher.state().clone());
+            let mut publish = publish_to(hub.clone());
+            let tell = move |news: News<'_>| {
+                publish(news);
+                if let News::State(now) = news {
+                    state.send_replace(now.clone());
+                }
+            };
+            let stop = CancellationToken::new();
+            let task = tokio::spawn(follower.run(tell, stop.clone()));
+            Self { hub, states, seen, stop, task }
+        }
+
+        async fn reaches(&self, wanted: Generation) -> Arc<Assignment> {
+            let mut changes = self.hub.watch_changes(&"kv".parse().unwrap());
+            let reached = |known: &Option<Arc<Assignment>>| {
+                known.as_ref().is_some_and(|known| known.generation >= wanted)
+            };
+            let what = format!("generation {wanted}");
+            let known = soon(&what, changes.wait_for(reached)).await.unwrap().clone();
+            known.unwrap()
+        }
+
+        async fn becomes(&mut self, what: &str, is: impl FnMut(&State) -> bool) -> State {
+            soon(what, self.states.wait_for(is)).await.unwrap().clone()
+        }
+
+        async fn end(self) {
+            self.stop.cancel();
+            soon("the follower's end", self.task).await.unwrap();
+        }
+    }
+
+    fn hub_at(number: u64) -> Hub {
+        let hub = Hub::new();
+        hub.publish(empty("kv", number), None);
+        hub
+    }
+
+    fn is_live(state: &State) -> bool {
+        matches!(state, State::Live { .. })
+    }
+
+    #[tokio::test]
+    async fn a_follower_has_what_its_source_has() {
+        let upstream = Hub::new();
+        let node = Node::serve(&upstream);
+        let following = Following::start(&[&node], &[], None);
+        upstream.publish(large("kv", 1), None);
+        for _ in 0..20 {
+            advance(&upstream, "kv");
+        }
+        let newest = upstream.get(&"kv".parse().unwrap()).unwrap();
+        assert_eq!(following.reaches(newest.generation).await, newest);
+        following.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_follower_of_a_follower_has_it_too() {
+        let upstream = hub_at(1);
+        let node = Node::serve(&upstream);
+        let first = Following::start(&[&node], &[], None);
+        let tier = Node::serve(&first.hub);
+        let second = Following::start(&[&tier], &[], None);
+        second.reaches(generation(1)).await;
+        let newest = advance(&upstream, "kv");
+        assert_eq!(second.reaches(newest.generation).await, newest);
+        first.end().await;
+        second.end().await;
+    }
+
+    #[tokio::test]
+    async fn when_a_source_dies_the_next_one_is_asked_from_where_it_stood() {
+        let upstream = hub_at(1);
+        let mut nodes = vec![Node::serve(&upstream), Node::serve(&upstream)];
+        let mut following = Following::start(&[&nodes[0], &nodes[1]], &[], None);
+        following.reaches(generation(1)).await;
+        let State::Live { source, .. } = following.becomes("a live state", is_live).await else {
+            panic!("it is live");
+        };
+        drop(nodes.remove(source));
+        advance(&upstream, "kv");
+        following.reaches(generation(2)).await;
+        following
+            .becomes(
+                "the other source",
+                |state| matches!(state, State::Live { source: now, .. } if *now != source),
+            )
+            .await;
+        following.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_source_that_stops_politely_is_left_at_once() {
+        let upstream = hub_at(1);
+        let nodes = [Node::serve(&upstream), Node::serve(&upstream)];
+        let mut following = Following::start(&[&nodes[0], &nodes[1]], &[], None);
+        let State::Live { source, .. } = following.becomes("a live state", is_live).await else {
+            panic!("it is live");
+        };
+        nodes[source].stop();
+        advance(&upstream, "kv");
+        following.reaches(generation(2)).await;
+        following.end().await;
+    }
+
+    #[tokio::test]
+    async fn with_every_source_gone_a_peer_tells_and_without_peers_what_is_known_stays() {
+        let upstream = hub_at(1);
+        let (source, peer) = (Node::serve(&upstream), Node::serve(&upstream));
+        let mut following = Following::start(&[&source], &[&peer], None);
+        following.reaches(generation(1)).await;
+        drop(source);
+        following.becomes("the peer", |state| matches!(state, State::Live { source: 1, .. })).await;
+        advance(&upstream, "kv");
+        following.reaches(generation(2)).await;
+        drop(peer);
+        let stale =
+            following.becomes("a stale state", |state| matches!(state, State::Stale { .. })).await;
+        let State::Stale { why, .. } = stale else { panic!("it is stale") };
+        assert!(!why.is_empty());
+        assert_eq!(following.reaches(generation(2)).await.generation, generation(2));
+        following.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_source_that_is_behind_is_not_followed_back() {
+        let (old, new) = (hub_at(1), hub_at(9));
+        let behind = Node::liar(
+            encode_full(&old.get(&"kv".parse().unwrap()).unwrap())
+                .iter()
+                .map(|m| grpc(m))
+                .collect(),
+        );
+        let ahead = Node::serve(&new);
+        let following = Following::start(&[&behind, &ahead], &[], Some(empty("kv", 5)));
+        following.reaches(generation(9)).await;
+        let known = following.hub.get(&"kv".parse().unwrap()).unwrap();
+        assert_eq!(known.generation, generation(9));
+        following.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_source_that_lags_behind_what_was_seen_is_left_for_another() {
+        let (lagging, ahead) = (hub_at(5), hub_at(7));
+        let nodes = [Node::serve(&lagging), Node::serve(&ahead)];
+        let mut following = Following::start(&[&nodes[0]], &[&nodes[1]], None);
+        following.becomes("a live state", is_live).await;
+        following.seen.send_replace(Some(generation(7)));
+        following.reaches(generation(7)).await;
+        following.end().await;
+    }
+
+    fn grpc(message: &[u8]) -> Bytes {
+        let mut frame = vec![0];
+        frame.extend((message.len() as u32).to_be_bytes());
+        frame.extend(message);
+        frame.into()
+    }
+
+    #[tokio::test]
+    async fn what_makes_no_sense_is_left_for_a_source_that_does() {
+        let good = hub_at(9);
+        let full = grpc(&encode_full(&empty("kv", 8))[0]);
+        let (_, gap) = crate::testing::step(&empty("kv", 3));
+        let (_, next) = crate::testing::step(&empty("kv", 8));
+        let mut torn = encode_full(&large("kv", 8));
+        torn.truncate(1);
+        let cases: [(&str, Vec<Bytes>); 7] = [
+            ("bytes that are no message", vec![grpc(&[0xFF; 20])]),
+            ("an empty update", vec![grpc(&[])]),
+            ("a frame that claims 4 GiB", vec![Bytes::from_static(b"\0\xFF\xFF\xFF\xFFabc")]),
+            ("another job", vec![grpc(&encode_full(&empty("other", 99))[0])]),
+            ("a delta first", vec![grpc(&encode_delta(&next))]),
+            (
+                "a step that does not fit, twice",
+                vec![
+                    full,
+                    grpc(&encode_delta(&gap)),
+                    grpc(&encode_delta(&crate::testing::step(&empty("kv", 30)).1)),
+                ],
+            ),
+            ("a delta between parts", vec![grpc(&torn[0]), grpc(&encode_delta(&next))]),
+        ];
+        for (what, frames) in cases {
+            let (liar, honest) = (Node::liar(frames), Node::serve(&good));
+            // The liar is asked first: the other one is a peer.
+            let following = Following::start(&[&liar], &[&honest], None);
+            let known = soon(what, following.reaches(generation(9))).await;
+            assert_eq!(known.job.as_str(), "kv", "{what}");
+            following.end().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn with_nobody_to_ask_it_says_so() {
+        let (_, seen) = watch::channel(None);
+        let upstream = Upstream::default();
+        let refused = Follower::new("kv".parse().unwrap(), upstream, None, seen, Clock::start());
+        assert_eq!(refused.unwrap_err(), NobodyToAsk);
+    }
+}

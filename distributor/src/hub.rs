@@ -346,3 +346,196 @@ impl Drop for Subscription {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{advance, empty, generation, large, soon, step};
+    use futures_util::FutureExt;
+    use mandoline_proto::update::{Assembler, Update};
+
+    fn job() -> JobName {
+        "kv".parse().unwrap()
+    }
+
+    /// Takes what there is to tell right now, in words.
+    fn told(subscription: &mut Subscription) -> Vec<String> {
+        let mut assembler = Assembler::default();
+        let mut told = Vec::new();
+        while let Some(frame) = subscription.next().now_or_never() {
+            assert_eq!(frame.framed()[5..], frame.message());
+            let len = u32::from_be_bytes(frame.framed()[1..5].try_into().unwrap());
+            assert_eq!((frame.framed()[0], len as usize), (0, frame.message().len()));
+            told.extend(assembler.take_bytes(&frame.message()).unwrap().map(
+                |update| match update {
+                    Update::Full(full) => format!("full {}", full.generation),
+                    Update::Delta(delta) => format!("delta {} {}", delta.from, delta.to),
+                    Update::Unknown(job) => format!("unknown {job}"),
+                },
+            ));
+        }
+        told
+    }
+
+    #[test]
+    fn a_watcher_hears_everything_once_and_then_what_changes() {
+        let hub = Hub::new();
+        let mut early = hub.subscribe(&job(), None).unwrap();
+        assert_eq!(told(&mut early), ["unknown kv"]);
+        assert_eq!(told(&mut early), Vec::<String>::new());
+        hub.publish(empty("kv", 1), None);
+        assert_eq!(told(&mut early), ["full 1.1"]);
+        advance(&hub, "kv");
+        advance(&hub, "kv");
+        assert_eq!(told(&mut early), ["delta 1.1 1.2", "delta 1.2 1.3"]);
+        let mut late = hub.subscribe(&job(), None).unwrap();
+        assert_eq!(told(&mut late), ["full 1.3"]);
+    }
+
+    #[test]
+    fn what_a_watcher_knows_is_where_it_begins() {
+        let hub = Hub::new();
+        hub.publish(empty("kv", 5), None);
+        for _ in 0..3 {
+            advance(&hub, "kv");
+        }
+        let cases = [
+            (Some(generation(8)), vec![]),
+            (Some(generation(6)), vec!["delta 1.6 1.7", "delta 1.7 1.8"]),
+            (Some(generation(4)), vec!["full 1.8"]),
+            (Some(Generation { incarnation: 0, number: 900 }), vec!["full 1.8"]),
+            // It knows more than this hub: nothing, until the hub has caught up.
+            (Some(generation(9)), vec![]),
+            (Some(Generation { incarnation: 2, number: 1 }), vec![]),
+        ];
+        for (known, expected) in cases {
+            let mut subscription = hub.subscribe(&job(), known).unwrap();
+            assert_eq!(told(&mut subscription), expected, "{known:?}");
+        }
+        let mut ahead = hub.subscribe(&job(), Some(generation(9))).unwrap();
+        advance(&hub, "kv");
+        assert_eq!(told(&mut ahead), Vec::<String>::new());
+        advance(&hub, "kv");
+        assert_eq!(told(&mut ahead), ["delta 1.9 1.10"]);
+    }
+
+    #[test]
+    fn a_watcher_that_fell_too_far_behind_hears_everything_anew() {
+        let hub = Hub::new();
+        hub.publish(empty("kv", 1), None);
+        let mut slow = hub.subscribe(&job(), None).unwrap();
+        assert_eq!(told(&mut slow), ["full 1.1"]);
+        for _ in 0..DELTAS_MAX {
+            advance(&hub, "kv");
+        }
+        assert_eq!(told(&mut slow).len(), DELTAS_MAX);
+        for _ in 0..=DELTAS_MAX {
+            advance(&hub, "kv");
+        }
+        assert_eq!(told(&mut slow), ["full 1.130"]);
+    }
+
+    #[test]
+    fn what_is_older_or_does_not_follow_is_never_told_as_a_step() {
+        let hub = Hub::new();
+        hub.publish(empty("kv", 5), None);
+        let mut watcher = hub.subscribe(&job(), Some(generation(5))).unwrap();
+        hub.publish(empty("kv", 5), None);
+        hub.publish(empty("kv", 4), None);
+        assert_eq!(told(&mut watcher), Vec::<String>::new());
+        // A step from a generation that this hub has not had.
+        let (_, delta) = step(&empty("kv", 6));
+        hub.publish(empty("kv", 7), Some(&delta));
+        assert_eq!(told(&mut watcher), ["full 1.7"]);
+        // A step that is so large that everything is as good.
+        let (next, mut delta) = step(&empty("kv", 7));
+        delta.slices = vec![delta.slices[0].clone(); DELTA_SLICES_MAX + 1];
+        hub.publish(next, Some(&delta));
+        assert_eq!(told(&mut watcher), ["full 1.8"]);
+    }
+
+    #[test]
+    fn parts_of_a_full_assignment_are_not_broken_off_by_news() {
+        let hub = Hub::new();
+        hub.publish(large("kv", 1), None);
+        let mut watcher = hub.subscribe(&job(), None).unwrap();
+        let mut assembler = Assembler::default();
+        let first = watcher.next().now_or_never().unwrap();
+        assert_eq!(assembler.take_bytes(&first.message()), Ok(None));
+        let newer = advance(&hub, "kv");
+        let mut known = None;
+        while let Some(frame) = watcher.next().now_or_never() {
+            match assembler.take_bytes(&frame.message()).unwrap() {
+                Some(Update::Full(full)) => known = Some(full),
+                Some(Update::Delta(delta)) => {
+                    known = Some(delta.apply_to(&known.unwrap()).unwrap());
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(known.as_ref(), Some(newer.as_ref()));
+    }
+
+    #[test]
+    fn all_watchers_share_the_same_bytes() {
+        let hub = Hub::new();
+        hub.publish(large("kv", 1), None);
+        let mut watchers: Vec<_> = (0..3).map(|_| hub.subscribe(&job(), None).unwrap()).collect();
+        let first: Vec<_> =
+            watchers.iter_mut().map(|w| w.next().now_or_never().unwrap().framed()).collect();
+        assert!(first.iter().all(|bytes| bytes.as_ptr() == first[0].as_ptr()));
+    }
+
+    #[test]
+    fn a_job_that_is_forgotten_is_unknown_and_may_come_back() {
+        let hub = Hub::new();
+        hub.publish(empty("kv", 5), None);
+        let mut watcher = hub.subscribe(&job(), Some(generation(5))).unwrap();
+        hub.forget(&job());
+        assert_eq!((hub.get(&job()), hub.jobs()), (None, vec![]));
+        assert_eq!(told(&mut watcher), ["unknown kv"]);
+        hub.publish(empty("kv", 2), None);
+        assert_eq!(told(&mut watcher), ["full 1.2"]);
+        assert_eq!(hub.jobs(), [job()]);
+    }
+
+    #[test]
+    fn there_is_room_for_so_many_watchers_and_a_place_is_given_back() {
+        let hub = Hub::with_watchers_max(2);
+        let one = hub.subscribe(&job(), None).unwrap();
+        let _two = hub.subscribe(&job(), None).unwrap();
+        let refused = hub.subscribe(&job(), None).unwrap_err();
+        assert_eq!(refused, TooManyWatchers { max: 2 });
+        drop(one);
+        assert_eq!(hub.watchers(), 1);
+        assert!(hub.subscribe(&job(), None).is_ok());
+    }
+
+    #[test]
+    fn names_that_nobody_waits_for_are_not_kept() {
+        let hub = Hub::new();
+        for n in 0..100 {
+            let name = format!("guess-{n}").parse().unwrap();
+            drop(hub.subscribe(&name, None).unwrap());
+        }
+        assert_eq!(lock(&hub.inner.topics).len(), 0);
+        hub.publish(empty("kv", 1), None);
+        drop(hub.subscribe(&job(), None).unwrap());
+        hub.forget(&job());
+        assert_eq!(lock(&hub.inner.topics).len(), 0);
+    }
+
+    #[tokio::test]
+    async fn news_wakes_who_waits() {
+        let hub = Hub::new();
+        let mut changes = hub.watch_changes(&job());
+        let mut watcher = hub.subscribe(&job(), None).unwrap();
+        assert_eq!(told(&mut watcher), ["unknown kv"]);
+        let publisher = hub.clone();
+        let publish = tokio::spawn(async move { publisher.publish(empty("kv", 1), None) });
+        soon("a frame", watcher.next()).await;
+        soon("a change", changes.changed()).await.unwrap();
+        publish.await.unwrap();
+        assert_eq!(changes.borrow().as_ref().map(|known| known.generation), Some(generation(1)));
+    }
+}

@@ -9,3 +9,5 @@ pub mod serve;
 pub mod clock;
 pub mod connect;
 pub mod follow;
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,171 @@
+//! Assignments to tell, and nodes that serve them on real sockets and can die.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use mandoline_core::assignment::{Assigned, Assignment, Replica};
+use mandoline_core::delta::{Delta, TaskChange};
+use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
+use mandoline_core::slice::Slice;
+use mandoline_core::task::{Address, Phase, SessionId, Task, TaskInfo};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::server::NamedService;
+use tonic::transport::Server;
+
+use crate::hub::Hub;
+use crate::serve::WatchService;
+
+/// How long anything here may take before the test is called hung.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits for something with a name, and fails the test when it does not come.
+pub(crate) async fn soon<T>(what: &str, wait: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, wait).await {
+        Ok(it) => it,
+        Err(_) => panic!("waited {PATIENCE:?} in vain for {what}"),
+    }
+}
+
+pub(crate) fn generation(number: u64) -> Generation {
+    Generation { incarnation: 1, number }
+}
+
+pub(crate) fn empty(job: &str, number: u64) -> Arc<Assignment> {
+    Arc::new(Assignment::new(job.parse().unwrap(), generation(number)))
+}
+
+/// Takes an assignment one generation on: a task joins and takes some slice.
+pub(crate) fn step(old: &Assignment) -> (Arc<Assignment>, Delta) {
+    let to = old.generation.next();
+    let id = to.number;
+    let address = format!("127.0.0.1:{}", 1 + id % 65_000).parse().unwrap();
+    let info = TaskInfo::new(format!("t{id}").parse().unwrap(), id, address);
+    let task = Task { session: SessionId(id), info, phase: Phase::Serving };
+    let first = SliceKey(id.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 1);
+    let slice = Slice::new(first, SliceKey(first.0 + 0xFFFF)).unwrap();
+    let replica = Replica { session: SessionId(id), since: to };
+    let assigned = Assigned { replicas: [replica].into_iter().collect(), ..Assigned::default() };
+    let delta = Delta {
+        job: old.job.clone(),
+        from: old.generation,
+        to,
+        tasks: vec![TaskChange::Set(Arc::new(task))],
+        slices: vec![(slice, assigned)],
+    };
+    (Arc::new(delta.apply_to(old).unwrap()), delta)
+}
+
+/// Takes a hub's job one generation on.
+pub(crate) fn advance(hub: &Hub, job: &str) -> Arc<Assignment> {
+    let old = hub.get(&job.parse().unwrap()).expect("the job was published before");
+    let (new, delta) = step(&old);
+    hub.publish(Arc::clone(&new), Some(&delta));
+    new
+}
+
+/// An assignment of several parts.
+pub(crate) fn large(job: &str, number: u64) -> Arc<Assignment> {
+    let mut made = Assignment::clone(&empty(job, number));
+    for n in 1..100_000_u64 {
+        made.slices.split(SliceKey(n << 44));
+    }
+    Arc::new(made)
+}
+
+/// A server on a runtime of its own, so that it can die with all its connections at once.
+pub(crate) struct Node {
+    pub(crate) address: Address,
+    stop: CancellationToken,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Node {
+    pub(crate) fn serve(hub: &Hub) -> Self {
+        let stop = CancellationToken::new();
+        Self::serve_with(WatchService::new(hub.clone(), stop.clone()), stop)
+    }
+
+    /// Serves these bytes to everyone who watches, and then stays silent.
+    pub(crate) fn liar(frames: Vec<Bytes>) -> Self {
+        Self::serve_with(Liar(frames), CancellationToken::new())
+    }
+
+    fn serve_with<S>(service: S, stop: CancellationToken) -> Self
+    where
+        S: tower::Service<
+                http::Request<Body>,
+                Response = http::Response<Body>,
+                Error = std::convert::Infallible,
+            > + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send + 'static,
+    {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap().to_string().parse().unwrap();
+        let stopped = stop.clone();
+        // Ends with the runtime, which the node holds.
+        runtime.spawn(async move {
+            let incoming = TcpListenerStream::new(TcpListener::from_std(listener).unwrap());
+            let server = Server::builder().add_service(service);
+            server.serve_with_incoming_shutdown(incoming, stopped.cancelled()).await.unwrap();
+        });
+        Self { address, stop, runtime: Some(runtime) }
+    }
+
+    /// Stops as told: streams end with a status.
+    pub(crate) fn stop(&self) {
+        self.stop.cancel();
+    }
+}
+
+/// Dies with all its connections.
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Liar(Vec<Bytes>);
+
+impl NamedService for Liar {
+    const NAME: &'static str = "mandoline.v1.Assignments";
+}
+
+impl tower::Service<http::Request<Body>> for Liar {
+    type Response = http::Response<Body>;
+    type Error = std::convert::Infallible;
+    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(
+        &mut self,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Result<(), Self::Error>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: http::Request<Body>) -> Self::Future {
+        let said = stream::iter(self.0.clone()).chain(stream::pending());
+        let frames = said.map(|bytes| Ok::<_, tonic::Status>(http_body::Frame::data(bytes)));
+        let body = Body::new(http_body_util::StreamBody::new(frames));
+        let head = http::Response::builder().header("content-type", "application/grpc");
+        std::future::ready(Ok(head.body(body).unwrap()))
+    }
+}
