@@ -13,6 +13,7 @@ use mandoline_sim::spread::Spread;
 use mandoline_sim::workload::{Sampler, Workload};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::timeout;
 
 use crate::drive::ledger::Ledger;
 
@@ -84,11 +85,13 @@ impl Feed {
         }
     }
 
-    /// Ends the reader.
+    /// Ends the reader, unless it is stuck: a pipe that nobody writes to cannot be given up, only left.
     pub(crate) async fn close(self) {
         if let Self::Recorded { batches, reader, .. } = self {
             drop(batches);
-            reader.await.expect("the reader does not panic, and blocking tasks are not aborted");
+            if let Ok(ended) = timeout(CLOSE_PATIENCE, reader).await {
+                ended.expect("the reader does not panic, and blocking tasks are not aborted");
+            }
         }
     }
 }
@@ -143,3 +146,5 @@ const BATCH_EVENTS: usize = 256;
 const BATCHES: usize = 4;
 /// Between two passes of a recording whose events all have one time.
 const GAP_MIN: Duration = Duration::from_millis(1);
+/// A disk answers sooner.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(1);

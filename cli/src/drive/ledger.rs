@@ -97,7 +97,7 @@ impl Window {
     /// Adds a later window to this one.
     pub(crate) fn add(&mut self, later: &Self) {
         for (task, cost) in &later.by_task {
-            *self.by_task.entry(task.clone()).or_default() += cost;
+            *entry(&mut self.by_task, task) += cost;
         }
         for (key, cost) in &later.by_key {
             self.count_key(*key, *cost);
@@ -195,12 +195,13 @@ impl Ledger {
         totals.cost += outcome.cost;
         window.count_key(outcome.place, outcome.cost);
         let Some(task) = &reply.task else { return };
-        if totals.by_task.len() < TASKS_MAX || totals.by_task.contains_key(task) {
-            let of_task = totals.by_task.entry(task.clone()).or_default();
-            of_task.requests += 1;
-            of_task.cost += outcome.cost;
-            *window.by_task.entry(task.clone()).or_default() += outcome.cost;
+        if totals.by_task.len() >= TASKS_MAX && !totals.by_task.contains_key(task) {
+            return;
         }
+        let of_task = entry(&mut totals.by_task, task);
+        of_task.requests += 1;
+        of_task.cost += outcome.cost;
+        *entry(&mut window.by_task, task) += outcome.cost;
     }
 
     /// Notes that a request was given up because the run was told to stop.
@@ -236,6 +237,14 @@ impl Ledger {
         // Numbers stay whole whoever panicked: each line leaves them so.
         self.sums.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Finds a task's entry, and copies its name only if it is the first.
+fn entry<'a, V: Default>(by_task: &'a mut BTreeMap<Box<str>, V>, task: &str) -> &'a mut V {
+    if !by_task.contains_key(task) {
+        by_task.insert(task.into(), V::default());
+    }
+    by_task.get_mut(task).expect("it was there or has just been put there")
 }
 
 /// What counts as late: ten times a timer's tick.
