@@ -13,6 +13,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1::Builder;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use mandoline_core::generation::Generation;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use tokio::net::{TcpListener, TcpStream};
@@ -73,7 +74,7 @@ impl Admin {
     fn ready(&self) -> Response<Full<Bytes>> {
         if self.stop.is_cancelled() {
             text(StatusCode::SERVICE_UNAVAILABLE, "the proxy is stopping\n")
-        } else if !self.router.is_ready() {
+        } else if self.router.generation() == Generation::ZERO {
             text(StatusCode::SERVICE_UNAVAILABLE, "no assignment has come in yet\n")
         } else {
             text(StatusCode::OK, "ok\n")

@@ -55,12 +55,12 @@ impl Exchange {
 
     pub(crate) fn tries(&mut self, target: &Target) {
         if self.first.is_none() {
-            self.first = Some(target.session);
+            self.first = Some(target.session());
             self.generation = target.generation;
         } else {
             self.retried = true;
         }
-        self.last = Some(target.session);
+        self.last = Some(target.session());
     }
 
     pub(crate) const fn first_try_was_right(&mut self) {

@@ -71,13 +71,13 @@ pub(crate) async fn forward(
     if !tape.is_whole() {
         return Err(setback.into());
     }
-    let Some(fresh) = worker.router.fresh(key, &target, told).await else {
+    let Some(fresh) = worker.lookup.fresh(key, &worker.pool, &target, told).await else {
         return Err(Refusal::Unserved);
     };
-    if fresh.session == target.session && !matches!(setback, Setback::Misdirected(_)) {
+    if fresh.session() == target.session() && !matches!(setback, Setback::Misdirected(_)) {
         return Err(setback.into());
     }
-    debug!(%key, from = %target.session, to = %fresh.session, "Request is tried again");
+    debug!(%key, from = %target.session(), to = %fresh.session(), "Request is tried again");
     exchange.tries(&fresh);
     let answer = attempt(worker, &fresh, head, tape, exchange).await?;
     tape.settle();
@@ -102,9 +102,9 @@ async fn attempt(
     tape: &Tape,
     exchange: &Exchange,
 ) -> Result<Answer, Setback> {
-    let upstream = worker.pool.upstream(target);
+    let upstream = &target.upstream;
     upstream.counters.count(TaskCount::Tried);
-    let answer = exchange_messages(worker, &upstream, head, tape, exchange).await;
+    let answer = exchange_messages(worker, upstream, head, tape, exchange).await;
     upstream.counters.count(match &answer {
         Ok((response, _)) if response.status().is_server_error() => TaskCount::Failed,
         Ok(_) => TaskCount::Answered,

@@ -18,7 +18,6 @@ use tracing::debug;
 
 use crate::config::{Limits, Timeouts};
 use crate::metrics::{Count, Counters, TaskCounters};
-use crate::route::Target;
 use crate::upload::Upload;
 
 /// Connections to tasks, by session: a task that comes back is another one, and gets no old connection.
@@ -32,6 +31,7 @@ pub(crate) struct Pool {
 
 /// One task, as one worker knows it.
 pub(crate) struct Upstream {
+    session: SessionId,
     address: Address,
     // Oldest first.
     idle: RefCell<Vec<Idle>>,
@@ -75,22 +75,22 @@ impl Pool {
         Self { upstreams: RefCell::default(), timeouts, limits, counters, drivers }
     }
 
-    /// Gives the task that a target names, for its counters and its connections.
-    pub(crate) fn upstream(&self, target: &Target) -> Rc<Upstream> {
+    /// Gives a task's counters and connections.
+    pub(crate) fn upstream(&self, session: SessionId, address: &Address) -> Rc<Upstream> {
         let mut upstreams = self.upstreams.borrow_mut();
-        let known =
-            upstreams.get(&target.session).filter(|upstream| upstream.address == target.address);
+        let known = upstreams.get(&session).filter(|upstream| upstream.address == *address);
         if let Some(upstream) = known {
             return Rc::clone(upstream);
         }
         let upstream = Rc::new(Upstream {
-            address: target.address.clone(),
+            session,
+            address: address.clone(),
             idle: RefCell::default(),
             used: Cell::new(Instant::now()),
             limit: self.limits.idle_per_task,
-            counters: self.counters.task(target.session, &target.address),
+            counters: self.counters.task(session, address),
         });
-        upstreams.insert(target.session, Rc::clone(&upstream));
+        upstreams.insert(session, Rc::clone(&upstream));
         upstream
     }
 
@@ -175,6 +175,10 @@ impl Pool {
 }
 
 impl Upstream {
+    pub(crate) const fn session(&self) -> SessionId {
+        self.session
+    }
+
     fn keep(&self, sender: SendRequest<Upload>) {
         let now = Instant::now();
         self.used.set(now);

@@ -98,7 +98,7 @@ impl Proxy {
                 (Arc::clone(&config), Arc::clone(&router), Arc::clone(counters));
             let (open_connections, stop) = (Arc::clone(&open_connections), proxy.stop.clone());
             let body = async move |listener| {
-                let worker = Rc::new(Worker::new(config, router, counters));
+                let worker = Rc::new(Worker::new(config, &router, counters));
                 listen::run(worker, listener, open_connections, stop).await;
             };
             // On an error `proxy` is dropped, which stops the workers that have begun.

@@ -1,77 +1,69 @@
 //! Which task owns a key, and how long to wait for a newer answer when the one at hand turned out wrong.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::time::Duration;
 
-use mandoline_core::generation::Generation;
-use mandoline_core::key::SliceKey;
-use mandoline_core::task::{Address, SessionId};
-use tokio::time::Instant;
+use mandoline::{Clerk, Generation, SessionId, SliceKey};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::pool::{Pool, Upstream};
 
 /// How long a request waits for a newer assignment before its second try. A move is announced to tasks and callers at the
 /// same moment, so a caller lags by a round trip; 200 ms is many of those, and still no hang.
-pub(crate) const FRESH_WAIT: Duration = Duration::from_millis(200);
+const FRESH_WAIT: Duration = Duration::from_millis(200);
 
-/// How long a request waits for a task that lags behind the caller to learn that it owns the key.
-pub(crate) const LAG_WAIT: Duration = Duration::from_millis(25);
+/// How long a request waits for a task that lags behind the proxy to learn that it owns the key.
+const LAG_WAIT: Duration = Duration::from_millis(25);
 
-/// Who owns a key.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
-    /// Where the task listens.
-    pub address: Address,
-    /// Which life of which task it is.
-    pub session: SessionId,
-    /// The assignment that says so.
-    pub generation: Generation,
-}
-
-/// Looks up owners in the newest assignment that this process knows.
+/// What all workers route by: the clerk of the job that the proxy serves.
 #[derive(Clone, Debug)]
 pub struct Router {
-    table: tokio::sync::watch::Receiver<Table>,
-}
-
-/// An assignment in the least form that routes.
-#[derive(Clone, Debug)]
-pub struct Table {
-    /// Which one it is.
-    pub generation: Generation,
-    /// Who owns what.
-    pub owners: mandoline_core::slice_map::SliceMap<Option<(SessionId, Address)>>,
+    clerk: Clerk,
 }
 
 impl Router {
-    /// Routes by the newest of a row of tables.
-    pub fn new(table: tokio::sync::watch::Receiver<Table>) -> Self {
-        Self { table }
+    /// Routes by what a clerk knows.
+    pub const fn new(clerk: Clerk) -> Self {
+        Self { clerk }
     }
 
-    /// Finds the owner of a key, unless nobody serves it.
-    pub fn route(&self, key: SliceKey) -> Option<Target> {
-        let table = self.table.borrow();
-        let (_, owner) = table.owners.get(key);
-        let (session, address) = owner.clone()?;
-        Some(Target { address, session, generation: table.generation })
+    /// Gives the generation that keys are routed by, zero before the first.
+    pub(crate) fn generation(&self) -> Generation {
+        self.clerk.assignment().map_or(Generation::ZERO, |assignment| assignment.generation)
+    }
+}
+
+/// One worker's handle on the clerk: it keeps the newest snapshot at hand.
+pub(crate) struct Lookup {
+    clerk: Clerk,
+    router: RefCell<mandoline::Router>,
+}
+
+/// The task that a request goes to.
+pub(crate) struct Target {
+    pub(crate) upstream: Rc<Upstream>,
+    /// The assignment that says so.
+    pub(crate) generation: Generation,
+}
+
+impl Target {
+    pub(crate) fn session(&self) -> SessionId {
+        self.upstream.session()
+    }
+}
+
+impl Lookup {
+    pub(crate) fn new(router: &Router) -> Self {
+        Self { clerk: router.clerk.clone(), router: RefCell::new(router.clerk.router()) }
     }
 
-    /// Gives the generation that keys are routed by.
-    pub fn generation(&self) -> Generation {
-        self.table.borrow().generation
-    }
-
-    /// Says whether there is an assignment to route by.
-    pub fn is_ready(&self) -> bool {
-        self.generation() > Generation::ZERO
-    }
-
-    /// Waits until the assignment at hand is `least` or newer.
-    pub async fn wait_for(&self, least: Generation) {
-        let mut table = self.table.clone();
-        let found = table.wait_for(|table| table.generation >= least).await.map(drop);
-        if found.is_err() {
-            // Nobody will ever bring a newer one.
-            std::future::pending::<()>().await;
-        }
+    /// Finds the owner of a key, unless nobody serves it. Touches nothing that other workers write.
+    pub(crate) fn route(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
+        let mut router = self.router.borrow_mut();
+        let found = router.route_at(key).ok()?;
+        let upstream = pool.upstream(found.session(), found.address());
+        Some(Target { upstream, generation: found.generation() })
     }
 
     /// Finds the owner for a second try, after `tried` could not be reached or said that it does not own the key, by an
@@ -79,25 +71,36 @@ impl Router {
     pub(crate) async fn fresh(
         &self,
         key: SliceKey,
+        pool: &Pool,
         tried: &Target,
         told: Option<Generation>,
     ) -> Option<Target> {
         let deadline = Instant::now() + FRESH_WAIT;
-        let mut least = tried.generation.next().max(told.unwrap_or_default());
-        if told.is_some_and(|told| told < tried.generation) {
-            // The task lags, not we: it is about to hear what we know.
-            tokio::time::sleep(LAG_WAIT).await;
-            return self.route(key);
-        }
+        let least = match told {
+            Some(told) if told < tried.generation => {
+                // The task lags, not we: it is about to hear what we know.
+                sleep(LAG_WAIT).await;
+                return self.route(key, pool);
+            }
+            Some(told) => {
+                self.clerk.refresh(told);
+                told
+            }
+            None => tried.generation,
+        };
+        let mut changes = self.clerk.changes();
         loop {
-            match self.route(key) {
-                Some(target) if target.session == tried.session => {}
-                other => return other,
+            let known = changes.borrow_and_update().as_ref().map(|known| known.generation);
+            if known >= Some(least) {
+                match self.route(key, pool) {
+                    Some(target) if target.session() == tried.session() => {}
+                    other => return other,
+                }
             }
-            if tokio::time::timeout_at(deadline, self.wait_for(least)).await.is_err() {
-                return self.route(key);
+            // With nobody left to tell of changes there is no use in waiting.
+            if !matches!(timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
+                return self.route(key, pool);
             }
-            least = self.generation().next();
         }
     }
 }

@@ -50,7 +50,7 @@ async fn stages(
     let host = identify(worker, head)?;
     let key = key(worker, head, &host)?;
     exchange.has_key(key);
-    let target = worker.router.route(key).ok_or(Refusal::Unserved)?;
+    let target = worker.lookup.route(key, &worker.pool).ok_or(Refusal::Unserved)?;
     sign(worker, client, &host, head);
     forward(worker, key, target, head, tape, exchange).await
 }

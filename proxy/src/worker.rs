@@ -10,12 +10,12 @@ use http::header::HeaderValue;
 use crate::config::Config;
 use crate::metrics::Counters;
 use crate::pool::Pool;
-use crate::route::Router;
+use crate::route::{Lookup, Router};
 
 /// What one core has to itself.
 pub(crate) struct Worker {
     pub(crate) config: Arc<Config>,
-    pub(crate) router: Arc<Router>,
+    pub(crate) lookup: Lookup,
     pub(crate) counters: Arc<Counters>,
     pub(crate) pool: Pool,
     /// Bytes of request bodies that may still be kept for a second try.
@@ -27,7 +27,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(config: Arc<Config>, router: Arc<Router>, counters: Arc<Counters>) -> Self {
+    pub(crate) fn new(config: Arc<Config>, router: &Router, counters: Arc<Counters>) -> Self {
         let pseudonym = format!("mandoline-{}", config.id);
         let via = |version: &str| {
             HeaderValue::try_from(format!("{version} {pseudonym}"))
@@ -36,7 +36,8 @@ impl Worker {
         let (via_10, via_11) = (via("1.0"), via("1.1"));
         let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
         let replay_room = Rc::new(Cell::new(config.limits.replay_bytes));
-        Self { config, router, counters, pool, replay_room, pseudonym, via_10, via_11 }
+        let lookup = Lookup::new(router);
+        Self { config, lookup, counters, pool, replay_room, pseudonym, via_10, via_11 }
     }
 
     /// Gives the `Via` entry for a message that came in by `version`.

@@ -36,7 +36,7 @@ async fn each_piece_goes_through_before_the_next_is_sent() {
         answer
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let mut wire = stage.connect().await;
     wire.send("POST /kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n").await;
     assert!(wire.head().await.contains("\r\ntransfer-encoding: chunked\r\n"));
@@ -59,7 +59,7 @@ async fn a_long_body_goes_through_whole_in_both_directions() {
         answer
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let sent: Vec<u8> = (0..8_000_000_u32).map(|n| (n % 251) as u8).collect();
     let mut wire = stage.connect().await;
     let head = format!("PUT /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", sent.len());
@@ -86,7 +86,7 @@ async fn a_task_that_does_not_read_holds_the_client_back() {
         }
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let mut wire = stage.connect().await;
     wire.send("PUT /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000000\r\n\r\n").await;
     // The kernel's buffers on the way take a few megabytes; what the proxy holds on top is far less.
@@ -117,7 +117,7 @@ async fn a_client_that_does_not_read_holds_the_task_back() {
         }
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let mut wire = stage.connect().await;
     wire.send("GET /kv/a HTTP/1.1\r\nhost: a\r\n\r\n").await;
     let mut total = 0_usize;
@@ -151,7 +151,7 @@ async fn a_client_that_leaves_takes_its_request_with_it() {
         }
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let mut wire = stage.connect().await;
     wire.send("GET /kv/a HTTP/1.1\r\nhost: a\r\n\r\n").await;
     within("the task to begin", began.notified()).await;
@@ -170,7 +170,7 @@ async fn a_client_that_leaves_in_the_middle_of_an_answer_ends_it() {
         async move { answer }
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let mut wire = stage.connect().await;
     wire.send("GET /kv/a HTTP/1.1\r\nhost: a\r\n\r\n").await;
     within("room", pieces.send(Bytes::from_static(b"hi"))).await.unwrap();
@@ -190,7 +190,7 @@ async fn an_answer_that_breaks_off_does_not_seem_whole() {
     for script in cases {
         let backend = Backend::script(script).await;
         let (told, mut records) = mpsc::unbounded_channel();
-        let stage = Stage::with(Owners::all(backend.address), |config| {
+        let stage = Stage::with(Owners::all(backend.address).await, |config| {
             config.observer = Some(crate::record::Observer::new(move |record| {
                 told.send(record.clone()).unwrap();
             }));
@@ -217,7 +217,7 @@ async fn a_task_that_answers_before_the_body_is_there_is_heard() {
         wire.rest().await;
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let mut wire = stage.connect().await;
     wire.send("PUT /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\nabc").await;
     assert!(wire.head().await.starts_with("HTTP/1.1 413"));

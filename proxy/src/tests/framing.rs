@@ -6,7 +6,7 @@ use super::harness::{Backend, Owners, Stage, Wire, show, status, text};
 async fn check(cases: &[(&str, &str)], wanted: &str) {
     let backend = Backend::echo("task").await;
     for (what, request) in cases {
-        let stage = Stage::new(Owners::all(backend.address));
+        let stage = Stage::new(Owners::all(backend.address).await);
         let answer = stage.talk(request).await;
         assert!(answer.starts_with(wanted), "{what}: {answer}");
         assert_eq!(stage.stats().connects, 0, "{what} reached the task");
@@ -80,7 +80,7 @@ async fn a_length_that_is_in_doubt_is_refused() {
 #[tokio::test]
 async fn of_length_and_coding_the_task_sees_the_coding_alone_and_the_connection_ends() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     for lines in [
         "content-length: 4\r\ntransfer-encoding: chunked",
         "transfer-encoding: chunked\r\ncontent-length: 4",
@@ -104,7 +104,7 @@ async fn of_length_and_coding_the_task_sees_the_coding_alone_and_the_connection_
 #[tokio::test]
 async fn a_body_that_breaks_its_framing_ends_the_request_and_the_connection() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     for body in [
         "x\r\nhi\r\n0\r\n\r\n",
         "2\r\nhi!\r\n0\r\n\r\n",
@@ -143,7 +143,7 @@ async fn methods_and_upgrades_for_other_kinds_of_proxies_are_refused() {
 #[tokio::test]
 async fn a_wish_for_http_2_is_passed_over() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let request = "GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: upgrade, http2-settings, close\r\nupgrade: h2c\r\nhttp2-settings: AAMA\r\n\r\n";
     let answer = stage.talk(request).await;
     assert!(
@@ -155,7 +155,7 @@ async fn a_wish_for_http_2_is_passed_over() {
 #[tokio::test]
 async fn requests_in_a_row_are_answered_in_that_row() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let one = |key: &str, body: &str| {
         format!(
             "POST /kv/{key} HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{body}",
@@ -177,7 +177,7 @@ async fn requests_in_a_row_are_answered_in_that_row() {
 #[tokio::test]
 async fn a_get_with_a_body_keeps_it() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     for body in
         ["content-length: 2\r\n\r\nhi", "transfer-encoding: Chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"]
     {
@@ -191,14 +191,14 @@ async fn a_get_with_a_body_keeps_it() {
 #[tokio::test]
 async fn trailers_go_through_both_ways() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let request = "POST /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\ntrailer: x-sum\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nx-sum: 7\r\n\r\n";
     let answer = stage.talk(request).await;
     assert!(answer.contains("\ntrailer x-sum: 7\n"), "{answer}");
 
     let sums = "HTTP/1.1 200 OK\r\ntrailer: x-sum\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nx-sum: 7\r\n\r\n";
     let backend = Backend::script(sums).await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let answer = stage
         .talk("GET /kv/a HTTP/1.1\r\nhost: a\r\nte: trailers\r\nconnection: te, close\r\n\r\n")
         .await;
@@ -209,7 +209,7 @@ async fn trailers_go_through_both_ways() {
 async fn a_client_of_http_1_0_gets_what_it_understands() {
     let chunked = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n";
     let backend = Backend::script(chunked).await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let answer = stage.talk("GET /kv/a HTTP/1.0\r\n\r\n").await;
     assert!(
         answer.starts_with("HTTP/1.0 200 OK\r\n") && answer.ends_with("\r\n\r\nhi"),
@@ -217,7 +217,7 @@ async fn a_client_of_http_1_0_gets_what_it_understands() {
     );
 
     let backend = Backend::echo("task").await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let answer = stage.talk("GET /kv/a HTTP/1.0\r\nhost: old\r\n\r\n").await;
     assert!(
         answer.contains("GET /kv/a HTTP/1.1\n") && answer.contains("\nvia: 1.0 mandoline-p1\n"),
@@ -245,7 +245,7 @@ async fn answers_without_a_body_end_where_they_should() {
     ];
     for (method, script, wanted, length) in cases {
         let backend = Backend::script(script).await;
-        let stage = Stage::new(Owners::all(backend.address));
+        let stage = Stage::new(Owners::all(backend.address).await);
         let answer = stage
             .talk(&format!("{method} /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"))
             .await;
@@ -277,7 +277,7 @@ async fn an_answer_whose_end_is_in_doubt_is_not_passed_on() {
     ];
     for (script, wanted) in cases {
         let backend = Backend::script(script).await;
-        let stage = Stage::new(Owners::all(backend.address));
+        let stage = Stage::new(Owners::all(backend.address).await);
         let answer = stage.talk("GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {wanted} ")), "{script}: {answer}");
         assert_eq!(
@@ -291,7 +291,7 @@ async fn an_answer_whose_end_is_in_doubt_is_not_passed_on() {
 #[tokio::test]
 async fn the_proxy_asks_for_a_body_that_waits_for_leave() {
     let backend = Backend::serve(|request| async { text(show(request).await) }).await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let mut wire: Wire = stage.connect().await;
     wire.send("PUT /kv/a HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
         .await;
@@ -306,7 +306,7 @@ async fn the_proxy_asks_for_a_body_that_waits_for_leave() {
 #[tokio::test]
 async fn a_body_that_nobody_will_take_is_not_asked_for() {
     let backend = Backend::serve(|_| async { status(200, &[]) }).await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let mut wire = stage.connect().await;
     wire.send("PUT /kv HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n")
         .await;

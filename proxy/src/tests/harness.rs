@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,20 +14,22 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use mandoline::{Clerk, Hub};
+use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
+use mandoline_core::name::JobName;
 use mandoline_core::slice_map::SliceMap;
-use mandoline_core::task::{Address, SessionId};
+use mandoline_core::task::{Phase, SessionId, Task, TaskInfo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::metrics::Stats;
 use crate::proxy::Proxy;
-use crate::route::{Router, Table};
+use crate::route::Router;
 
 /// Longer than anything here takes, and short enough that a hang gets its name.
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
@@ -56,42 +59,52 @@ pub(super) fn generation(number: u64) -> Generation {
 
 /// The assignment that a test decides.
 pub(super) struct Owners {
-    table: watch::Sender<Table>,
+    hub: Hub,
+    clerk: Clerk,
 }
 
 impl Owners {
-    /// Nobody serves anything.
+    /// Nothing is known.
     pub(super) fn none() -> Self {
-        let table = Table { generation: Generation::ZERO, owners: SliceMap::uniform(None) };
-        Self { table: watch::channel(table).0 }
+        let hub = Hub::new();
+        let clerk = Clerk::follow_hub(&hub, job()).unwrap();
+        Self { hub, clerk }
     }
 
-    pub(super) fn all(address: SocketAddr) -> Self {
+    pub(super) async fn all(address: SocketAddr) -> Self {
         let owners = Self::none();
-        owners.give(1, &[(0, 1, address)]);
+        owners.give(1, &[(0, 1, address)]).await;
         owners
     }
 
     /// From each place on, up to the next, a session at an address serves.
-    pub(super) fn give(&self, number: u64, runs: &[(u64, u64, SocketAddr)]) {
-        let run = |&(first, session, address): &(u64, u64, SocketAddr)| {
-            let address: Address = address.to_string().parse().unwrap();
-            (SliceKey(first), Some((SessionId(session), address)))
-        };
-        let owners = SliceMap::from_runs(runs.iter().map(run).collect()).unwrap();
-        self.table.send_replace(Table { generation: generation(number), owners });
-    }
-
-    pub(super) fn give_nobody(&self, number: u64) {
-        self.table.send_replace(Table {
-            generation: generation(number),
-            owners: SliceMap::uniform(None),
-        });
+    pub(super) async fn give(&self, number: u64, runs: &[(u64, u64, SocketAddr)]) {
+        let mut assignment = Assignment::new(job(), generation(number));
+        let mut slices = Vec::new();
+        for &(first, session, address) in runs {
+            let (name, address) =
+                (format!("t{session}").parse().unwrap(), address.to_string().parse().unwrap());
+            let (session, info) = (SessionId(session), TaskInfo::new(name, 1, address));
+            assignment
+                .tasks
+                .insert(session, Arc::new(Task { session, info, phase: Phase::Serving }));
+            let replicas = Replicas::One(Replica { session, since: assignment.generation });
+            slices.push((SliceKey(first), Assigned { replicas, ..Assigned::default() }));
+        }
+        if !slices.is_empty() {
+            assignment.slices = SliceMap::from_runs(slices).unwrap();
+        }
+        self.hub.publish(Arc::new(assignment), None);
+        self.clerk.wait_for(generation(number), DEADLINE).await.unwrap();
     }
 
     pub(super) fn router(&self) -> Router {
-        Router::new(self.table.subscribe())
+        Router::new(self.clerk.clone())
     }
+}
+
+fn job() -> JobName {
+    "kv".parse().unwrap()
 }
 
 /// A proxy and the assignment it goes by.

@@ -64,7 +64,7 @@ async fn a_configuration_that_cannot_work_is_refused() {
 #[tokio::test]
 async fn every_worker_serves_and_all_are_added_up() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::with(Owners::all(backend.address), |config| {
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
         config.workers = NonZeroUsize::new(4).unwrap();
     });
     for _ in 0..64 {
@@ -79,7 +79,7 @@ async fn every_worker_serves_and_all_are_added_up() {
 #[tokio::test]
 async fn a_proxy_that_stops_finishes_what_it_has_begun() {
     let (backend, asked, go) = waiting().await;
-    let Stage { proxy, owners: _owners } = Stage::new(Owners::all(backend.address));
+    let Stage { proxy, owners: _owners } = Stage::new(Owners::all(backend.address).await);
     let address = proxy.local_addr();
     let idle = within("a connection", TcpStream::connect(address)).await.unwrap();
     let request = tokio::spawn(talk(address, b"GET /kv/a HTTP/1.1\r\nhost: a\r\n\r\n".as_slice()));
@@ -101,9 +101,10 @@ async fn a_proxy_that_stops_finishes_what_it_has_begun() {
 #[tokio::test]
 async fn a_proxy_that_stops_cuts_off_what_takes_too_long() {
     let (backend, asked, _go) = waiting().await;
-    let Stage { proxy, owners: _owners } = Stage::with(Owners::all(backend.address), |config| {
-        config.timeouts.grace = Duration::from_millis(100);
-    });
+    let Stage { proxy, owners: _owners } =
+        Stage::with(Owners::all(backend.address).await, |config| {
+            config.timeouts.grace = Duration::from_millis(100);
+        });
     let address = proxy.local_addr();
     let request = tokio::spawn(talk(address, GET.as_bytes()));
     within("the request to reach the task", asked.notified()).await;
@@ -127,7 +128,7 @@ async fn operators_see_whether_it_lives_is_ready_and_what_it_does() {
         answer.starts_with("HTTP/1.1 503") && answer.contains("no assignment has come in yet"),
         "{answer}"
     );
-    stage.owners.give(7, &[(0, 3, backend.address)]);
+    stage.owners.give(7, &[(0, 3, backend.address)]).await;
     assert!(ask("/readyz").await.starts_with("HTTP/1.1 200"));
     assert!(stage.talk(GET).await.starts_with("HTTP/1.1 200"));
     let metrics = ask("/metrics").await;

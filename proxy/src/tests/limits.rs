@@ -38,14 +38,14 @@ async fn a_head_that_is_too_large_is_refused() {
         ),
     ];
     for (what, request, wanted) in cases {
-        let stage = Stage::new(Owners::all(backend.address));
+        let stage = Stage::new(Owners::all(backend.address).await);
         let answer = stage.talk(&request).await;
         // Nobody reads the rest of a head that is far too large, so its answer may be lost in the reset.
         let fine = answer.starts_with(&format!("HTTP/1.1 {wanted} "));
         assert!(fine || (what.starts_with("far") && answer.is_empty()), "{what}: {answer}");
         assert_eq!(stage.stats().connects, 0, "{what}");
     }
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let most = format!(
         "GET /kv/a HTTP/1.1\r\nhost: a\r\nx: {}\r\nconnection: close\r\n\r\n",
         "x".repeat(30 << 10)
@@ -66,7 +66,7 @@ async fn an_answer_whose_head_is_too_large_is_refused() {
         wire.rest().await;
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let answer = stage.talk(GET).await;
     assert!(
         answer.starts_with("HTTP/1.1 502") && answer.contains("error=http_protocol_error"),
@@ -77,7 +77,8 @@ async fn an_answer_whose_head_is_too_large_is_refused() {
 #[tokio::test]
 async fn a_slow_head_ends_the_connection() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::with(Owners::all(backend.address), |config| config.timeouts.header = SHORT);
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| config.timeouts.header = SHORT);
     for begun in ["", "GET /kv/a HT", "GET /kv/a HTTP/1.1\r\nhost: a\r\n"] {
         let mut wire = stage.connect().await;
         wire.send(begun).await;
@@ -94,7 +95,7 @@ async fn a_task_that_accepts_and_never_answers_gets_a_504() {
     })
     .await;
     let stage =
-        Stage::with(Owners::all(backend.address), |config| config.timeouts.response = SHORT);
+        Stage::with(Owners::all(backend.address).await, |config| config.timeouts.response = SHORT);
     for method in ["GET", "POST"] {
         let answer = stage.talk(&GET.replace("GET", method)).await;
         assert!(answer.starts_with("HTTP/1.1 504 Gateway Timeout\r\n"), "{answer}");
@@ -111,7 +112,7 @@ async fn a_task_that_accepts_and_never_answers_gets_a_504() {
 async fn a_body_that_keeps_coming_is_not_late() {
     let backend = Backend::echo("task").await;
     let stage =
-        Stage::with(Owners::all(backend.address), |config| config.timeouts.response = SHORT);
+        Stage::with(Owners::all(backend.address).await, |config| config.timeouts.response = SHORT);
     let mut wire = stage.connect().await;
     wire.send("PUT /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\nconnection: close\r\n\r\n")
         .await;
@@ -128,7 +129,7 @@ async fn a_body_that_keeps_coming_is_not_late() {
 async fn a_body_that_stops_coming_gets_a_408() {
     let backend = Backend::echo("task").await;
     let stage =
-        Stage::with(Owners::all(backend.address), |config| config.timeouts.response = SHORT);
+        Stage::with(Owners::all(backend.address).await, |config| config.timeouts.response = SHORT);
     let mut wire = stage.connect().await;
     wire.send("PUT /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nabc").await;
     let answer = wire.rest().await;
@@ -147,7 +148,7 @@ async fn a_task_that_does_not_accept_is_given_up() {
     while let Ok(Ok(stream)) = tokio::time::timeout(SHORT, TcpStream::connect(address)).await {
         fill.push(stream);
     }
-    let stage = Stage::with(Owners::all(address), |config| config.timeouts.connect = SHORT);
+    let stage = Stage::with(Owners::all(address).await, |config| config.timeouts.connect = SHORT);
     let before = Instant::now();
     let answer = stage.talk(GET).await;
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("cannot be reached"), "{answer}");
@@ -157,7 +158,8 @@ async fn a_task_that_does_not_accept_is_given_up() {
 #[tokio::test]
 async fn one_connection_too_many_is_told_so() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::with(Owners::all(backend.address), |config| config.limits.connections = 2);
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| config.limits.connections = 2);
     let (mut one, two) = (stage.connect().await, stage.connect().await);
     until("both to be accepted", || stage.stats().connections == 2).await;
     let answer = talk(stage.proxy.local_addr(), b"").await;
@@ -188,7 +190,8 @@ async fn a_connection_to_a_task_that_has_nothing_to_do_is_closed() {
         }
     })
     .await;
-    let stage = Stage::with(Owners::all(backend.address), |config| config.timeouts.idle = SHORT);
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| config.timeouts.idle = SHORT);
     assert!(stage.talk(GET).await.starts_with("HTTP/1.1 200"));
     assert_eq!(within("the connection to be closed", closed.recv()).await, Some(0));
 }

@@ -10,7 +10,7 @@ const GET: &str = "GET /kv/a HTTP/1.1\r\nhost: shop.example\r\nconnection: close
 async fn each_key_goes_to_its_owner() {
     let (low, high) = (Backend::echo("low").await, Backend::echo("high").await);
     let owners = Owners::none();
-    owners.give(1, &[(0, 1, low.address), (1 << 63, 2, high.address)]);
+    owners.give(1, &[(0, 1, low.address), (1 << 63, 2, high.address)]).await;
     let stage = Stage::new(owners);
     for n in 0..50 {
         let request = format!("GET /kv/key%20{n} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
@@ -31,7 +31,7 @@ async fn each_key_goes_to_its_owner() {
 #[tokio::test]
 async fn a_task_sees_who_asked_and_nothing_that_was_meant_for_the_proxy() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let answer = stage
         .talk(
             "GET /kv/a?b=%20c HTTP/1.1\r\nHost: shop.example:81\r\nVia: 1.0 edge\r\nForwarded: for=192.0.2.1\r\n\
@@ -75,7 +75,7 @@ async fn a_client_sees_nothing_that_was_meant_for_the_proxy() {
         status(201, &lines)
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let answer = stage.talk(GET).await;
     let mut lines: Vec<&str> = answer.lines().filter(|line| !line.starts_with("date: ")).collect();
     lines[1..].sort_unstable();
@@ -97,7 +97,7 @@ async fn a_client_sees_nothing_that_was_meant_for_the_proxy() {
 async fn a_request_that_comes_back_is_refused() {
     let stage = Stage::new(Owners::none());
     // The address of the task leads to the proxy itself.
-    stage.owners.give(1, &[(0, 1, stage.proxy.local_addr())]);
+    stage.owners.give(1, &[(0, 1, stage.proxy.local_addr())]).await;
     let answer = stage.talk(GET).await;
     assert!(answer.starts_with("HTTP/1.1 508 Loop Detected\r\n"), "{answer}");
     assert!(
@@ -110,7 +110,7 @@ async fn a_request_that_comes_back_is_refused() {
 #[tokio::test]
 async fn another_proxys_name_in_via_is_no_loop() {
     let backend = Backend::echo("task").await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     for via in ["1.1 mandoline-p2", "1.1 mandoline-p11 (mandoline-p1)", "mandoline-p1 x"] {
         let request = GET.replace("connection", &format!("via: {via}\r\nconnection"));
         assert!(stage.talk(&request).await.starts_with("HTTP/1.1 200"), "{via}");
@@ -122,8 +122,9 @@ async fn another_proxys_name_in_via_is_no_loop() {
 #[tokio::test]
 async fn an_absolute_target_outweighs_host() {
     let backend = Backend::echo("task").await;
-    let stage =
-        Stage::with(Owners::all(backend.address), |config| config.key = "host".parse().unwrap());
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        config.key = "host".parse().unwrap()
+    });
     let cases = [
         ("http://Shop.example:81/kv/a?b", "GET /kv/a?b HTTP/1.1", "host: Shop.example:81"),
         ("http://user:pw@shop.example", "GET / HTTP/1.1", "host: shop.example"),
@@ -150,8 +151,9 @@ async fn the_key_is_taken_from_where_the_configuration_says() {
         ("host", "x: y"),
     ];
     for (key, line) in cases {
-        let stage =
-            Stage::with(Owners::all(backend.address), |config| config.key = key.parse().unwrap());
+        let stage = Stage::with(Owners::all(backend.address).await, |config| {
+            config.key = key.parse().unwrap()
+        });
         let good =
             format!("GET /?user=7 HTTP/1.1\r\nhost: 7\r\n{line}\r\nconnection: close\r\n\r\n");
         assert!(stage.talk(&good).await.starts_with("HTTP/1.1 200"), "{key}");
@@ -194,8 +196,9 @@ async fn a_request_without_one_usable_key_is_told_what_was_expected() {
         ),
     ];
     for (key, line, extra, wanted) in cases {
-        let stage =
-            Stage::with(Owners::all(backend.address), |config| config.key = key.parse().unwrap());
+        let stage = Stage::with(Owners::all(backend.address).await, |config| {
+            config.key = key.parse().unwrap()
+        });
         let answer =
             stage.talk(&format!("{line}\r\nhost: a\r\n{extra}connection: close\r\n\r\n")).await;
         assert!(answer.starts_with("HTTP/1.1 400 Bad Request\r\n"), "{line}: {answer}");
@@ -207,7 +210,7 @@ async fn a_request_without_one_usable_key_is_told_what_was_expected() {
         let stats = stage.stats();
         assert_eq!((stats.refused, stats.failed, stats.connects), (1, 0, 0), "{line}");
     }
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let long =
         format!("GET /kv/{} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n", "x".repeat(8193));
     assert!(

@@ -49,12 +49,12 @@ async fn a_misdirected_request_goes_to_the_owner_that_the_newer_assignment_names
         let (old, asked, told) = misdirecting(2).await;
         let new = Backend::echo("new").await;
         let (send, mut records) = mpsc::unbounded_channel::<Record>();
-        let stage = Stage::with(Owners::all(old.address), |config| {
+        let stage = Stage::with(Owners::all(old.address).await, |config| {
             config.observer = Some(Observer::new(move |record| send.send(record.clone()).unwrap()));
         });
         let moves = async {
             within("the old owner to be asked", told.notified()).await;
-            stage.owners.give(2, &[(0, 2, new.address)]);
+            stage.owners.give(2, &[(0, 2, new.address)]).await;
         };
         let (answer, ()) = tokio::join!(stage.talk(&request), moves);
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
@@ -91,7 +91,7 @@ async fn a_task_that_lags_behind_is_asked_again() {
     })
     .await;
     let stage = Stage::new(Owners::none());
-    stage.owners.give(5, &[(0, 1, backend.address)]);
+    stage.owners.give(5, &[(0, 1, backend.address)]).await;
     assert!(stage.talk(GET).await.ends_with("mine now"));
     assert_eq!(asked.load(SeqCst), 2);
 }
@@ -99,10 +99,10 @@ async fn a_task_that_lags_behind_is_asked_again() {
 #[tokio::test]
 async fn two_tasks_that_both_refuse_end_in_a_503_and_not_in_a_loop() {
     let ((old, old_asked, _), (new, new_asked, _)) = (misdirecting(2).await, misdirecting(2).await);
-    let stage = Stage::new(Owners::all(old.address));
+    let stage = Stage::new(Owners::all(old.address).await);
     let moves = async {
         until("the old owner to be asked", || old_asked.load(SeqCst) == 1).await;
-        stage.owners.give(2, &[(0, 2, new.address)]);
+        stage.owners.give(2, &[(0, 2, new.address)]).await;
     };
     let (answer, ()) = tokio::join!(stage.talk(GET), moves);
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("retry-after: 1"), "{answer}");
@@ -118,7 +118,7 @@ async fn two_tasks_that_both_refuse_end_in_a_503_and_not_in_a_loop() {
 #[tokio::test]
 async fn a_body_that_is_too_long_to_keep_is_not_sent_twice() {
     let (backend, asked, _) = misdirecting(1).await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let answer = stage.talk(&post(&"x".repeat(100_000))).await;
     assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
     assert_eq!(asked.load(SeqCst), 1);
@@ -128,7 +128,8 @@ async fn a_body_that_is_too_long_to_keep_is_not_sent_twice() {
 #[tokio::test]
 async fn a_body_for_which_there_is_no_room_is_not_sent_twice() {
     let (backend, asked, _) = misdirecting(1).await;
-    let stage = Stage::with(Owners::all(backend.address), |config| config.limits.replay_bytes = 10);
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| config.limits.replay_bytes = 10);
     for (body, wanted) in [("0123456789", 2), ("0123456789x", 3), ("0123456789", 5)] {
         assert!(stage.talk(&post(body)).await.starts_with("HTTP/1.1 503"));
         // Room that was taken is given back, or the third would not be sent twice.
@@ -140,12 +141,12 @@ async fn a_body_for_which_there_is_no_room_is_not_sent_twice() {
 async fn a_task_that_cannot_be_reached_is_replaced_by_the_fresh_owner() {
     let (gone, new) = (Backend::nobody().await, Backend::echo("new").await);
     for request in [GET.to_owned(), post("hello")] {
-        let stage = Stage::new(Owners::all(gone));
+        let stage = Stage::new(Owners::all(gone).await);
         let moves = async {
             let failures =
                 || stage.stats().tasks.get(&SessionId(1)).is_some_and(|task| task.failed == 1);
             until("the old owner to refuse", failures).await;
-            stage.owners.give(2, &[(0, 2, new.address)]);
+            stage.owners.give(2, &[(0, 2, new.address)]).await;
         };
         let (answer, ()) = tokio::join!(stage.talk(&request), moves);
         assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("new "), "{answer}");
@@ -156,7 +157,7 @@ async fn a_task_that_cannot_be_reached_is_replaced_by_the_fresh_owner() {
 
 #[tokio::test]
 async fn a_task_that_cannot_be_reached_and_has_no_successor_gets_a_503() {
-    let stage = Stage::new(Owners::all(Backend::nobody().await));
+    let stage = Stage::new(Owners::all(Backend::nobody().await).await);
     let answer = stage.talk(GET).await;
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("retry-after: 1"), "{answer}");
     assert!(answer.contains("proxy-status: mandoline; error=connection_refused"), "{answer}");
@@ -167,10 +168,10 @@ async fn a_task_that_cannot_be_reached_and_has_no_successor_gets_a_503() {
 #[tokio::test]
 async fn a_task_that_leaves_without_a_successor_gets_a_503() {
     let (old, _, told) = misdirecting(2).await;
-    let stage = Stage::new(Owners::all(old.address));
+    let stage = Stage::new(Owners::all(old.address).await);
     let moves = async {
         within("the old owner to be asked", told.notified()).await;
-        stage.owners.give_nobody(2);
+        stage.owners.give(2, &[]).await;
     };
     let (answer, ()) = tokio::join!(stage.talk(GET), moves);
     assert!(
@@ -196,10 +197,10 @@ async fn a_task_that_breaks_off_is_replaced_only_if_twice_is_as_good_as_once() {
             }
         })
         .await;
-        let stage = Stage::new(Owners::all(old.address));
+        let stage = Stage::new(Owners::all(old.address).await);
         let moves = async {
             within("the old owner to be asked", told.notified()).await;
-            stage.owners.give(2, &[(0, 2, new.address)]);
+            stage.owners.give(2, &[(0, 2, new.address)]).await;
         };
         let (answer, ()) = tokio::join!(stage.talk(&request), moves);
         assert!(answer.starts_with(wanted), "{request}: {answer}");
@@ -231,7 +232,7 @@ async fn a_connection_is_used_again_and_a_closed_one_is_not() {
         }
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     for _ in 0..10 {
         let answer = stage.talk(GET).await;
         assert!(answer.ends_with("hi"), "{answer}");
@@ -252,7 +253,7 @@ async fn a_kept_connection_that_breaks_when_used_costs_a_repeatable_request_noth
         wire.head().await;
     })
     .await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     for _ in 0..5 {
         assert!(stage.talk(GET).await.ends_with("hi"));
     }
@@ -265,11 +266,11 @@ async fn a_kept_connection_that_breaks_when_used_costs_a_repeatable_request_noth
 #[tokio::test]
 async fn a_session_that_comes_back_elsewhere_gets_no_old_connection() {
     let (one, two) = (Backend::echo("one").await, Backend::echo("two").await);
-    let stage = Stage::new(Owners::all(one.address));
+    let stage = Stage::new(Owners::all(one.address).await);
     assert!(stage.talk(GET).await.contains("one "));
-    stage.owners.give(2, &[(0, 1, two.address)]);
+    stage.owners.give(2, &[(0, 1, two.address)]).await;
     assert!(stage.talk(GET).await.contains("two "));
-    stage.owners.give(3, &[(0, 2, one.address)]);
+    stage.owners.give(3, &[(0, 2, one.address)]).await;
     assert!(stage.talk(GET).await.contains("one "));
     assert_eq!(stage.stats().connects, 3);
 }
@@ -277,7 +278,7 @@ async fn a_session_that_comes_back_elsewhere_gets_no_old_connection() {
 #[tokio::test]
 async fn an_answer_of_503_is_passed_on_and_was_not_right_at_first_try() {
     let backend = Backend::serve(|_| async { status(503, &[("x-own", "1")]) }).await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let answer = stage.talk(GET).await;
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("x-own: 1"), "{answer}");
     let stats = stage.stats();
@@ -288,7 +289,7 @@ async fn an_answer_of_503_is_passed_on_and_was_not_right_at_first_try() {
 async fn waiting_for_a_newer_assignment_has_an_end() {
     // It names a generation that never comes.
     let (backend, asked, _) = misdirecting(99).await;
-    let stage = Stage::new(Owners::all(backend.address));
+    let stage = Stage::new(Owners::all(backend.address).await);
     let before = tokio::time::Instant::now();
     assert!(stage.talk(GET).await.starts_with("HTTP/1.1 503"));
     let took = before.elapsed();
