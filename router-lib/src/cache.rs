@@ -78,7 +78,7 @@ pub(crate) fn save(path: &Path, assignment: &Assignment) -> io::Result<()> {
     }
     // The new name is safe once the folder is.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    File::open(folder.unwrap_or_else(|| Path::new(".")))?.sync_all()
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
