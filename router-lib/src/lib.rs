@@ -1,4 +1,55 @@
 //! Looks up which task owns a key, in nanoseconds, and tells a task what it owns.
+//!
+//! A sharded service has two sides. A task holds a [`slicelet::Slicelet`]: which keys are mine, and how loaded am I. A
+//! caller holds a [`Clerk`]: who owns this key. Both go by assignments that the assigner decides, and both go on with what
+//! they last knew while no assigner can be reached. A server and its client, over a protocol of one line:
+//!
+//! ```no_run
+//! use std::error::Error;
+//! use std::io::{BufRead, BufReader, Write};
+//! use std::net::{TcpListener, TcpStream};
+//!
+//! use mandoline::Clerk;
+//! use mandoline::slicelet::{Claim, Slicelet};
+//!
+//! fn serve(slicelet: &Slicelet, listener: &TcpListener) -> Result<(), Box<dyn Error>> {
+//!     for stream in listener.incoming() {
+//!         let mut stream = stream?;
+//!         let mut key = String::new();
+//!         BufReader::new(&stream).read_line(&mut key)?;
+//!         match slicelet.claim(key.trim().as_bytes()) {
+//!             Claim::Mine => writeln!(stream, "200 hello, {}", key.trim())?,
+//!             Claim::Elsewhere(owner) => writeln!(stream, "421 {}", owner.generation)?,
+//!         }
+//!     }
+//!     Ok(())
+//! }
+//!
+//! fn ask(clerk: &Clerk, key: &str) -> Result<String, Box<dyn Error>> {
+//!     let target = clerk.route(key.as_bytes())?;
+//!     let mut stream = TcpStream::connect(target.address().as_str())?;
+//!     writeln!(stream, "{key}")?;
+//!     let mut answer = String::new();
+//!     BufReader::new(stream).read_line(&mut answer)?;
+//!     if let Some(generation) = answer.strip_prefix("421 ") {
+//!         clerk.refresh(generation.trim().parse()?); // the task knows better: ask again soon
+//!     }
+//!     Ok(answer)
+//! }
+//!
+//! # async fn both() -> Result<(), Box<dyn Error>> {
+//! let listener = TcpListener::bind("127.0.0.1:9000")?;
+//! let slicelet = Slicelet::builder("kv", "kv-0", "127.0.0.1:9000").assigners(["127.0.0.1:7400"]);
+//! let slicelet = slicelet.start()?;
+//! slicelet.ready().await?;
+//! std::thread::spawn(move || serve(&slicelet, &listener).expect("it serves"));
+//!
+//! let clerk = Clerk::builder("kv".parse()?).sources(["127.0.0.1:7400".parse()?]).start()?;
+//! clerk.ready().await;
+//! println!("{}", ask(&clerk, "user-42")?);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod snapshot;
 mod cache;
