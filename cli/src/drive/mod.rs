@@ -425,20 +425,46 @@ mod tests {
         assert!(driver.window().by_task.is_empty(), "a window is taken once");
     }
 
+    /// Waits for something to be true of the totals.
+    async fn until(driver: &Driver, what: &str, is_true: impl Fn(&Totals) -> bool) {
+        let wait = async {
+            while !is_true(&driver.totals()) {
+                tokio::task::yield_now().await;
+            }
+        };
+        let waited = timeout(Duration::from_secs(30), wait).await;
+        waited.unwrap_or_else(|_| panic!("{what} within 30 s: {:?}", driver.totals()));
+    }
+
     #[tokio::test]
     async fn a_run_with_a_length_starts_the_trace_over() {
         let (server, _, _stop) = task("t1").await;
         let file = trace("0 a\n0.02 b\n0.04 c\n");
-        let limits = Limits { length: Some(Duration::from_millis(300)), ..Limits::default() };
+        let limits = Limits { length: Some(Duration::from_secs(3_600)), ..Limits::default() };
         for pace in [Pace::Speed("1".parse().unwrap()), Pace::Rate("100".parse().unwrap())] {
             let stop = CancellationToken::new();
             let load = recorded(&file, pace);
             let mut driver =
                 Driver::start(server.address(), load, limits.clone(), &stop).await.unwrap();
+            until(&driver, "a third pass", |totals| totals.passes >= 3 && totals.requests > 6)
+                .await;
+            stop.cancel();
             let totals = finish(&mut driver).await;
-            assert!(totals.passes >= 4 && totals.failed == 0, "{pace:?}: {totals:?}");
-            assert!((10..=40).contains(&totals.requests), "{pace:?}: {totals:?}");
+            assert_eq!((totals.failed, totals.refused), (0, 0), "{pace:?}: {totals:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_run_lasts_as_long_as_it_was_given() {
+        let (server, _, _stop) = task("t1").await;
+        let file = trace("0 a\n3600.5 b\n");
+        let length = Duration::from_millis(50);
+        let limits = Limits { length: Some(length), ..Limits::default() };
+        let load = recorded(&file, Pace::Speed("1".parse().unwrap()));
+        let stop = CancellationToken::new();
+        let mut driver = Driver::start(server.address(), load, limits, &stop).await.unwrap();
+        let totals = finish(&mut driver).await;
+        assert!(totals.elapsed >= length && totals.hits + totals.misses <= 1, "{totals:?}");
     }
 
     #[tokio::test]
@@ -449,21 +475,16 @@ mod tests {
         let stop = CancellationToken::new();
         let mut driver =
             Driver::start(server.address(), load, Limits::default(), &stop).await.unwrap();
-        let thousand = async {
-            while driver.totals().requests < 1_000 {
-                tokio::task::yield_now().await;
-            }
-        };
-        timeout(Duration::from_secs(30), thousand).await.expect("1,000 requests within 30 s");
+        until(&driver, "1,000 requests", |totals| totals.requests >= 1_000).await;
         stop.cancel();
         let totals = finish(&mut driver).await;
-        assert_eq!((totals.failed, totals.abandoned, totals.in_flight), (0, 0, 0), "{totals:?}");
+        assert_eq!((totals.failed, totals.in_flight), (0, 0), "{totals:?}");
         let due = totals.elapsed.as_secs_f64() * 2_000.0 + 50.0;
         assert!(
             (totals.hits + totals.misses) as f64 <= due + 1.0,
             "no more than were due: {totals:?}"
         );
-        assert!(totals.misses >= 50 && totals.latency.total() == totals.requests);
+        assert!(totals.misses >= 30 && totals.latency.total() == totals.requests);
     }
 
     #[tokio::test]
@@ -551,14 +572,17 @@ mod tests {
         let (address, speaker) = speaks("").await;
         let limits =
             Limits { in_flight: 3, timeout: Duration::from_millis(200), ..Limits::default() };
-        let limits = Limits { length: Some(Duration::from_millis(300)), ..limits };
         let (workload, rate) = ("zipf:0".parse().unwrap(), "1000".parse().unwrap());
         let load = Load::Made { workload, seed: 1, rate };
-        let mut driver =
-            Driver::start(address, load, limits, &CancellationToken::new()).await.unwrap();
-        let totals = finish(&mut driver).await;
-        assert!((3..=6).contains(&totals.requests), "{totals:?}");
-        assert!(totals.late >= 1 && totals.late_max >= Duration::from_millis(100), "{totals:?}");
+        let stop = CancellationToken::new();
+        let mut driver = Driver::start(address, load, limits, &stop).await.unwrap();
+        until(&driver, "a late request", |totals| {
+            assert!(totals.in_flight <= 3, "{totals:?}");
+            totals.late >= 1 && totals.late_max >= Duration::from_millis(100)
+        })
+        .await;
+        stop.cancel();
+        finish(&mut driver).await;
         speaker.abort();
     }
 
