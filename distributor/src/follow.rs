@@ -251,10 +251,19 @@ mod tests {
 
     impl Following {
         fn start(sources: &[&Node], peers: &[&Node], known: Option<Arc<Assignment>>) -> Self {
+            Self::start_with(Connector::default(), sources, peers, known)
+        }
+
+        fn start_with(
+            connector: Connector,
+            sources: &[&Node],
+            peers: &[&Node],
+            known: Option<Arc<Assignment>>,
+        ) -> Self {
             let addresses = |nodes: &[&Node]| nodes.iter().map(|n| n.address.clone()).collect();
             let (sources, peers) = (addresses(sources), addresses(peers));
-            let upstream =
-                Upstream { sources, peers, watcher: "test".into(), ..Default::default() };
+            let watcher = "test".into();
+            let upstream = Upstream { sources, peers, connector, watcher };
             let (seen, sightings) = watch::channel(None);
             let clock = Clock::start();
             let job = "kv".parse().unwrap();
@@ -455,6 +464,27 @@ mod tests {
             assert_eq!(known.job.as_str(), "kv", "{what}");
             following.end().await;
         }
+    }
+
+    #[tokio::test]
+    async fn the_token_is_shown_with_each_watch() {
+        let hub = hub_at(1);
+        let node = Node::guarded(&hub, "sesame");
+        let connector = Connector::default().with_token("sesame").unwrap();
+        assert!(!format!("{connector:?}").contains("sesame"));
+        let welcome = Following::start_with(connector, &[&node], &[], None);
+        welcome.reaches(generation(1)).await;
+        welcome.end().await;
+        let wrong = Connector::default().with_token("barley").unwrap();
+        for connector in [wrong, Connector::default()] {
+            let mut stranger = Following::start_with(connector, &[&node], &[], None);
+            let said = "refused: the token is not this cluster's";
+            let refused =
+                |state: &State| matches!(state, State::Empty { why, .. } if why.contains(said));
+            stranger.becomes("a refusal", refused).await;
+            stranger.end().await;
+        }
+        assert!(Connector::default().with_token("new\nline").is_err());
     }
 
     #[tokio::test]

@@ -16,7 +16,10 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::server::NamedService;
+use tonic::service::Routes;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
+use tonic::{Request, Status};
 
 use crate::hub::Hub;
 use crate::serve::WatchService;
@@ -88,27 +91,26 @@ pub(crate) struct Node {
 impl Node {
     pub(crate) fn serve(hub: &Hub) -> Self {
         let stop = CancellationToken::new();
-        Self::serve_with(WatchService::new(hub.clone(), stop.clone()), stop)
+        Self::serve_with(Routes::new(WatchService::new(hub.clone(), stop.clone())), stop)
     }
 
     /// Serves these bytes to everyone who watches, and then stays silent.
     pub(crate) fn liar(frames: Vec<Bytes>) -> Self {
-        Self::serve_with(Liar(frames), CancellationToken::new())
+        Self::serve_with(Routes::new(Liar(frames)), CancellationToken::new())
     }
 
-    fn serve_with<S>(service: S, stop: CancellationToken) -> Self
-    where
-        S: tower::Service<
-                http::Request<Body>,
-                Response = http::Response<Body>,
-                Error = std::convert::Infallible,
-            > + NamedService
-            + Clone
-            + Send
-            + Sync
-            + 'static,
-        S::Future: Send + 'static,
-    {
+    /// Serves only those who show this token.
+    pub(crate) fn guarded(hub: &Hub, token: &'static str) -> Self {
+        let stop = CancellationToken::new();
+        let guard = move |request: Request<()>| match request.metadata().get("authorization") {
+            Some(shown) if shown == format!("Bearer {token}").as_str() => Ok(request),
+            _ => Err(Status::unauthenticated("the token is not this cluster's")),
+        };
+        let service = WatchService::new(hub.clone(), stop.clone());
+        Self::serve_with(Routes::new(InterceptedService::new(service, guard)), stop)
+    }
+
+    fn serve_with(routes: Routes, stop: CancellationToken) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -121,7 +123,7 @@ impl Node {
         // Ends with the runtime, which the node holds.
         runtime.spawn(async move {
             let incoming = TcpListenerStream::new(TcpListener::from_std(listener).unwrap());
-            let server = Server::builder().add_service(service);
+            let server = Server::builder().add_routes(routes);
             server.serve_with_incoming_shutdown(incoming, stopped.cancelled()).await.unwrap();
         });
         Self { address, stop, runtime: Some(runtime) }
@@ -163,7 +165,7 @@ impl tower::Service<http::Request<Body>> for Liar {
 
     fn call(&mut self, _: http::Request<Body>) -> Self::Future {
         let said = stream::iter(self.0.clone()).chain(stream::pending());
-        let frames = said.map(|bytes| Ok::<_, tonic::Status>(http_body::Frame::data(bytes)));
+        let frames = said.map(|bytes| Ok::<_, Status>(http_body::Frame::data(bytes)));
         let body = Body::new(http_body_util::StreamBody::new(frames));
         let head = http::Response::builder().header("content-type", "application/grpc");
         std::future::ready(Ok(head.body(body).unwrap()))
