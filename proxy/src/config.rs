@@ -52,9 +52,14 @@ impl Config {
 
     /// Refuses values that no proxy could work with.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
-        let Timeouts { connect, header, response, idle, grace: _ } = self.timeouts;
-        let timeouts =
-            [("connect", connect), ("header", header), ("response", response), ("idle", idle)];
+        let Timeouts { connect, header, client_idle, response, idle, grace: _ } = self.timeouts;
+        let timeouts = [
+            ("connect", connect),
+            ("header", header),
+            ("client_idle", client_idle),
+            ("response", response),
+            ("idle", idle),
+        ];
         for (name, length) in timeouts {
             if length.is_zero() || length > TIMEOUT_MAX {
                 return Err(ConfigError::Timeout { name, length });
@@ -119,8 +124,10 @@ pub struct Timeouts {
     /// For a task to accept a connection. A second: within one data centre it takes a millisecond, or a lost packet's
     /// first retransmission (1 s) has shown that something is wrong.
     pub connect: Duration,
-    /// For a client to finish the head of a request, and between two requests of one connection.
+    /// For a client to finish the head of a request that it has begun.
     pub header: Duration,
+    /// For a client to begin a request on a connection that it keeps. Longer than what common clients keep one for.
+    pub client_idle: Duration,
     /// For a task to begin its answer, counted anew whenever a piece of the request's body gets through.
     pub response: Duration,
     /// How long a connection to a task is kept for the next request. Below the 5 s after which Node closes its end, the
@@ -135,6 +142,7 @@ impl Default for Timeouts {
         Self {
             connect: Duration::from_secs(1),
             header: Duration::from_secs(10),
+            client_idle: Duration::from_secs(75),
             response: Duration::from_secs(60),
             idle: Duration::from_secs(4),
             grace: Duration::from_secs(10),

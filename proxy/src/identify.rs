@@ -1,9 +1,7 @@
 //! Who asks for what: refuses what cannot be passed on safely, and signs what is passed on, so that the task knows the
 //! client and a loop is noticed.
 //!
-//! hyper has parsed the head by now and refused what is no HTTP. Of a request with both Content-Length and
-//! Transfer-Encoding it has dropped the former and will close the connection after the answer (RFC 9112, 6.1), so that
-//! what goes on to the task has one reading.
+//! hyper has parsed the head by now and refused what is no HTTP; `wire` has watched for what hyper forgives.
 
 use std::borrow::Cow;
 use std::net::IpAddr;

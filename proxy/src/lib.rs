@@ -12,6 +12,7 @@ pub mod config;
 pub mod record;
 pub mod metrics;
 mod refusal;
+mod wire;
 mod upload;
 mod pool;
 pub mod route;

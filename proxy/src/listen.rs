@@ -8,6 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
+use http::Request;
+use http_body::Body;
+use hyper::body::Incoming;
 use hyper::server::conn::http1::Builder;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,6 +25,7 @@ use crate::identify::Client;
 use crate::metrics::Count;
 use crate::refusal::Refusal;
 use crate::serve::serve;
+use crate::wire::{Watch, Wire};
 use crate::worker::Worker;
 
 /// Connections that the kernel holds for a worker that has not accepted them. Beyond it clients wait and try again.
@@ -143,19 +147,25 @@ async fn connection(place: Place, stream: TcpStream, peer: SocketAddr, stop: Can
     }
     let worker = &place.worker;
     let client = Rc::new(Client::new(peer.ip()));
-    let service = service_fn(|request| serve(Rc::clone(worker), Rc::clone(&client), request));
+    let watch = Watch::default();
+    let wire = Wire::new(stream, watch.clone(), worker.config.timeouts.header);
+    let service = service_fn(|request: Request<Incoming>| {
+        let seen = watch.head_is_parsed(!request.body().is_end_stream());
+        serve(Rc::clone(worker), Rc::clone(&client), request, seen)
+    });
     let limits = &worker.config.limits;
     let mut builder = Builder::new();
     builder
         .timer(TokioTimer::new())
-        .header_read_timeout(worker.config.timeouts.header)
+        // For hyper the wait for a head begins with the end of the request before.
+        .header_read_timeout(worker.config.timeouts.client_idle)
         .max_headers(limits.headers)
         .max_header_size(limits.header_bytes)
         // Twice the head, so that one that is too large is noticed as such and not as a buffer that is full.
         .max_buf_size(2 * limits.header_bytes);
     // No `pipeline_flush`: with it hyper 1.12 forgets to send the 400 that it answers to a malformed head, because the
     // bytes that it could not parse count as a request that is yet to be answered.
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(wire), service));
     let served = tokio::select! {
         served = connection.as_mut() => served,
         () = stop.cancelled() => {

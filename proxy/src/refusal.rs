@@ -6,6 +6,7 @@ use http::{Response, StatusCode};
 
 use crate::names::PROXY_STATUS;
 use crate::record::Outcome;
+use crate::wire::Doubt;
 
 /// Why the proxy answers in a task's place.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -13,6 +14,12 @@ pub(crate) enum Refusal {
     /// The request cannot be passed on safely, or makes no sense.
     #[error("{0}")]
     Malformed(&'static str),
+    /// The head has more than one reading.
+    #[error("{}", match .0 {
+        Doubt::TwoLengths => "the request has both Content-Length and Transfer-Encoding: send one of them",
+        Doubt::BareLineFeed => "a line of the head ends without a carriage return: end each with CR LF",
+    })]
+    Doubt(Doubt),
     /// It has no usable key.
     #[error("{0}")]
     Key(String),
@@ -62,7 +69,7 @@ pub(crate) enum Refusal {
 impl Refusal {
     pub(crate) fn status(&self) -> StatusCode {
         match self {
-            Self::Malformed(_) | Self::Key(_) => StatusCode::BAD_REQUEST,
+            Self::Malformed(_) | Self::Doubt(_) | Self::Key(_) => StatusCode::BAD_REQUEST,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::Expectation => StatusCode::EXPECTATION_FAILED,
@@ -79,6 +86,7 @@ impl Refusal {
     pub(crate) fn outcome(&self) -> Outcome {
         match self {
             Self::Malformed(_)
+            | Self::Doubt(_)
             | Self::Key(_)
             | Self::SlowBody
             | Self::Method(_)
@@ -93,6 +101,7 @@ impl Refusal {
     pub(crate) const fn proxy_status(&self) -> &'static str {
         match self {
             Self::Malformed(_)
+            | Self::Doubt(_)
             | Self::Key(_)
             | Self::SlowBody
             | Self::Method(_)
@@ -124,7 +133,10 @@ impl Refusal {
             headers.insert(header::ALLOW, HeaderValue::from_static(""));
         }
         // What follows a request whose framing is in doubt cannot be trusted to be a request.
-        if matches!(self, Self::Malformed(_) | Self::TransferCoding | Self::SlowBody) {
+        if matches!(
+            self,
+            Self::Malformed(_) | Self::Doubt(_) | Self::TransferCoding | Self::SlowBody
+        ) {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response

@@ -22,6 +22,7 @@ use crate::metrics::Count;
 use crate::record::Outcome;
 use crate::refusal::Refusal;
 use crate::upload::Tape;
+use crate::wire::{BodyMark, Doubt};
 use crate::worker::Worker;
 
 /// Answers one request, whatever comes.
@@ -29,11 +30,16 @@ pub(crate) async fn serve(
     worker: Rc<Worker>,
     client: Rc<Client>,
     request: Request<Incoming>,
+    (doubt, mark): (Option<Doubt>, Option<BodyMark>),
 ) -> Result<Response<Download>, Infallible> {
     let mut exchange = Exchange::begin(&worker);
     let (mut head, body) = request.into_parts();
-    let tape = Tape::new(body, &worker.replay_room);
-    Ok(match stages(&worker, &client, &mut head, &tape, &mut exchange).await {
+    let tape = Tape::new(body, &worker.replay_room, mark);
+    let answer = match doubt {
+        Some(doubt) => Err(Refusal::Doubt(doubt)),
+        None => stages(&worker, &client, &mut head, &tape, &mut exchange).await,
+    };
+    Ok(match answer {
         Ok(answer) => pass_on(worker, answer, exchange),
         Err(refusal) => refuse(&worker, &head, tape, &refusal, exchange),
     })

@@ -15,6 +15,8 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
+use crate::wire::BodyMark;
+
 /// The longest body that is kept, in bytes: most writes of a cache or a shop fit, and a slower client's does not pile up.
 pub(crate) const REPLAY_MAX_BYTES: usize = 64 << 10;
 
@@ -60,10 +62,12 @@ struct Reel {
     broken: bool,
     // What all requests of this worker may still keep.
     room: Rc<Cell<usize>>,
+    // Ends with the body.
+    _mark: Option<BodyMark>,
 }
 
 impl Tape {
-    pub(crate) fn new(source: Incoming, room: &Rc<Cell<usize>>) -> Self {
+    pub(crate) fn new(source: Incoming, room: &Rc<Cell<usize>>, mark: Option<BodyMark>) -> Self {
         if source.is_end_stream() {
             return Self { reel: None };
         }
@@ -81,6 +85,7 @@ impl Tape {
             waiting: false,
             broken: false,
             room: Rc::clone(room),
+            _mark: mark,
         };
         Self { reel: Some(Rc::new(RefCell::new(reel))) }
     }

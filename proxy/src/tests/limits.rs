@@ -89,6 +89,38 @@ async fn a_slow_head_ends_the_connection() {
 }
 
 #[tokio::test]
+async fn a_connection_that_is_kept_may_be_idle_for_longer_than_a_head_may_take() {
+    let backend = Backend::echo("task").await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        config.timeouts.header = SHORT;
+        config.timeouts.client_idle = 4 * SHORT;
+    });
+    let mut wire = stage.connect().await;
+    let mut pause = tokio::time::interval(2 * SHORT);
+    for body in ["", "hello"] {
+        pause.tick().await;
+        let length = body.len();
+        wire.send(format!(
+            "PUT /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n{body}"
+        ))
+        .await;
+        wire.read_to(&format!("[{body}]")).await;
+    }
+    // A head that has begun and does not end still has the shorter time.
+    let before = Instant::now();
+    wire.send("GET").await;
+    assert_eq!(wire.rest().await, "");
+    assert!(before.elapsed() < 3 * SHORT, "{:?}", before.elapsed());
+
+    let mut wire = stage.connect().await;
+    wire.send("GET /kv/a HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    wire.read_to("[]").await;
+    let before = Instant::now();
+    assert_eq!(wire.rest().await, "");
+    assert!(before.elapsed() >= 3 * SHORT, "{:?}", before.elapsed());
+}
+
+#[tokio::test]
 async fn a_task_that_accepts_and_never_answers_gets_a_504() {
     let backend = Backend::raw(|stream| async {
         Wire::of(stream).rest().await;

@@ -123,7 +123,7 @@ async fn another_proxys_name_in_via_is_no_loop() {
 async fn an_absolute_target_outweighs_host() {
     let backend = Backend::echo("task").await;
     let stage = Stage::with(Owners::all(backend.address).await, |config| {
-        config.key = "host".parse().unwrap()
+        config.key = "host".parse().unwrap();
     });
     let cases = [
         ("http://Shop.example:81/kv/a?b", "GET /kv/a?b HTTP/1.1", "host: Shop.example:81"),
@@ -152,7 +152,7 @@ async fn the_key_is_taken_from_where_the_configuration_says() {
     ];
     for (key, line) in cases {
         let stage = Stage::with(Owners::all(backend.address).await, |config| {
-            config.key = key.parse().unwrap()
+            config.key = key.parse().unwrap();
         });
         let good =
             format!("GET /?user=7 HTTP/1.1\r\nhost: 7\r\n{line}\r\nconnection: close\r\n\r\n");
@@ -197,7 +197,7 @@ async fn a_request_without_one_usable_key_is_told_what_was_expected() {
     ];
     for (key, line, extra, wanted) in cases {
         let stage = Stage::with(Owners::all(backend.address).await, |config| {
-            config.key = key.parse().unwrap()
+            config.key = key.parse().unwrap();
         });
         let answer =
             stage.talk(&format!("{line}\r\nhost: a\r\n{extra}connection: close\r\n\r\n")).await;
