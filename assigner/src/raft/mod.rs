@@ -78,6 +78,16 @@ pub enum Role {
     },
 }
 
+impl Role {
+    /// Gives the term in which this node leads, if it does.
+    pub const fn leads(&self) -> Option<u64> {
+        match self {
+            Self::Leader { term } => Some(*term),
+            Self::Follower { .. } => None,
+        }
+    }
+}
+
 /// Who leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leader {
@@ -200,9 +210,12 @@ pub struct MemberStatus {
     pub leader: bool,
     /// The index of the last entry that it is known to have on disk; only the leader knows.
     pub matched: Option<u64>,
+    /// It has answered the leader within an election's time; only the leader knows.
+    pub reachable: bool,
 }
 
-/// One node of the cluster.
+/// One node of the cluster: a handle, cheap to clone.
+#[derive(Clone)]
 pub struct Consensus {
     node: Arc<Node>,
     timings: Timings,
@@ -211,9 +224,9 @@ pub struct Consensus {
     applied: watch::Receiver<Option<LogId>>,
     /// Ends the tasks.
     ending: CancellationToken,
-    tasks: Mutex<Vec<JoinHandle<()>>>,
-    writer: Mutex<Option<std::thread::JoinHandle<()>>>,
-    stopped: OnceCell<()>,
+    tasks: Arc<Mutex<Vec<JoinHandle<()>>>>,
+    writer: Arc<Mutex<Option<std::thread::JoinHandle<()>>>>,
+    stopped: Arc<OnceCell<()>>,
 }
 
 impl fmt::Debug for Consensus {
@@ -238,7 +251,7 @@ impl Consensus {
         config: Config,
         listener: Listener,
         stop: CancellationToken,
-    ) -> Result<Arc<Self>, StartError> {
+    ) -> Result<Self, StartError> {
         let Config { storage, member, first, timings, snapshots, transport } = config;
         start::place(&first, &member)?;
         let raft_config = Arc::new(raft_config(timings, snapshots)?);
@@ -267,17 +280,17 @@ impl Consensus {
         let (role_is, role) = watch::channel(Role::Follower { leader: None });
         let (failure, failed) = watch::channel(None);
         let ending = CancellationToken::new();
-        let consensus = Arc::new(Self {
+        let consensus = Self {
             node: node.clone(),
             timings,
             role: role.clone(),
             failed,
             applied,
             ending: ending.clone(),
-            tasks: Mutex::default(),
-            writer: Mutex::new(Some(thread)),
-            stopped: OnceCell::new(),
-        });
+            tasks: Arc::default(),
+            writer: Arc::new(Mutex::new(Some(thread))),
+            stopped: Arc::default(),
+        };
         let tasks = [
             tokio::spawn(
                 ending
@@ -398,9 +411,11 @@ impl Consensus {
     /// Waits until the node cannot go on, and says why. Never returns for a node that is well, or was told to stop.
     pub async fn failed(&self) -> Failure {
         let mut failed = self.failed.clone();
-        match failed.wait_for(Option::is_some).await {
-            Ok(failure) => failure.clone().expect("it was waited for"),
-            Err(_) => std::future::pending().await,
+        let failure =
+            failed.wait_for(Option::is_some).await.ok().and_then(|failure| failure.clone());
+        match failure {
+            Some(failure) => failure,
+            None => std::future::pending().await,
         }
     }
 
@@ -432,12 +447,18 @@ impl Consensus {
                 metrics.replication.as_ref().and_then(|known| known.get(id).copied().flatten());
             known.map(|log_id| log_id.index)
         };
+        let answered = |id: &u64| {
+            let known =
+                metrics.heartbeat.as_ref().and_then(|known| known.get(id).copied().flatten());
+            known.is_some_and(|at| openraft::Instant::elapsed(&*at) <= self.timings.election_max)
+        };
         let member = |(id, member): (&u64, &Member)| MemberStatus {
             node: NodeId(*id),
             member: member.clone(),
             voter: voters.contains(id),
             leader: metrics.current_leader == Some(*id),
             matched: matched(id),
+            reachable: *id == metrics.id || answered(id),
         };
         status.members = metrics.membership_config.nodes().map(member).collect();
         status
@@ -449,14 +470,15 @@ impl Consensus {
             return Err(MemberError::NotMinted(node));
         }
         let raft = self.running()?;
-        self.changed(node, raft.add_learner(node.0, member, false)).await
+        self.changed(node, || raft.add_learner(node.0, member.clone(), false)).await
     }
 
     /// Lets a member vote that has listened until now.
     pub async fn promote(&self, node: NodeId) -> Result<(), MemberError> {
         self.must_know(node)?;
         let change = ChangeMembers::AddVoterIds(BTreeSet::from([node.0]));
-        self.changed(node, self.running()?.change_membership(change, false)).await
+        let raft = self.running()?;
+        self.changed(node, || raft.change_membership(change.clone(), false)).await
     }
 
     /// Removes a member for good: its id is never given again. A leader that removes itself steps down.
@@ -472,7 +494,7 @@ impl Consensus {
         } else {
             ChangeMembers::RemoveVoters(gone)
         };
-        self.changed(node, raft.change_membership(change, false)).await
+        self.changed(node, || raft.change_membership(change.clone(), false)).await
     }
 
     /// Hands the lead to another voter, and returns once this node does not lead any more.
@@ -529,29 +551,40 @@ impl Consensus {
         if known { Ok(()) } else { Err(MemberError::NoSuchMember(node)) }
     }
 
-    async fn changed<T>(
-        &self,
-        node: NodeId,
-        change: impl Future<Output = Result<T, RaftError<Types, ClientWriteError<Types>>>>,
-    ) -> Result<(), MemberError> {
-        let Ok(result) = tokio::time::timeout(self.timings.propose, change).await else {
-            return Err(MemberError::Unknown);
-        };
-        match result {
-            Ok(_) => Ok(()),
-            Err(RaftError::Fatal(_)) => Err(MemberError::Stopped),
-            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
-                Err(MemberError::NotLeader { leader: self.other(&forward) })
-            }
-            Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(error))) => {
-                Err(match error {
-                    ChangeMembershipError::InProgress(_)
-                    | ChangeMembershipError::UncommittedLeaderLog(_) => MemberError::InProgress,
-                    ChangeMembershipError::EmptyMembership(_) => MemberError::LastVoter(node),
-                    _ => MemberError::NoSuchMember(node),
-                })
-            }
-            Err(RaftError::APIError(_)) => Err(MemberError::Unknown),
+    /// Changes the members, and waits a while for a change that is under way.
+    async fn changed<T, F>(&self, node: NodeId, change: impl Fn() -> F) -> Result<(), MemberError>
+    where
+        F: Future<Output = Result<T, RaftError<Types, ClientWriteError<Types>>>>,
+    {
+        let deadline = Instant::now() + self.timings.propose;
+        loop {
+            let Ok(result) = tokio::time::timeout_at(deadline, change()).await else {
+                return Err(MemberError::Unknown);
+            };
+            return match result {
+                Ok(_) => Ok(()),
+                Err(RaftError::Fatal(_)) => Err(MemberError::Stopped),
+                Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
+                    Err(MemberError::NotLeader { leader: self.other(&forward) })
+                }
+                Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(error))) => {
+                    match error {
+                        ChangeMembershipError::InProgress(_)
+                        | ChangeMembershipError::UncommittedLeaderLog(_) => {
+                            if Instant::now() < deadline {
+                                tokio::time::sleep(RETRY_EVERY).await;
+                                continue;
+                            }
+                            Err(MemberError::InProgress)
+                        }
+                        ChangeMembershipError::EmptyMembership(_) => {
+                            Err(MemberError::LastVoter(node))
+                        }
+                        _ => Err(MemberError::NoSuchMember(node)),
+                    }
+                }
+                Err(RaftError::APIError(_)) => Err(MemberError::Unknown),
+            };
         }
     }
 
@@ -649,7 +682,14 @@ async fn watch_role(
         }
     };
     ending.run_until_cancelled(watching).await;
-    role.send_replace(Role::Follower { leader: None });
+    // Whoever took over is still worth knowing to those who are sent there.
+    role.send_if_modified(|was| {
+        let led = matches!(was, Role::Leader { .. });
+        if led {
+            *was = Role::Follower { leader: None };
+        }
+        led
+    });
 }
 
 fn role_of(metrics: &RaftMetrics<Types>, quorum_within: Duration) -> Role {

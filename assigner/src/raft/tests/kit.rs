@@ -76,7 +76,7 @@ impl Place {
 
 /// A node that runs.
 pub(super) struct Running {
-    pub(super) consensus: Arc<Consensus>,
+    pub(super) consensus: Consensus,
     pub(super) events: Arc<Mutex<Vec<Event>>>,
     runtime: Option<Runtime>,
 }

@@ -2,5 +2,8 @@
 
 mod kit;
 mod storage;
+mod golden;
+mod power;
 mod alone;
 mod cluster;
+mod members;
