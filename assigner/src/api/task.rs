@@ -1,0 +1,493 @@
+//! The task's end of the world: `mandoline.v1.Tasks`, served by the node that leads.
+//!
+//! A stream begins with who speaks (`Register` or `Attach`), goes on with heartbeats and reports, and is told grants and
+//! assignments. It ends when the task leaves, when another connection takes its session, when the session has ended, when
+//! this node stops leading, or when the task does not read. Whoever does not lead says who does, and is done.
+//!
+//! What a task says is parsed here, once. What is wrong with the first message ends the stream by name
+//! (`INVALID_ARGUMENT`); what is wrong later is answered with a warning, and costs no session.
+
+use std::collections::VecDeque;
+use std::future::pending;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mandoline_core::command::{Command, EndReason};
+use mandoline_core::generation::Generation;
+use mandoline_core::leader::Event;
+use mandoline_core::name::JobName;
+use mandoline_core::spec::JobSpec;
+use mandoline_core::state::{Applied, Outcome, Refused};
+use mandoline_core::task::{Phase, SessionId, TaskInfo};
+use mandoline_distributor::hub::{Hub, Subscription};
+use mandoline_proto::assignment::{job_name, session};
+use mandoline_proto::error::{WireError, need};
+use mandoline_proto::pb;
+use mandoline_proto::pb::session_reply::Reply;
+use mandoline_proto::pb::session_request::Request as Asked;
+use mandoline_proto::pb::tasks_server::{Tasks, TasksServer};
+use mandoline_proto::task::report;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::node::{Node, term_of};
+use crate::raft::{Consensus, ProposeError, Role};
+use crate::sessions::{Seat, Sessions};
+
+/// How long a stream may take to say who speaks.
+const FIRST_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a registration may take: an election away at worst; the task asks again.
+const REGISTER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a task may not read while something waits for it. Its heartbeats are heard meanwhile, but a task that cannot
+/// hear what it owns must not stay.
+const READ_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a node that leads no more waits to hear who does.
+const HAND_OVER_PATIENCE: Duration = Duration::from_millis(200);
+/// What may be on its way to the connection: parts are up to 1 MiB.
+const OUT_MAX: usize = 2;
+/// Replies that wait behind that. A task that asks faster than it reads has itself cut off.
+const WAITING_MAX: usize = 64;
+
+type Replies = mpsc::Sender<Result<pb::SessionReply, Status>>;
+
+/// Serves task sessions while this node leads, and says who leads while it does not.
+#[derive(Clone)]
+pub struct TaskService {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    consensus: Consensus,
+    hub: Hub,
+    node: Node,
+    sessions: Sessions,
+    streams: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl TaskService {
+    /// Serves until `stop`; the streams are `streams`, to be waited for.
+    pub fn new(
+        consensus: Consensus,
+        hub: Hub,
+        node: Node,
+        sessions: Sessions,
+        streams: TaskTracker,
+        stop: CancellationToken,
+    ) -> TasksServer<Self> {
+        let inner = Inner { consensus, hub, node, sessions, streams, stop };
+        TasksServer::new(Self { inner: Arc::new(inner) })
+    }
+}
+
+#[tonic::async_trait]
+impl Tasks for TaskService {
+    type SessionStream = ReceiverStream<Result<pb::SessionReply, Status>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<pb::SessionRequest>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut asked = request.into_inner();
+        let first = timeout(FIRST_PATIENCE, asked.message()).await.map_err(|_| {
+            Status::deadline_exceeded(format!("nobody said who speaks within {FIRST_PATIENCE:?}"))
+        })??;
+        let first =
+            First::read(first).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let (replies, stream) = mpsc::channel(OUT_MAX);
+        match self.inner.open(first).await {
+            Ok(session) => {
+                self.inner.streams.spawn(session.run(asked, replies));
+            }
+            Err(turned_away) => {
+                let reply = pb::SessionReply { reply: Some(turned_away) };
+                replies.try_send(Ok(reply)).expect("a new queue has room");
+            }
+        }
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// What a stream begins with, checked.
+enum First {
+    Register {
+        job: JobName,
+        info: Box<TaskInfo>,
+        stopped: Option<SessionId>,
+        known: Option<Generation>,
+    },
+    Attach {
+        job: JobName,
+        session: SessionId,
+        known: Option<Generation>,
+    },
+}
+
+impl First {
+    fn read(message: Option<pb::SessionRequest>) -> Result<Self, WireError> {
+        let message = need(message, "first message")?;
+        match need(message.request, "request")? {
+            Asked::Register(register) => {
+                Self::register(register).map_err(|error| error.within("register"))
+            }
+            Asked::Attach(attach) => Self::attach(&attach).map_err(|error| error.within("attach")),
+            _ => Err(WireError::new("request", "must begin with register or attach")),
+        }
+    }
+
+    fn register(register: pb::Register) -> Result<Self, WireError> {
+        let info = TaskInfo::try_from(need(register.info, "info")?);
+        Ok(Self::Register {
+            job: job_name(&register.job)?,
+            info: Box::new(info.map_err(|error| error.within("info"))?),
+            stopped: (register.stopped != 0).then_some(SessionId(register.stopped)),
+            known: register.known.map(Generation::from),
+        })
+    }
+
+    fn attach(attach: &pb::Attach) -> Result<Self, WireError> {
+        Ok(Self::Attach {
+            job: job_name(&attach.job)?,
+            session: session(attach.session, "session")?,
+            known: attach.known.map(Generation::from),
+        })
+    }
+}
+
+impl Inner {
+    /// Finds or makes the session, or says why not.
+    async fn open(self: &Arc<Self>, first: First) -> Result<Session, Reply> {
+        let role = self.consensus.role();
+        let Some(term) = term_of(&role.borrow()) else { return Err(redirect(&role.borrow())) };
+        let (job, session, known) = match first {
+            First::Attach { job, session, known } => (job, session, known),
+            First::Register { job, info, stopped, known } => {
+                let register = Command::Register { job: job.clone(), info: *info, stopped };
+                (job, self.register(register).await?, known)
+            }
+        };
+        let spec = self.find(&job, session).await?;
+        let subscription = self
+            .hub
+            .subscribe(&job, known)
+            .map_err(|error| refused(pb::RefusedCode::Limit, error.to_string()))?;
+        let seat = self.sessions.take(&job, session);
+        let inner = Arc::clone(self);
+        Ok(Session::new(inner, term, role, job, session, subscription, seat, &spec))
+    }
+
+    async fn register(&self, register: Command) -> Result<SessionId, Reply> {
+        match timeout(REGISTER_PATIENCE, self.consensus.propose(register)).await {
+            Ok(Ok(Applied { outcome: Outcome::Session(session), .. })) => Ok(session),
+            Ok(Ok(applied)) => {
+                let message = format!("registration led to {:?}", applied.outcome);
+                Err(refused(pb::RefusedCode::Invalid, message))
+            }
+            Ok(Err(ProposeError::Refused(why))) => Err(refused(code_of(&why), why.to_string())),
+            // Whoever leads by now, if anyone: the task asks again.
+            Ok(Err(error)) => {
+                tracing::info!(%error, "a registration found no leader");
+                Err(redirect(&self.consensus.role().borrow()))
+            }
+            Err(_) => Err(Reply::Redirect(pb::Redirect::default())),
+        }
+    }
+
+    /// Gives the spec of a job whose session has not ended.
+    async fn find(&self, job: &JobName, session: SessionId) -> Result<JobSpec, Reply> {
+        if let Ok(spec) = self.look(job, session) {
+            return Ok(spec);
+        }
+        // Only who surely leads can say that a session has ended: another may have begun it meanwhile.
+        if self.consensus.confirm_leadership().await.is_err() {
+            return Err(redirect(&self.consensus.role().borrow()));
+        }
+        self.look(job, session).map_err(|why| refused(code_of(&why), why.to_string()))
+    }
+
+    fn look(&self, job: &JobName, session: SessionId) -> Result<JobSpec, Refused> {
+        let state = self.consensus.state();
+        let known = state.job(job)?;
+        if known.assignment.tasks.contains_key(&session) {
+            Ok(known.spec.clone())
+        } else {
+            Err(Refused::NoSuchSession { job: job.clone(), session })
+        }
+    }
+}
+
+fn refused(code: pb::RefusedCode, message: String) -> Reply {
+    Reply::Refused(pb::Refused { code: code.into(), message })
+}
+
+const fn code_of(why: &Refused) -> pb::RefusedCode {
+    match why {
+        Refused::NoSuchJob(_) => pb::RefusedCode::NoSuchJob,
+        Refused::NameTaken { .. } => pb::RefusedCode::NameTaken,
+        Refused::AddressTaken { .. } => pb::RefusedCode::AddressTaken,
+        Refused::NoSuchSession { .. } => pb::RefusedCode::NoSuchSession,
+        Refused::Limit { .. } => pb::RefusedCode::Limit,
+        _ => pb::RefusedCode::Invalid,
+    }
+}
+
+/// Who leads, as far as is known.
+fn redirect(role: &Role) -> Reply {
+    Reply::Redirect(match role {
+        Role::Follower { leader: Some(leader) } => {
+            pb::Redirect { node: leader.node.0, address: leader.client.clone() }
+        }
+        Role::Follower { leader: None } | Role::Leader { .. } => pb::Redirect::default(),
+    })
+}
+
+type Proposal = Pin<Box<dyn Future<Output = Result<Applied, ProposeError>> + Send>>;
+
+/// One connection of a session.
+struct Session {
+    inner: Arc<Inner>,
+    /// The term in which this node leads: a new one is a new beginning.
+    term: u64,
+    role: watch::Receiver<Role>,
+    job: JobName,
+    id: SessionId,
+    seat: Seat,
+    subscription: Subscription,
+    waiting: VecDeque<Reply>,
+    /// Since when something waits and nothing was read.
+    stuck_at: Instant,
+    draining: Option<Proposal>,
+    ending: Option<End>,
+}
+
+/// Why a connection ends.
+enum End {
+    /// The task closed it, or it broke.
+    Broken,
+    /// The task leaves.
+    Left,
+    /// Another connection took the session, or the session has ended: the last reply says so.
+    Over,
+    /// The task does not read.
+    Stuck,
+    /// This node stops, or leads no more.
+    Unseated,
+}
+
+impl Session {
+    #[allow(clippy::too_many_arguments)] // the parts of a connection, put together in one place
+    fn new(
+        inner: Arc<Inner>,
+        term: u64,
+        role: watch::Receiver<Role>,
+        job: JobName,
+        id: SessionId,
+        subscription: Subscription,
+        seat: Seat,
+        spec: &JobSpec,
+    ) -> Self {
+        let millis = |length: Duration| u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
+        let attached = Reply::Attached(pb::Attached {
+            session: id.0,
+            heartbeat_ms: millis(spec.heartbeat),
+            report_every_ms: millis(spec.report_every),
+        });
+        Self {
+            inner,
+            term,
+            role,
+            job,
+            id,
+            seat,
+            subscription,
+            waiting: VecDeque::from([attached]),
+            stuck_at: Instant::now() + READ_PATIENCE,
+            draining: None,
+            ending: None,
+        }
+    }
+
+    async fn run(mut self, mut asked: Streaming<pb::SessionRequest>, replies: Replies) {
+        let (job, session) = (self.job.clone(), self.id);
+        tracing::info!(%job, %session, "session attached");
+        self.inner.node.tell(Event::Attached { job: job.clone(), session }).await;
+        self.tell_if_drained();
+        let end = loop {
+            if self.ending.is_some() && self.waiting.is_empty() {
+                break self.ending.take().expect("it was just seen");
+            }
+            let goes_on = self.ending.is_none();
+            tokio::select! {
+                biased;
+                () = self.inner.stop.cancelled(), if goes_on => self.unseat().await,
+                changed = self.role.changed(), if goes_on => self.role_changed(changed.is_ok()).await,
+                () = self.seat.replaced.cancelled(), if goes_on => self.ending = Some(End::Over),
+                permit = replies.reserve(), if !self.waiting.is_empty() => match permit {
+                    Ok(permit) => {
+                        let reply = self.waiting.pop_front();
+                        permit.send(Ok(pb::SessionReply { reply }));
+                        self.stuck_at = Instant::now() + READ_PATIENCE;
+                    }
+                    Err(_) => break End::Broken,
+                },
+                () = sleep_until(self.stuck_at), if !self.waiting.is_empty() => break End::Stuck,
+                drained = settled(&mut self.draining) => self.drain_settled(drained).await,
+                () = self.seat.drained.notified(), if goes_on => self.tell_if_drained(),
+                message = asked.message(), if goes_on => match message {
+                    Ok(Some(message)) => self.hear(message).await,
+                    Ok(None) | Err(_) => break End::Broken,
+                },
+                frame = self.subscription.next(), if goes_on && self.waiting.is_empty() => {
+                    self.say(Reply::Update(frame.message()));
+                    self.end_if_over();
+                }
+            }
+        };
+        self.finish(end, &replies).await;
+    }
+
+    /// Takes in what the task says.
+    async fn hear(&mut self, message: pb::SessionRequest) {
+        let (job, session) = (self.job.clone(), self.id);
+        match message.request {
+            Some(Asked::Heartbeat(heartbeat)) => {
+                self.inner.node.tell(Event::Heard { job, session }).await;
+                self.grant(heartbeat.request);
+            }
+            Some(Asked::Report(measured)) => match report(session, measured) {
+                Ok(report) => self.inner.node.tell(Event::Reported { job, report }).await,
+                Err(error) => self.warn(&error),
+            },
+            Some(Asked::Drain(pb::Drain {})) => {
+                // The one before is on its way still: twice leads to the same.
+                let inner = Arc::clone(&self.inner);
+                let drain = Command::Drain { job, session };
+                self.draining = Some(Box::pin(async move { inner.consensus.propose(drain).await }));
+            }
+            Some(Asked::Leave(pb::Leave {})) => self.ending = Some(End::Left),
+            Some(Asked::Resync(pb::Resync {})) => self.resync(),
+            Some(Asked::Register(_) | Asked::Attach(_)) => {
+                self.warn(&WireError::new("request", "this stream has a session already"));
+            }
+            None => self.warn(&WireError::new("request", "is none that this version knows")),
+        }
+    }
+
+    fn grant(&mut self, request: u64) {
+        let state = self.inner.consensus.state();
+        let newest = state.job(&self.job).map(|job| job.assignment.generation.into()).ok();
+        // Only the newest grant means anything.
+        self.waiting.retain(|reply| !matches!(reply, Reply::Grant(_)));
+        self.say(Reply::Grant(pb::Grant { request, generation: newest }));
+    }
+
+    fn warn(&mut self, problem: &dyn std::fmt::Display) {
+        tracing::warn!(job = %self.job, session = %self.id, error = %problem, "a message was refused");
+        self.say(Reply::Warning(problem.to_string()));
+    }
+
+    fn resync(&mut self) {
+        match self.inner.hub.subscribe(&self.job, None) {
+            Ok(fresh) => self.subscription = fresh,
+            Err(error) => self.warn(&error),
+        }
+    }
+
+    fn say(&mut self, reply: Reply) {
+        if self.waiting.is_empty() {
+            self.stuck_at = Instant::now() + READ_PATIENCE;
+        }
+        self.waiting.push_back(reply);
+        if self.waiting.len() > WAITING_MAX {
+            self.waiting.clear();
+            self.ending = Some(End::Stuck);
+        }
+    }
+
+    /// Ends with a last word.
+    fn end(&mut self, end: End, last: Option<Reply>) {
+        self.waiting.extend(last);
+        self.ending = Some(end);
+    }
+
+    async fn role_changed(&mut self, known: bool) {
+        let still_leads = known && term_of(&self.role.borrow_and_update()) == Some(self.term);
+        if !still_leads {
+            self.unseat().await;
+        }
+    }
+
+    /// Sends the task to who leads now. A hand-over takes a moment, and is worth waiting for.
+    async fn unseat(&mut self) {
+        let known = self.role.wait_for(|role| matches!(role, Role::Follower { leader: Some(_) }));
+        let redirect = match timeout(HAND_OVER_PATIENCE, known).await {
+            Ok(Ok(role)) => redirect(&role),
+            Ok(Err(_)) | Err(_) => Reply::Redirect(pb::Redirect::default()),
+        };
+        self.end(End::Unseated, Some(redirect));
+    }
+
+    async fn drain_settled(&mut self, drained: Result<Applied, ProposeError>) {
+        self.draining = None;
+        match drained {
+            Ok(_) => self.tell_if_drained(),
+            Err(ProposeError::Refused(why)) => self.warn(&why),
+            // The task says it again where it attaches next; here it may wait for ever.
+            Err(_) => self.unseat().await,
+        }
+    }
+
+    /// A task may come back to hear what it missed, so this looks itself.
+    fn tell_if_drained(&mut self) {
+        let state = self.inner.consensus.state();
+        let Ok(job) = state.job(&self.job) else { return };
+        let leaves =
+            job.assignment.tasks.get(&self.id).is_some_and(|task| task.phase == Phase::Draining);
+        if leaves && job.assignment.of(self.id).next().is_none() {
+            self.say(Reply::Drained(pb::Drained {}));
+        }
+    }
+
+    fn end_if_over(&mut self) {
+        if let Err(why) = self.inner.look(&self.job, self.id) {
+            self.end(End::Over, Some(refused(code_of(&why), why.to_string())));
+        }
+    }
+
+    async fn finish(self, end: End, replies: &Replies) {
+        let Self { inner, job, id: session, seat, .. } = self;
+        match end {
+            End::Left => {
+                let (job, reason) = (job.clone(), EndReason::Left);
+                let left = inner.consensus.propose(Command::End { job, session, reason });
+                // If nobody hears of it, the task is found lost before long.
+                if !matches!(timeout(REGISTER_PATIENCE, left).await, Ok(Ok(_))) {
+                    tracing::warn!(%session, "a task left, and it could not be written down");
+                }
+            }
+            End::Stuck => {
+                let message = format!("the task did not read for {READ_PATIENCE:?}");
+                // Where even this does not fit, the end of the stream says enough.
+                drop(replies.try_send(Err(Status::resource_exhausted(message))));
+            }
+            End::Broken | End::Over | End::Unseated => {}
+        }
+        tracing::info!(%job, %session, "session detached");
+        if seat.leave() {
+            inner.node.tell(Event::Broken { job, session }).await;
+        }
+    }
+}
+
+/// Waits for what is under way, for ever if nothing is.
+async fn settled<F: Future + Unpin>(under_way: &mut Option<F>) -> F::Output {
+    match under_way {
+        Some(future) => future.await,
+        None => pending().await,
+    }
+}

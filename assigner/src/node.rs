@@ -1,0 +1,368 @@
+//! The leader's loop: hears what tasks say and what was applied, asks `core::leader` what to do, and has it done.
+//!
+//! The loop never waits for anything but its next event: proposals and plans run beside it and come back as events. While
+//! another node leads it only listens.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mandoline_core::balance::{self, Round};
+use mandoline_core::command::Command;
+use mandoline_core::leader::{Action, Event, Leader};
+use mandoline_core::load::Load;
+use mandoline_core::name::JobName;
+use mandoline_core::plan::Plan;
+use mandoline_core::spec::Ratio;
+use mandoline_core::state::State;
+use mandoline_core::task::SessionId;
+use mandoline_core::time::Time;
+use mandoline_distributor::hub::Hub;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::raft::machine;
+use crate::raft::{Consensus, Role};
+use crate::sessions::Sessions;
+
+/// What may wait to be heard. Sessions wait when it is full, and their tasks with them: heartbeats of ten thousand tasks
+/// are a tenth of a second's work.
+const ASKS_MAX: usize = 1_024;
+/// How many of them are taken before the loop looks at anything else.
+const ASKS_AT_ONCE: usize = 256;
+/// Proposals on their way into the log at once; more would only wait there.
+const PROPOSALS_MAX: usize = 64;
+/// Proposals that wait for their turn. Past it they fail at once, and the leader thinks again.
+const QUEUE_MAX: usize = 20_000;
+/// How long a proposal may take before the leader thinks again.
+const PROPOSAL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the loop may be asked.
+#[derive(Debug)]
+enum Ask {
+    Event(Event),
+    Measure(JobName, oneshot::Sender<BTreeMap<SessionId, Measure>>),
+}
+
+/// What only the leader knows of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measure {
+    /// Its load as of the last round.
+    pub load: Load,
+    /// Whether a connection of it is open.
+    pub connected: bool,
+}
+
+/// Speaks with the leader's loop.
+#[derive(Clone, Debug)]
+pub struct Node {
+    asks: mpsc::Sender<Ask>,
+}
+
+impl Node {
+    /// Makes a loop, to be run, and what speaks with it.
+    pub fn new(consensus: Consensus, sessions: Sessions, changes: Changes) -> (Self, Loop) {
+        let (asks, heard) = mpsc::channel(ASKS_MAX);
+        (Self { asks }, Loop::new(consensus, sessions, changes, heard))
+    }
+
+    /// Tells the loop what happened; waits while it has too much to hear.
+    pub async fn tell(&self, event: Event) {
+        // A loop that is gone leads nothing.
+        drop(self.asks.send(Ask::Event(event)).await);
+    }
+
+    /// Asks what the leader knows of a job's tasks; nothing where this node does not lead.
+    pub async fn measure(&self, job: JobName) -> BTreeMap<SessionId, Measure> {
+        let (answer, answered) = oneshot::channel();
+        if self.asks.send(Ask::Measure(job, answer)).await.is_err() {
+            return BTreeMap::new();
+        }
+        answered.await.unwrap_or_default()
+    }
+}
+
+/// Jobs that were touched and not looked at since: raft's callback notes them without ever waiting, and a job noted twice
+/// is looked at once. Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Changes(Arc<Noted>);
+
+#[derive(Debug, Default)]
+struct Noted {
+    jobs: Mutex<BTreeSet<JobName>>,
+    news: Notify,
+}
+
+impl Changes {
+    /// Notes that a job was touched.
+    pub fn note(&self, job: JobName) {
+        self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner).insert(job);
+        self.0.news.notify_one();
+    }
+
+    /// Waits for jobs that were touched. Safe to cancel.
+    async fn next(&self) -> BTreeSet<JobName> {
+        loop {
+            let noted =
+                std::mem::take(&mut *self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner));
+            if !noted.is_empty() {
+                return noted;
+            }
+            self.0.news.notified().await;
+        }
+    }
+}
+
+/// Makes what raft calls for each command that it applies: watchers are told by the hub, the loop by `changes`.
+pub fn listener(hub: Hub, changes: Changes) -> machine::Listener {
+    Box::new(move |event| match event {
+        machine::Event::Applied { delta, assignment, .. } => {
+            changes.note(assignment.job.clone());
+            hub.publish(assignment, delta.as_ref());
+        }
+        machine::Event::Installed { state } => {
+            for job in hub.jobs().iter().filter(|job| !state.jobs.contains_key(job)) {
+                hub.forget(job);
+            }
+            for (name, job) in &state.jobs {
+                changes.note(name.clone());
+                hub.publish(Arc::clone(&job.assignment), None);
+            }
+        }
+    })
+}
+
+/// Gives the term in which a node leads.
+pub(crate) const fn term_of(role: &Role) -> Option<u64> {
+    match role {
+        Role::Leader { term } => Some(*term),
+        Role::Follower { .. } => None,
+    }
+}
+
+/// The leader's loop.
+pub struct Loop {
+    consensus: Consensus,
+    role: watch::Receiver<Role>,
+    sessions: Sessions,
+    changes: Changes,
+    asks: mpsc::Receiver<Ask>,
+    clock: Clock,
+    leading: Option<Leading>,
+}
+
+/// What there is while this node leads.
+struct Leading {
+    term: u64,
+    leader: Leader,
+    out: Vec<Action>,
+    queue: VecDeque<Command>,
+    proposals: JoinSet<Option<Command>>,
+    plans: JoinSet<Event>,
+}
+
+impl Loop {
+    fn new(
+        consensus: Consensus,
+        sessions: Sessions,
+        changes: Changes,
+        asks: mpsc::Receiver<Ask>,
+    ) -> Self {
+        let role = consensus.role();
+        Self { consensus, role, sessions, changes, asks, clock: Clock::new(), leading: None }
+    }
+
+    /// Runs until told to stop, or until nobody is left who could ask.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut asks = Vec::with_capacity(ASKS_AT_ONCE);
+        loop {
+            self.follow_role();
+            let deadline = self.deadline();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                changed = self.role.changed() => if changed.is_err() { break },
+                jobs = self.changes.next() => self.applied(jobs),
+                settled = Leading::settled(&mut self.leading) => self.settled(settled),
+                count = self.asks.recv_many(&mut asks, ASKS_AT_ONCE) => match count {
+                    0 => break,
+                    _ => asks.drain(..).for_each(|ask| self.asked(ask)),
+                },
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => self.tick(),
+            }
+        }
+    }
+
+    /// Begins or ceases to lead, as raft says. A new term is a new beginning, even on the same node.
+    fn follow_role(&mut self) {
+        let term = term_of(&self.role.borrow_and_update());
+        if term == self.leading.as_ref().map(|leading| leading.term) {
+            return;
+        }
+        self.leading = term.map(|term| {
+            tracing::info!(term, "leading");
+            Leading::new(term, Leader::new(self.clock.now(), &self.consensus.state()))
+        });
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let deadline = self.leading.as_ref()?.leader.deadline()?;
+        Some(self.clock.instant(deadline))
+    }
+
+    fn asked(&mut self, ask: Ask) {
+        match ask {
+            Ask::Event(event) => self.happened(event),
+            Ask::Measure(job, answer) => {
+                // Whoever asked may have gone.
+                drop(answer.send(self.measure(&job)));
+            }
+        }
+    }
+
+    fn measure(&self, job: &JobName) -> BTreeMap<SessionId, Measure> {
+        let state = self.consensus.state();
+        let (Some(Leading { leader, .. }), Ok(known)) = (&self.leading, state.job(job)) else {
+            return BTreeMap::new();
+        };
+        let measure = |session| {
+            let (load, connected) = (leader.load_of(job, session), leader.connected(job, session));
+            (session, Measure { load, connected })
+        };
+        known.assignment.tasks.keys().copied().map(measure).collect()
+    }
+
+    fn applied(&mut self, jobs: BTreeSet<JobName>) {
+        for job in jobs {
+            self.happened(Event::Applied { job });
+        }
+    }
+
+    fn settled(&mut self, event: Option<Event>) {
+        match (event, &mut self.leading) {
+            (Some(event), _) => self.happened(event),
+            (None, Some(leading)) => leading.refill(&self.consensus),
+            (None, None) => {}
+        }
+    }
+
+    fn happened(&mut self, event: Event) {
+        // An event may be here before the news that this node leads.
+        self.follow_role();
+        self.lead(|leader, now, state, out| leader.handle(now, state, event, out));
+    }
+
+    fn tick(&mut self) {
+        self.lead(|leader, now, state, out| leader.tick(now, state, out));
+    }
+
+    /// Asks the leader, if this node leads, and has done what it says.
+    fn lead(&mut self, ask: impl FnOnce(&mut Leader, Time, &State, &mut Vec<Action>)) {
+        let Some(leading) = &mut self.leading else { return };
+        let mut out = std::mem::take(&mut leading.out);
+        ask(&mut leading.leader, self.clock.now(), &self.consensus.state(), &mut out);
+        for action in out.drain(..) {
+            match action {
+                Action::Propose(command) => leading.propose(&self.consensus, command),
+                Action::Plan(round) => leading.plan(round),
+                Action::Drained { job, session } => self.sessions.drained(&job, session),
+            }
+        }
+        leading.out = out;
+        leading.refill(&self.consensus);
+    }
+}
+
+impl Leading {
+    fn new(term: u64, leader: Leader) -> Self {
+        let (out, queue) = (Vec::new(), VecDeque::new());
+        Self { term, leader, out, queue, proposals: JoinSet::new(), plans: JoinSet::new() }
+    }
+
+    fn propose(&mut self, consensus: &Consensus, command: Command) {
+        if self.queue.len() < QUEUE_MAX {
+            self.queue.push_back(command);
+            self.refill(consensus);
+        } else {
+            tracing::warn!(%command, "too many proposals wait; this one fails");
+            self.proposals.spawn(async move { Some(command) });
+        }
+    }
+
+    /// Sends proposals on their way while there is room.
+    fn refill(&mut self, consensus: &Consensus) {
+        while self.proposals.len() < PROPOSALS_MAX
+            && let Some(command) = self.queue.pop_front()
+        {
+            let consensus = consensus.clone();
+            self.proposals.spawn(propose(consensus, command));
+        }
+    }
+
+    fn plan(&mut self, round: Box<Round>) {
+        self.plans.spawn_blocking(move || plan(&round));
+    }
+
+    /// Waits for something that was begun to end; for ever where nothing was. Safe to cancel.
+    async fn settled(leading: &mut Option<Self>) -> Option<Event> {
+        let Some(leading) = leading else { return std::future::pending().await };
+        let settled = tokio::select! {
+            Some(failed) = leading.proposals.join_next() => failed.map(|it| it.map(Event::Failed)),
+            Some(planned) = leading.plans.join_next() => planned.map(Some),
+            else => std::future::pending().await,
+        };
+        settled.unwrap_or_else(|error| {
+            tracing::error!(%error, "a proposal or a plan was lost");
+            None
+        })
+    }
+}
+
+/// Puts a command into the log, and gives it back if that came to nothing.
+async fn propose(consensus: Consensus, command: Command) -> Option<Command> {
+    match timeout(PROPOSAL_PATIENCE, consensus.propose(command.clone())).await {
+        Ok(Ok(_)) => None,
+        Ok(Err(error)) => {
+            tracing::debug!(%command, %error, "proposal refused");
+            Some(command)
+        }
+        Err(_) => {
+            tracing::warn!(%command, "nobody knows what became of a proposal");
+            Some(command)
+        }
+    }
+}
+
+fn plan(round: &Round) -> Event {
+    let (job, base) = (round.assignment.job.clone(), round.assignment.generation);
+    // A planner's bug must not stop the job for good: nothing moves this time, and the next round tries again.
+    let plan = catch_unwind(AssertUnwindSafe(|| balance::plan(round))).unwrap_or_else(|_| {
+        tracing::error!(%job, generation = %base, "the planner panicked; nothing moves this round");
+        let none = Ratio::from_millionths(0);
+        Plan { base, edits: Vec::new(), imbalance: (none, none), total: Load::ZERO }
+    });
+    Event::Planned { job, plan }
+}
+
+/// The node's clock, as `core` counts: the one place where both meet.
+#[derive(Clone, Copy, Debug)]
+struct Clock {
+    origin: Instant,
+}
+
+impl Clock {
+    fn new() -> Self {
+        Self { origin: Instant::now() }
+    }
+
+    fn now(self) -> Time {
+        Time::ZERO + self.origin.elapsed()
+    }
+
+    fn instant(self, time: Time) -> Instant {
+        self.origin + time.since(Time::ZERO)
+    }
+}

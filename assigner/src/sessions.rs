@@ -1,0 +1,107 @@
+//! Which tasks are connected to this node: one connection a session, the newest.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mandoline_core::name::JobName;
+use mandoline_core::task::SessionId;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// The sessions that are connected to this node. Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Sessions(Arc<Mutex<Open>>);
+
+#[derive(Debug, Default)]
+struct Open {
+    last: u64,
+    by_session: BTreeMap<(JobName, SessionId), Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    connection: u64,
+    replaced: CancellationToken,
+    drained: Arc<Notify>,
+}
+
+/// One connection of a session, from attaching to its end.
+#[derive(Debug)]
+pub struct Seat {
+    sessions: Sessions,
+    key: (JobName, SessionId),
+    connection: u64,
+    /// Another connection has taken the session.
+    pub replaced: CancellationToken,
+    /// The leader says that the session's last slice has gone.
+    pub drained: Arc<Notify>,
+}
+
+impl Sessions {
+    /// Notes a new connection of a session; one that there was before is told to end.
+    pub fn take(&self, job: &JobName, session: SessionId) -> Seat {
+        let mut open = self.lock();
+        open.last += 1;
+        let (connection, key) = (open.last, (job.clone(), session));
+        let (replaced, drained) = (CancellationToken::new(), Arc::new(Notify::new()));
+        let entry = Entry { connection, replaced: replaced.clone(), drained: Arc::clone(&drained) };
+        if let Some(before) = open.by_session.insert(key.clone(), entry) {
+            before.replaced.cancel();
+        }
+        Seat { sessions: self.clone(), key, connection, replaced, drained }
+    }
+
+    /// Tells a session, if it is connected here, that its last slice has gone.
+    pub fn drained(&self, job: &JobName, session: SessionId) {
+        if let Some(entry) = self.lock().by_session.get(&(job.clone(), session)) {
+            entry.drained.notify_one();
+        }
+    }
+
+    /// Counts the connections.
+    pub fn count(&self) -> usize {
+        self.lock().by_session.len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Seat {
+    /// Gives the connection up, and says whether it was still the newest of its session.
+    pub fn leave(self) -> bool {
+        self.is_newest()
+    }
+
+    fn is_newest(&self) -> bool {
+        let open = self.sessions.lock();
+        open.by_session.get(&self.key).is_some_and(|entry| entry.connection == self.connection)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut open = self.sessions.lock();
+        if open.by_session.get(&self.key).is_some_and(|entry| entry.connection == self.connection) {
+            open.by_session.remove(&self.key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_connection_replaces_the_first() {
+        let (sessions, job) = (Sessions::default(), "kv".parse().unwrap());
+        let first = sessions.take(&job, SessionId(1));
+        let second = sessions.take(&job, SessionId(1));
+        assert!(first.replaced.is_cancelled() && !second.replaced.is_cancelled());
+        assert!(!first.leave(), "the session is the second's");
+        assert_eq!(sessions.count(), 1);
+        assert!(second.leave());
+        assert_eq!(sessions.count(), 0);
+    }
+}
