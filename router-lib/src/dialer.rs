@@ -32,6 +32,7 @@ pub(crate) struct Dialer {
     hint: Option<Address>,
     hops: u32,
     pause: Duration,
+    pause_max: Duration,
     prng: Prng,
 }
 
@@ -39,7 +40,8 @@ impl Dialer {
     /// Begins with the first of a list.
     pub(crate) fn new(addresses: Vec<Address>, seed: u64) -> Self {
         let prng = Prng::new(seed);
-        Self { addresses, at: 0, hint: None, hops: 0, pause: PAUSE_FIRST, prng }
+        let (pause, pause_max) = (PAUSE_FIRST, PAUSE_MAX);
+        Self { addresses, at: 0, hint: None, hops: 0, pause, pause_max, prng }
     }
 
     /// Says what to do next.
@@ -52,7 +54,7 @@ impl Dialer {
             return Next::Dial(address.clone());
         }
         let pause = self.pause;
-        self.pause = (2 * pause).min(PAUSE_MAX);
+        self.pause = (2 * pause).min(self.pause_max);
         self.begin_round();
         Next::Wait(self.prng.jitter(pause))
     }
@@ -69,10 +71,12 @@ impl Dialer {
         }
     }
 
-    /// Hears that the one asked took the session on.
-    pub(crate) fn attached(&mut self) {
+    /// Hears that the one asked took the session on, and expects heartbeats so often. A new leader gives each session
+    /// three of them to come back, so no pause is longer than two.
+    pub(crate) fn attached(&mut self, heartbeat: Duration) {
         self.begin_round();
-        self.pause = PAUSE_FIRST;
+        self.pause_max = PAUSE_MAX.min(2 * heartbeat);
+        self.pause = PAUSE_FIRST.min(self.pause_max);
     }
 
     /// Hears that the one attached to has broken off: it is asked once more, at once.
@@ -133,8 +137,11 @@ mod tests {
             assert!(max / 2 <= pause && pause <= max, "{pause:?} of {max:?}");
             max = (2 * max).min(PAUSE_MAX);
         }
-        dialer.attached();
+        dialer.attached(Duration::from_millis(150));
         assert!(round(&mut dialer).1 <= PAUSE_FIRST);
+        for _ in 0..5 {
+            assert!(round(&mut dialer).1 <= Duration::from_millis(300));
+        }
     }
 
     #[test]
@@ -159,7 +166,7 @@ mod tests {
     #[test]
     fn one_that_broke_off_is_asked_first_and_one_that_is_silent_last() {
         let mut dialer = dialer();
-        dialer.attached();
+        dialer.attached(Duration::from_secs(1));
         dialer.broken(address(2));
         assert_eq!(round(&mut dialer).0, ["2", "1", "2", "3"]);
         dialer.silent(&address(2));

@@ -293,10 +293,10 @@ impl Session {
         let leader = connection.leader.clone();
         tracing::info!(job = %self.setup.job, task = %self.setup.info.name, %session, %leader, "attached");
         let renewed = self.id.replace(session) != Some(session);
-        self.dialer.attached();
         self.assembler = Assembler::default();
         let now = Instant::now();
         self.heartbeat = millis(attached.heartbeat_ms, FIRST_HEARTBEAT);
+        self.dialer.attached(self.heartbeat);
         self.next_beat = now + self.heartbeat;
         let report_every = millis(attached.report_every_ms, FIRST_REPORT_EVERY);
         if report_every != self.report_every {
