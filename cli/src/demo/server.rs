@@ -152,6 +152,14 @@ impl<S: Shard> Task<S> {
         if path == "/livez" {
             return Ok(text(StatusCode::OK, "ok\n"));
         }
+        if path == "/" {
+            let (values, bytes) = self.store.size();
+            let name = self.name.to_str().expect("a name is visible ASCII");
+            return Ok(text(
+                StatusCode::OK,
+                format!("task {name} holds {values} values in {bytes} bytes\n"),
+            ));
+        }
         if !path.starts_with("/kv/") || path.matches('/').count() > 2 {
             let why = "nothing here: ask for /kv/KEY\n";
             return Err(Refusal(StatusCode::NOT_FOUND, why.to_owned()));
@@ -293,7 +301,7 @@ mod tests {
     async fn serve(part: Slice) -> (Server, Arc<Part>, CancellationToken) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (part, stop) = (Arc::new(Part::new(part)), CancellationToken::new());
-        let store = Arc::new(Store::new(1 << 20));
+        let store = Arc::new(Store::new(2 << 20));
         let name = "task-1".parse().unwrap();
         (
             Server::start(&name, listener, Arc::clone(&part), store, stop.clone()).unwrap(),
@@ -383,7 +391,8 @@ mod tests {
             ("GET /kv/\n\r\n", "400", "the key is empty"),
             ("GET /kv/%zz\n\r\n", "400", "a % at byte 0"),
             ("GET /kv/a/b\n\r\n", "404", "ask for /kv/KEY"),
-            ("GET /\n\r\n", "404", "ask for /kv/KEY"),
+            ("GET /k\n\r\n", "404", "ask for /kv/KEY"),
+            ("GET /\n\r\n", "200", "task task-1 holds 1 values"),
             ("POST /kv/a\n\r\n", "405", "use GET, PUT or DELETE"),
             ("GET /kv/a\nmandoline-cost: NaN\r\n\r\n", "400", "mandoline-cost: "),
             ("GET /kv/a\nmandoline-cost: -1\r\n\r\n", "400", "mandoline-cost: "),

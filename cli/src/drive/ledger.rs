@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -52,6 +53,42 @@ pub(crate) struct Totals {
     pub(crate) passes: u64,
     /// What was passed over in an access log.
     pub(crate) skipped: Skipped,
+}
+
+/// A few lines for whoever ran it.
+impl fmt::Display for Totals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let millis = |time: Duration| format!("{:.1} ms", time.as_secs_f64() * 1e3);
+        let seconds = self.elapsed.as_secs_f64();
+        write!(
+            f,
+            "load       {} requests in {seconds:.1} s, of cost {}: ",
+            self.requests, self.cost
+        )?;
+        write!(f, "{} hits, {} misses, {} fills", self.hits, self.misses, self.fills)?;
+        write!(f, ", {} refused, {} failed", self.refused, self.failed)?;
+        if self.abandoned > 0 {
+            write!(f, ", {} given up at the end", self.abandoned)?;
+        }
+        let (half, most) = (self.latency.quantile(0.5), self.latency.quantile(0.99));
+        write!(f, "\nlatency    p50 {}, p99 {}", millis(half), millis(most))?;
+        write!(f, ", the longest {}", millis(self.latency.max()))?;
+        if self.late > 0 {
+            write!(f, "; {} went out late, the latest by {}", self.late, millis(self.late_max))?;
+        }
+        if self.passes > 1 {
+            write!(f, "\nrecording  begun {} times", self.passes)?;
+        }
+        let Skipped { malformed, without_key, late } = self.skipped;
+        if self.skipped != Skipped::default() {
+            write!(
+                f,
+                "\nlog        {malformed} malformed lines and {without_key} without the key passed over"
+            )?;
+            write!(f, ", {late} logged more than a second late")?;
+        }
+        Ok(())
+    }
 }
 
 /// What one task answered.
@@ -282,5 +319,23 @@ mod tests {
         let mut sum = window(&[("a", 1)], &[4, 0]);
         sum.add(&window(&[("a", 1), ("b", 2)], &[0, 4]));
         assert_eq!((sum.best_imbalance(2), sum.imbalance(2)), (1.0, 1.0));
+    }
+
+    #[test]
+    fn totals_are_told_in_a_few_lines() {
+        let mut totals =
+            Totals { requests: 7, hits: 4, elapsed: Duration::from_secs(2), ..Totals::default() };
+        totals.latency.record(Duration::from_millis(3));
+        let told = "load       7 requests in 2.0 s, of cost 0: 4 hits, 0 misses, 0 fills, 0 refused, 0 failed\n\
+                    latency    p50 3.0 ms, p99 3.0 ms, the longest 3.0 ms";
+        assert_eq!(totals.to_string(), told);
+        (totals.passes, totals.abandoned) = (2, 1);
+        (totals.late, totals.late_max) = (5, Duration::from_millis(20));
+        totals.skipped = Skipped { malformed: 1, without_key: 2, late: 3 };
+        let told = "load       7 requests in 2.0 s, of cost 0: 4 hits, 0 misses, 0 fills, 0 refused, 0 failed, 1 given up at the end\n\
+                    latency    p50 3.0 ms, p99 3.0 ms, the longest 3.0 ms; 5 went out late, the latest by 20.0 ms\n\
+                    recording  begun 2 times\n\
+                    log        1 malformed lines and 2 without the key passed over, 3 logged more than a second late";
+        assert_eq!(totals.to_string(), told);
     }
 }

@@ -484,7 +484,7 @@ mod tests {
             (totals.hits + totals.misses) as f64 <= due + 1.0,
             "no more than were due: {totals:?}"
         );
-        assert!(totals.misses >= 30 && totals.latency.total() == totals.requests);
+        assert!(totals.misses >= 30, "{totals:?}");
     }
 
     #[tokio::test]
