@@ -11,16 +11,22 @@ use tonic::{Request, Status};
 
 /// How long a connection may take to come about.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a connection may be silent before it is asked whether it is there: a watch may have nothing to say for hours.
+/// How long a connection may be silent before it is asked whether it is there, and how long the answer may take, unless
+/// told: a watch may have nothing to say for hours, and a machine that lost its power says nothing either.
 pub const KEEPALIVE: Duration = Duration::from_secs(5);
-/// How long the answer to that may take.
-pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Opens connections. The default is plain text without a token, as on loopback.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Connector {
     tls: Option<ClientTlsConfig>,
     token: Option<MetadataValue<Ascii>>,
+    keepalive: Duration,
+}
+
+impl Default for Connector {
+    fn default() -> Self {
+        Self { tls: None, token: None, keepalive: KEEPALIVE }
+    }
 }
 
 /// A join token held a character that a header cannot.
@@ -45,14 +51,21 @@ impl Connector {
         Ok(self)
     }
 
+    /// Asks a silent connection so often whether it is there, and gives it up when there is no answer for as long.
+    #[must_use]
+    pub fn with_keepalive(mut self, keepalive: Duration) -> Self {
+        self.keepalive = keepalive;
+        self
+    }
+
     /// Describes the connection to an address.
     pub fn endpoint(&self, address: &Address) -> Result<Endpoint, Error> {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         let endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+            .http2_keep_alive_interval(self.keepalive)
+            .keep_alive_timeout(self.keepalive)
             .keep_alive_while_idle(true);
         match &self.tls {
             Some(tls) => endpoint.tls_config(tls.clone()),

@@ -235,9 +235,10 @@ fn chain(error: &dyn Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Node, advance, empty, generation, large, soon};
+    use crate::testing::{Node, Relay, advance, empty, generation, large, soon};
     use bytes::Bytes;
     use mandoline_proto::update::{encode_delta, encode_full};
+    use std::time::Duration;
     use tokio::task::JoinHandle;
 
     /// A follower that publishes into a hub, and what became of it.
@@ -251,19 +252,18 @@ mod tests {
 
     impl Following {
         fn start(sources: &[&Node], peers: &[&Node], known: Option<Arc<Assignment>>) -> Self {
-            Self::start_with(Connector::default(), sources, peers, known)
-        }
-
-        fn start_with(
-            connector: Connector,
-            sources: &[&Node],
-            peers: &[&Node],
-            known: Option<Arc<Assignment>>,
-        ) -> Self {
             let addresses = |nodes: &[&Node]| nodes.iter().map(|n| n.address.clone()).collect();
             let (sources, peers) = (addresses(sources), addresses(peers));
-            let watcher = "test".into();
-            let upstream = Upstream { sources, peers, connector, watcher };
+            Self::follow(Upstream { sources, peers, ..Upstream::default() }, known)
+        }
+
+        fn start_with(connector: Connector, sources: &[&Node]) -> Self {
+            let sources = sources.iter().map(|node| node.address.clone()).collect();
+            let upstream = Upstream { sources, connector, ..Upstream::default() };
+            Self::follow(upstream, None)
+        }
+
+        fn follow(upstream: Upstream, known: Option<Arc<Assignment>>) -> Self {
             let (seen, sightings) = watch::channel(None);
             let clock = Clock::start();
             let job = "kv".parse().unwrap();
@@ -321,7 +321,7 @@ mod tests {
         let node = Node::serve(&upstream);
         let following = Following::start(&[&node], &[], None);
         upstream.publish(large("kv", 1), None);
-        for _ in 0..20 {
+        for _ in 0..5 {
             advance(&upstream, "kv");
         }
         let newest = upstream.get(&"kv".parse().unwrap()).unwrap();
@@ -467,17 +467,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_source_that_falls_silent_is_noticed() {
+        let upstream = hub_at(1);
+        let node = Node::serve(&upstream);
+        let relay = Relay::to(&node).await;
+        let upstream = Upstream {
+            sources: vec![relay.address.clone()],
+            connector: Connector::default().with_keepalive(Duration::from_millis(100)),
+            ..Upstream::default()
+        };
+        let mut following = Following::follow(upstream, None);
+        following.reaches(generation(1)).await;
+        following.becomes("a live state", is_live).await;
+        relay.go_silent();
+        let stale = |state: &State| matches!(state, State::Stale { .. });
+        following.becomes("a stale state", stale).await;
+        following.end().await;
+    }
+
+    #[tokio::test]
     async fn the_token_is_shown_with_each_watch() {
         let hub = hub_at(1);
         let node = Node::guarded(&hub, "sesame");
         let connector = Connector::default().with_token("sesame").unwrap();
         assert!(!format!("{connector:?}").contains("sesame"));
-        let welcome = Following::start_with(connector, &[&node], &[], None);
+        let welcome = Following::start_with(connector, &[&node]);
         welcome.reaches(generation(1)).await;
         welcome.end().await;
         let wrong = Connector::default().with_token("barley").unwrap();
         for connector in [wrong, Connector::default()] {
-            let mut stranger = Following::start_with(connector, &[&node], &[], None);
+            let mut stranger = Following::start_with(connector, &[&node]);
             let said = "refused: the token is not this cluster's";
             let refused =
                 |state: &State| matches!(state, State::Empty { why, .. } if why.contains(said));

@@ -238,7 +238,7 @@ mod tests {
         let narrow = soon("a connection", narrow.connect()).await.unwrap();
         let mut slow = watch(narrow, None).await.unwrap();
         let mut quick = watch(client(&node).await, Some(generation(1))).await.unwrap();
-        for _ in 0..200 {
+        for _ in 0..80 {
             advance(&hub, "kv");
         }
         let newest = hub.get(&"kv".parse().unwrap()).unwrap();
@@ -255,7 +255,7 @@ mod tests {
             heard += 1;
         }
         assert_eq!(&known, newest.as_ref());
-        assert!(heard < 200, "it heard all {heard} steps");
+        assert!(heard < 80, "it heard all {heard} steps");
         hear(&mut quick).await;
     }
 

@@ -144,6 +144,47 @@ impl Drop for Node {
     }
 }
 
+/// Passes bytes on to a node, until it is told to go silent without a word.
+pub(crate) struct Relay {
+    pub(crate) address: Address,
+    silent: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Relay {
+    pub(crate) async fn to(node: &Node) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string().parse().unwrap();
+        let (silent, target) = (CancellationToken::new(), node.address.clone());
+        let silenced = silent.clone();
+        let task = tokio::spawn(async move {
+            let mut held = Vec::new();
+            loop {
+                let (mut near, _) = listener.accept().await.unwrap();
+                let mut far = tokio::net::TcpStream::connect(target.as_str()).await.unwrap();
+                // Both stay open in silence: nobody hears of an end.
+                let both = tokio::io::copy_bidirectional(&mut near, &mut far);
+                tokio::select! {
+                    _ = both => {}
+                    () = silenced.cancelled() => {}
+                }
+                held.push((near, far));
+            }
+        });
+        Self { address, silent, task }
+    }
+
+    pub(crate) fn go_silent(&self) {
+        self.silent.cancel();
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
 #[derive(Clone)]
 struct Liar(Vec<Bytes>);
 
