@@ -1,7 +1,7 @@
 //! The L7 proxy of Mandoline: sends each request to the task that owns its key.
 //!
 //! HTTP/1.1 on hyper, one single-threaded runtime per core, nothing shared between cores on a request's path but the
-//! assignment. A request runs through named stages, in this order and in one function, [`serve::serve`]:
+//! assignment. A request runs through named stages, in this order and in one function, `serve::serve`:
 //!
 //! ```text
 //! listen -> identify -> key -> route -> forward -> observe

@@ -174,6 +174,9 @@ async fn connection(place: Place, stream: TcpStream, peer: SocketAddr, stop: Can
         }
     };
     if let Err(error) = served {
+        if error.is_parse() {
+            worker.counters.count(Count::Malformed);
+        }
         debug!(%error, %peer, "Client connection broke");
     }
 }

@@ -52,9 +52,10 @@ pub(crate) enum Count {
     Connects,
     ConnectFailures,
     Stale,
+    Malformed,
 }
 
-const COUNTS: [(Count, &str, &str); 14] = [
+const COUNTS: [(Count, &str, &str); 15] = [
     (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
     (
         Count::Answered,
@@ -104,6 +105,11 @@ const COUNTS: [(Count, &str, &str); 14] = [
         Count::Stale,
         "mandoline_proxy_stale_connections",
         "Kept connections to tasks that turned out closed when used",
+    ),
+    (
+        Count::Malformed,
+        "mandoline_proxy_malformed_heads",
+        "Heads that were no HTTP, too large or too slow, and so did not become requests",
     ),
 ];
 
@@ -226,6 +232,8 @@ pub struct Stats {
     pub retried: u64,
     /// Requests for keys that no task serves.
     pub unserved: u64,
+    /// Heads that were no HTTP, too large or too slow, and so did not become requests.
+    pub malformed: u64,
     /// Client connections, now.
     pub connections: u64,
     /// Connections to tasks that were opened.
@@ -290,6 +298,7 @@ impl Tally {
             first_try_right: self.sum(Count::FirstTryRight),
             retried: self.sum(Count::Retried),
             unserved: self.sum(Count::Unserved),
+            malformed: self.sum(Count::Malformed),
             connections: self.sum(Count::ConnectionsOpened).saturating_sub(closed),
             connects: self.sum(Count::Connects),
             tasks: self.tasks(),

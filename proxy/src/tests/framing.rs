@@ -1,6 +1,6 @@
 //! Where one request ends and the next begins: what is in doubt is refused, and never reaches a task.
 
-use super::harness::{Backend, Owners, Stage, Wire, show, status, text};
+use super::harness::{Backend, Owners, Stage, Wire, show, status, text, until};
 
 /// What the proxy answers to raw bytes, by the first line.
 async fn check(cases: &[(&str, &str)], wanted: &str) {
@@ -9,7 +9,10 @@ async fn check(cases: &[(&str, &str)], wanted: &str) {
         let stage = Stage::new(Owners::all(backend.address).await);
         let answer = stage.talk(request).await;
         assert!(answer.starts_with(wanted), "{what}: {answer}");
-        assert_eq!(stage.stats().connects, 0, "{what} reached the task");
+        let stats = stage.stats();
+        assert_eq!(stats.connects, 0, "{what} reached the task");
+        until("the head to be counted", || stage.stats().refused + stage.stats().malformed == 1)
+            .await;
     }
 }
 

@@ -5,5 +5,6 @@ mod routing;
 mod framing;
 mod bodies;
 mod tries;
+mod moves;
 mod limits;
 mod life;

@@ -286,6 +286,36 @@ async fn an_answer_of_503_is_passed_on_and_was_not_right_at_first_try() {
 }
 
 #[tokio::test]
+async fn a_second_task_may_answer_before_it_has_the_body() {
+    let (old, _, told) = misdirecting(2).await;
+    let new = Backend::serve(|_| async { status(413, &[]) }).await;
+    let stage = Stage::new(Owners::all(old.address).await);
+    let moves = async {
+        within("the old owner to be asked", told.notified()).await;
+        stage.owners.give(2, &[(0, 2, new.address)]).await;
+    };
+    let request = post(&"x".repeat(60_000));
+    let (answer, ()) = tokio::join!(stage.talk(&request), moves);
+    assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
+    assert_eq!(stage.stats().retried, 1);
+}
+
+#[tokio::test]
+async fn trailers_are_sent_again_too() {
+    let (old, _, told) = misdirecting(2).await;
+    let new = Backend::echo("new").await;
+    let stage = Stage::new(Owners::all(old.address).await);
+    let moves = async {
+        within("the old owner to be asked", told.notified()).await;
+        stage.owners.give(2, &[(0, 2, new.address)]).await;
+    };
+    let request = "POST /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\ntrailer: x-sum\r\n\
+                   transfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nx-sum: 7\r\n\r\n";
+    let (answer, ()) = tokio::join!(stage.talk(request), moves);
+    assert!(answer.contains("\ntrailer x-sum: 7\n[hi]"), "{answer}");
+}
+
+#[tokio::test]
 async fn waiting_for_a_newer_assignment_has_an_end() {
     // It names a generation that never comes.
     let (backend, asked, _) = misdirecting(99).await;
