@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use mandoline_core::assignment::Assignment;
@@ -13,7 +13,8 @@ use mandoline_core::delta::Delta;
 use mandoline_core::generation::Generation;
 use mandoline_core::name::JobName;
 use mandoline_proto::update::{encode_delta, encode_full, encode_unknown};
-use tokio::sync::watch;
+use tokio::sync::{OnceCell, watch};
+use tokio::task::spawn_blocking;
 
 /// The most watchers of one node: 5 KiB each (measured) makes 100 MiB, and a push to all takes a second of one core.
 pub const WATCHERS_MAX: usize = 20_000;
@@ -21,6 +22,9 @@ pub const WATCHERS_MAX: usize = 20_000;
 pub const DELTAS_MAX: usize = 64;
 /// The most slices of a delta that is worth keeping; past that everything is not much dearer, and fits into parts.
 pub const DELTA_SLICES_MAX: usize = 4_096;
+/// The most slices that are encoded in passing, in some 2 ms; more of them go to a thread that may take its time, since an
+/// assigner's heartbeats run beside this.
+const INLINE_SLICES_MAX: usize = 20_000;
 
 /// There are `WATCHERS_MAX` watchers already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -90,7 +94,7 @@ struct Log {
 #[derive(Debug)]
 struct Edition {
     assignment: Arc<Assignment>,
-    frames: OnceLock<Arc<[Frame]>>,
+    frames: OnceCell<Arc<[Frame]>>,
 }
 
 #[derive(Debug)]
@@ -130,7 +134,7 @@ impl Hub {
     pub fn publish(&self, assignment: Arc<Assignment>, delta: Option<&Delta>) {
         let delta = delta.filter(|delta| delta.slices.len() <= DELTA_SLICES_MAX).map(Step::new);
         let edition =
-            Arc::new(Edition { assignment: Arc::clone(&assignment), frames: OnceLock::new() });
+            Arc::new(Edition { assignment: Arc::clone(&assignment), frames: OnceCell::new() });
         let mut topics = lock(&self.inner.topics);
         let topic = topic(&mut topics, &assignment.job);
         let mut log = lock(&topic.log);
@@ -239,9 +243,19 @@ impl Topic {
 
 impl Edition {
     /// Everything, encoded by whoever needs it first.
-    fn frames(&self) -> Arc<[Frame]> {
-        let encode = || encode_full(&self.assignment).iter().map(|part| Frame::new(part)).collect();
-        Arc::clone(self.frames.get_or_init(encode))
+    async fn frames(self: &Arc<Self>) -> Arc<[Frame]> {
+        let frames = self.frames.get_or_init(async || {
+            if self.assignment.slices.count() <= INLINE_SLICES_MAX {
+                return self.encode();
+            }
+            let edition = Arc::clone(self);
+            spawn_blocking(move || edition.encode()).await.unwrap_or_else(|_| self.encode())
+        });
+        Arc::clone(frames.await)
+    }
+
+    fn encode(&self) -> Arc<[Frame]> {
+        encode_full(&self.assignment).iter().map(|part| Frame::new(part)).collect()
     }
 }
 
@@ -286,51 +300,64 @@ enum Pending {
     Parts { frames: Arc<[Frame]>, next: usize },
 }
 
+/// What there is to say to a watcher.
+enum Ready {
+    Now(Frame),
+    Everything(Arc<Edition>),
+    Nothing,
+}
+
 impl Subscription {
     /// Gives the next message, as soon as there is one. Safe to cancel: what was not given is given next time.
     pub async fn next(&mut self) -> Frame {
         loop {
             self.changed.borrow_and_update();
-            if let Some(frame) = self.ready() {
-                return frame;
-            }
-            // The topic holds the sender, so this ends only with news.
-            if self.changed.changed().await.is_err() {
-                std::future::pending::<()>().await;
+            match self.ready() {
+                Ready::Now(frame) => return frame,
+                Ready::Everything(edition) => {
+                    let frames = edition.frames().await;
+                    self.told = Some(edition.assignment.generation);
+                    self.pending = Pending::Parts { frames, next: 0 };
+                }
+                // The topic holds the sender, so this ends only with news.
+                Ready::Nothing => {
+                    if self.changed.changed().await.is_err() {
+                        std::future::pending::<()>().await;
+                    }
+                }
             }
         }
     }
 
-    fn ready(&mut self) -> Option<Frame> {
+    fn ready(&mut self) -> Ready {
         if let Pending::Parts { frames, next } = &mut self.pending {
             let frame = frames[*next].clone();
             *next += 1;
             if *next == frames.len() {
                 self.pending = Pending::None;
             }
-            return Some(frame);
+            return Ready::Now(frame);
         }
         let log = lock(&self.topic.log);
-        let Some(edition) = log.edition.clone() else {
-            drop(log);
+        let Some(edition) = &log.edition else {
             self.told = None;
-            let first = !std::mem::replace(&mut self.told_unknown, true);
-            return first.then(|| Frame::new(&encode_unknown(&self.topic.job)));
+            if std::mem::replace(&mut self.told_unknown, true) {
+                return Ready::Nothing;
+            }
+            return Ready::Now(Frame::new(&encode_unknown(&self.topic.job)));
         };
         self.told_unknown = false;
-        let newest = edition.assignment.generation;
         // A watcher who knows more than this hub waits until the hub has caught up.
-        if self.told >= Some(newest) {
-            return None;
+        if self.told >= Some(edition.assignment.generation) {
+            return Ready::Nothing;
         }
-        if let Some(step) = log.deltas.iter().find(|step| Some(step.from) == self.told) {
-            self.told = Some(step.to);
-            return Some(step.frame.clone());
+        match log.deltas.iter().find(|step| Some(step.from) == self.told) {
+            Some(step) => {
+                self.told = Some(step.to);
+                Ready::Now(step.frame.clone())
+            }
+            None => Ready::Everything(Arc::clone(edition)),
         }
-        drop(log);
-        self.told = Some(newest);
-        self.pending = Pending::Parts { frames: edition.frames(), next: 0 };
-        self.ready()
     }
 }
 
@@ -454,13 +481,13 @@ mod tests {
         assert_eq!(told(&mut watcher), ["full 1.8"]);
     }
 
-    #[test]
-    fn parts_of_a_full_assignment_are_not_broken_off_by_news() {
+    #[tokio::test]
+    async fn parts_of_a_full_assignment_are_not_broken_off_by_news() {
         let hub = Hub::new();
         hub.publish(large("kv", 1), None);
         let mut watcher = hub.subscribe(&job(), None).unwrap();
         let mut assembler = Assembler::default();
-        let first = watcher.next().now_or_never().unwrap();
+        let first = soon("the first part", watcher.next()).await;
         assert_eq!(assembler.take_bytes(&first.message()), Ok(None));
         let newer = advance(&hub, "kv");
         let mut known = None;
@@ -476,13 +503,15 @@ mod tests {
         assert_eq!(known.as_ref(), Some(newer.as_ref()));
     }
 
-    #[test]
-    fn all_watchers_share_the_same_bytes() {
+    #[tokio::test]
+    async fn all_watchers_share_the_same_bytes() {
         let hub = Hub::new();
         hub.publish(large("kv", 1), None);
         let mut watchers: Vec<_> = (0..3).map(|_| hub.subscribe(&job(), None).unwrap()).collect();
-        let first: Vec<_> =
-            watchers.iter_mut().map(|w| w.next().now_or_never().unwrap().framed()).collect();
+        let mut first = Vec::new();
+        for watcher in &mut watchers {
+            first.push(soon("the first part", watcher.next()).await.framed());
+        }
         assert!(first.iter().all(|bytes| bytes.as_ptr() == first[0].as_ptr()));
     }
 

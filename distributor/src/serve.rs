@@ -260,6 +260,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn hundreds_of_watchers_on_one_connection_hear_the_same() {
+        let hub = Hub::new();
+        hub.publish(empty("kv", 1), None);
+        let node = Node::serve(&hub);
+        let channel = client(&node).await;
+        let mut streams = Vec::new();
+        for _ in 0..500 {
+            streams.push(watch(channel.clone(), None).await.unwrap());
+        }
+        assert_eq!(hub.watchers(), 500);
+        for stream in &mut streams {
+            assert_eq!(hear(stream).await, Update::Full(empty("kv", 1).as_ref().clone()));
+        }
+        let next = advance(&hub, "kv");
+        for stream in &mut streams {
+            let Update::Delta(delta) = hear(stream).await else { panic!("no delta") };
+            assert_eq!(delta.to, next.generation);
+        }
+    }
+
+    #[tokio::test]
     async fn a_node_that_stops_says_so() {
         let hub = Hub::new();
         hub.publish(empty("kv", 1), None);
