@@ -12,6 +12,7 @@ use hyper::body::Incoming;
 use crate::exchange::Exchange;
 use crate::pool::Lease;
 use crate::record::Outcome;
+use crate::wire::Abort;
 use crate::worker::Worker;
 
 /// The body of an answer.
@@ -29,6 +30,7 @@ pub(crate) struct Stream {
     worker: Rc<Worker>,
     exchange: Exchange,
     outcome: Outcome,
+    abort: Option<Abort>,
 }
 
 impl Stream {
@@ -38,8 +40,9 @@ impl Stream {
         worker: Rc<Worker>,
         exchange: Exchange,
         outcome: Outcome,
+        abort: Option<Abort>,
     ) -> Self {
-        let mut stream = Self { source, lease: Some(lease), worker, exchange, outcome };
+        let mut stream = Self { source, lease: Some(lease), worker, exchange, outcome, abort };
         if stream.source.is_end_stream() {
             stream.finish();
         }
@@ -71,6 +74,9 @@ impl Body for Download {
                     Some(Err(_)) => {
                         stream.exchange.ends(Outcome::Failed);
                         stream.lease = None;
+                        if let Some(abort) = &stream.abort {
+                            abort.abort();
+                        }
                     }
                     Some(Ok(_)) if stream.source.is_end_stream() => stream.finish(),
                     Some(Ok(_)) => {}

@@ -64,7 +64,7 @@ pub(crate) async fn forward(
     };
     let told = match &setback {
         Setback::Misdirected(told) => *told,
-        Setback::Broken if !head.method.is_idempotent() => return Err(setback.into()),
+        Setback::Broken if !head.method.is_idempotent() => return Err(Refusal::Broken),
         Setback::Unreached | Setback::Broken => None,
         Setback::Final(_) => return Err(setback.into()),
     };
@@ -79,9 +79,12 @@ pub(crate) async fn forward(
     }
     debug!(%key, from = %target.session(), to = %fresh.session(), "Request is tried again");
     exchange.tries(&fresh);
-    let answer = attempt(worker, &fresh, head, tape, exchange).await?;
+    let answer = attempt(worker, &fresh, head, tape, exchange).await;
     tape.settle();
-    Ok(answer)
+    answer.map_err(|setback| match setback {
+        Setback::Broken if !head.method.is_idempotent() => Refusal::Broken,
+        setback => setback.into(),
+    })
 }
 
 impl From<Setback> for Refusal {
@@ -89,7 +92,8 @@ impl From<Setback> for Refusal {
         match setback {
             Setback::Unreached => Self::Unreached,
             Setback::Misdirected(_) => Self::Moving,
-            Setback::Broken => Self::Broken,
+            // Of a request that must not be repeated the caller says so.
+            Setback::Broken => Self::BrokenRepeatable,
             Setback::Final(refusal) => refusal,
         }
     }

@@ -150,7 +150,7 @@ async fn connection(place: Place, stream: TcpStream, peer: SocketAddr, stop: Can
     let watch = Watch::default();
     let wire = Wire::new(stream, watch.clone(), worker.config.timeouts.header);
     let service = service_fn(|request: Request<Incoming>| {
-        let seen = watch.head_is_parsed(!request.body().is_end_stream());
+        let seen = watch.head_is_parsed(request.version(), !request.body().is_end_stream());
         serve(Rc::clone(worker), Rc::clone(&client), request, seen)
     });
     let limits = &worker.config.limits;

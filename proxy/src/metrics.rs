@@ -163,6 +163,13 @@ const DURATION: (&str, &str) = (
 const BUCKETS: usize = 20;
 const FIRST_BUCKET_NANOS: u64 = 128_000;
 
+/// Finds the bucket whose bound is the first that is not below.
+const fn bucket(nanos: u64) -> usize {
+    let units = nanos.div_ceil(FIRST_BUCKET_NANOS);
+    let doublings = (u64::BITS - units.saturating_sub(1).leading_zeros()) as usize;
+    if doublings < BUCKETS { doublings } else { BUCKETS }
+}
+
 fn bump(cell: &AtomicU64, by: u64) {
     // One writer, so no read-modify-write is needed.
     cell.store(cell.load(Relaxed) + by, Relaxed);
@@ -199,7 +206,7 @@ impl Counters {
             self.count(Count::Retried);
         }
         let nanos = u64::try_from(record.duration.as_nanos()).unwrap_or(u64::MAX);
-        let bucket = (0..BUCKETS).find(|n| nanos <= FIRST_BUCKET_NANOS << n).unwrap_or(BUCKETS);
+        let bucket = bucket(nanos);
         bump(&self.durations[bucket], 1);
         bump(&self.duration_nanos, nanos);
     }
@@ -398,6 +405,16 @@ mod tests {
         for (place, (what, ..)) in TASK_COUNTS.iter().enumerate() {
             assert_eq!(*what as usize, place, "{what:?}");
         }
+    }
+
+    #[test]
+    fn durations_fall_into_the_first_bucket_that_holds_them() {
+        assert_eq!((bucket(0), bucket(FIRST_BUCKET_NANOS)), (0, 0));
+        for n in 1..BUCKETS {
+            let bound = FIRST_BUCKET_NANOS << n;
+            assert_eq!((bucket(bound), bucket(bound + 1)), (n, n + 1));
+        }
+        assert_eq!(bucket(u64::MAX), BUCKETS);
     }
 
     #[test]

@@ -55,6 +55,9 @@ pub(crate) enum Refusal {
     /// The task broke off, and may have done what was asked or not.
     #[error("the task broke off before it answered: the request may have been carried out or not")]
     Broken,
+    /// The task broke off, and to ask again does no harm.
+    #[error("the task broke off before it answered: try again in a second")]
+    BrokenRepeatable,
     /// The task did not answer as HTTP demands.
     #[error("the task gave an answer that is not HTTP/1.1: {0}")]
     Garbled(&'static str),
@@ -75,9 +78,11 @@ impl Refusal {
             Self::Expectation => StatusCode::EXPECTATION_FAILED,
             Self::Upgrade | Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Self::Loop => StatusCode::LOOP_DETECTED,
-            Self::Unserved | Self::Unreached | Self::Moving | Self::Full => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::Unserved
+            | Self::Unreached
+            | Self::Moving
+            | Self::BrokenRepeatable
+            | Self::Full => StatusCode::SERVICE_UNAVAILABLE,
             Self::Broken | Self::Garbled(_) => StatusCode::BAD_GATEWAY,
             Self::Late => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -111,7 +116,7 @@ impl Refusal {
             Self::Loop => "mandoline; error=proxy_loop_detected",
             Self::Unserved | Self::Moving => "mandoline; error=destination_unavailable",
             Self::Unreached => "mandoline; error=connection_refused",
-            Self::Broken => "mandoline; error=connection_terminated",
+            Self::Broken | Self::BrokenRepeatable => "mandoline; error=connection_terminated",
             Self::Garbled(_) => "mandoline; error=http_protocol_error",
             Self::Late => "mandoline; error=http_response_timeout",
             Self::Full => "mandoline; error=connection_limit_reached",

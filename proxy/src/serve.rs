@@ -22,7 +22,7 @@ use crate::metrics::Count;
 use crate::record::Outcome;
 use crate::refusal::Refusal;
 use crate::upload::Tape;
-use crate::wire::{BodyMark, Doubt};
+use crate::wire::{Abort, Seen};
 use crate::worker::Worker;
 
 /// Answers one request, whatever comes.
@@ -30,17 +30,17 @@ pub(crate) async fn serve(
     worker: Rc<Worker>,
     client: Rc<Client>,
     request: Request<Incoming>,
-    (doubt, mark): (Option<Doubt>, Option<BodyMark>),
+    seen: Seen,
 ) -> Result<Response<Download>, Infallible> {
     let mut exchange = Exchange::begin(&worker);
     let (mut head, body) = request.into_parts();
-    let tape = Tape::new(body, &worker.replay_room, mark);
-    let answer = match doubt {
+    let tape = Tape::new(body, &worker.replay_room, seen.body);
+    let answer = match seen.doubt {
         Some(doubt) => Err(Refusal::Doubt(doubt)),
         None => stages(&worker, &client, &mut head, &tape, &mut exchange).await,
     };
     Ok(match answer {
-        Ok(answer) => pass_on(worker, answer, exchange),
+        Ok(answer) => pass_on(worker, answer, exchange, seen.abort),
         Err(refusal) => refuse(&worker, &head, tape, &refusal, exchange),
     })
 }
@@ -80,12 +80,13 @@ fn pass_on(
     worker: Rc<Worker>,
     (response, lease): Answer,
     mut exchange: Exchange,
+    abort: Option<Abort>,
 ) -> Response<Download> {
     let (mut head, body) = response.into_parts();
     head.headers.append(header::VIA, worker.via(head.version));
     exchange.answers(head.status);
     let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };
-    let stream = Stream::new(body, lease, worker, exchange, outcome);
+    let stream = Stream::new(body, lease, worker, exchange, outcome, abort);
     Response::from_parts(head, Download::Task(Box::new(stream)))
 }
 

@@ -20,6 +20,9 @@ use crate::wire::BodyMark;
 /// The longest body that is kept, in bytes: most writes of a cache or a shop fit, and a slower client's does not pile up.
 pub(crate) const REPLAY_MAX_BYTES: usize = 64 << 10;
 
+/// The most pieces that are kept, so that a body of single bytes does not cost more to list than to keep.
+const PIECES_MAX: usize = 1024;
+
 /// The body of one request.
 pub(crate) struct Tape {
     reel: Option<Rc<RefCell<Reel>>>,
@@ -142,7 +145,9 @@ impl Reel {
             return;
         }
         let room = self.room.get();
-        if self.kept_bytes + data.len() > REPLAY_MAX_BYTES || data.len() > room {
+        let is_full =
+            self.kept_bytes + data.len() > REPLAY_MAX_BYTES || self.kept.len() == PIECES_MAX;
+        if is_full || data.len() > room {
             self.forget();
             return;
         }

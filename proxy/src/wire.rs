@@ -17,6 +17,8 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use http::Version;
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
@@ -43,6 +45,18 @@ pub(crate) struct Wire {
 #[derive(Clone, Default)]
 pub(crate) struct Watch(Rc<RefCell<Scan>>);
 
+/// What was seen of one request.
+pub(crate) struct Seen {
+    pub(crate) doubt: Option<Doubt>,
+    /// There if the request has a body.
+    pub(crate) body: Option<BodyMark>,
+    /// There if the client knows no end of an answer but the connection's.
+    pub(crate) abort: Option<Abort>,
+}
+
+/// Makes a connection end with a reset, so that an answer that breaks off does not seem whole.
+pub(crate) struct Abort(Watch);
+
 /// Lives as long as a request's body: what comes in meanwhile is no head.
 pub(crate) struct BodyMark(Watch);
 
@@ -54,11 +68,28 @@ impl Wire {
 
 impl Watch {
     /// Takes what was seen of the head that was just parsed. To be called before its body is read.
-    pub(crate) fn head_is_parsed(&self, has_body: bool) -> (Option<Doubt>, Option<BodyMark>) {
+    pub(crate) fn head_is_parsed(&self, version: Version, has_body: bool) -> Seen {
         let mut scan = self.0.borrow_mut();
         let doubt = scan.heads.pop_front().flatten();
         scan.in_body = has_body;
-        (doubt, has_body.then(|| BodyMark(self.clone())))
+        let abort = (version == Version::HTTP_10).then(|| Abort(self.clone()));
+        Seen { doubt, body: has_body.then(|| BodyMark(self.clone())), abort }
+    }
+}
+
+impl Abort {
+    /// Lets the connection end with a reset.
+    pub(crate) fn abort(&self) {
+        self.0.0.borrow_mut().abort = true;
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        if self.watch.0.borrow().abort {
+            // If it fails the connection is closed in order, which is no worse than before.
+            drop(SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)));
+        }
     }
 }
 
@@ -73,6 +104,7 @@ impl Drop for BodyMark {
 #[derive(Default)]
 struct Scan {
     has_read: bool,
+    abort: bool,
     in_body: bool,
     head: Head,
     // Heads that have ended and were not taken, the oldest first. At most as many as fit the parser's buffer.
@@ -270,12 +302,12 @@ mod tests {
     fn a_body_is_not_taken_for_a_head() {
         let watch = Watch::default();
         watch.0.borrow_mut().read(b"POST /\r\ncontent-length: 9\r\n\r\nab\nc");
-        let (doubt, mark) = watch.head_is_parsed(true);
-        assert_eq!(doubt, None);
+        let seen = watch.head_is_parsed(Version::HTTP_11, true);
+        assert_eq!(seen.doubt, None);
         watch.0.borrow_mut().read(b"d\n\nef");
-        drop(mark);
+        drop(seen.body);
         watch.0.borrow_mut().read(b"GET /\n\r\n\r\n");
-        assert_eq!(watch.head_is_parsed(false).0, Some(Doubt::BareLineFeed));
+        assert_eq!(watch.head_is_parsed(Version::HTTP_11, false).doubt, Some(Doubt::BareLineFeed));
         assert!(!watch.0.borrow().is_in_head());
     }
 }

@@ -206,6 +206,17 @@ async fn an_answer_that_breaks_off_does_not_seem_whole() {
 }
 
 #[tokio::test]
+async fn an_answer_that_breaks_off_does_not_seem_whole_to_http_1_0_either() {
+    let backend =
+        Backend::script("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n").await;
+    let stage = Stage::new(Owners::all(backend.address).await);
+    let mut wire = stage.connect().await;
+    wire.send("GET /kv/a HTTP/1.0\r\n\r\n").await;
+    let end = within("the end", wire.stream.read_to_end(&mut Vec::new())).await;
+    assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
 async fn a_task_that_answers_before_the_body_is_there_is_heard() {
     let backend = Backend::raw(|stream| async {
         let mut wire = Wire::of(stream);

@@ -279,6 +279,19 @@ async fn a_client_of_http_1_0_gets_what_it_understands() {
 }
 
 #[tokio::test]
+async fn a_client_of_http_1_0_may_keep_its_connection() {
+    let backend = Backend::echo("task").await;
+    let stage = Stage::new(Owners::all(backend.address).await);
+    let mut wire = stage.connect().await;
+    for _ in 0..2 {
+        wire.send("GET /kv/a HTTP/1.0\r\nconnection: keep-alive\r\n\r\n").await;
+        let head = wire.head().await;
+        assert!(head.contains("\r\nconnection: keep-alive\r\n"), "{head}");
+        wire.read_to("[]").await;
+    }
+}
+
+#[tokio::test]
 async fn answers_without_a_body_end_where_they_should() {
     let cases = [
         ("HEAD", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n", "HTTP/1.1 200", true),

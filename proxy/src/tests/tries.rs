@@ -215,6 +215,21 @@ async fn a_task_that_breaks_off_is_replaced_only_if_twice_is_as_good_as_once() {
 }
 
 #[tokio::test]
+async fn a_task_that_breaks_off_and_has_no_successor_gets_a_503_if_asking_again_does_no_harm() {
+    let backend = Backend::script("").await;
+    for (request, wanted) in [(GET.to_owned(), "HTTP/1.1 503"), (post("hello"), "HTTP/1.1 502")] {
+        let stage = Stage::new(Owners::all(backend.address).await);
+        let answer = stage.talk(&request).await;
+        assert!(answer.starts_with(wanted), "{answer}");
+        assert!(
+            answer.contains("proxy-status: mandoline; error=connection_terminated"),
+            "{answer}"
+        );
+        assert_eq!(answer.contains("retry-after: 1"), wanted.ends_with("503"), "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn a_connection_is_used_again_and_a_closed_one_is_not() {
     let ports = Arc::new(std::sync::Mutex::new(Vec::new()));
     let seen = Arc::clone(&ports);
