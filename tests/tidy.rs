@@ -84,11 +84,15 @@ fn crates_use_only_what_stands_left_of_them() {
             }
         }
     }
-    report("core <- proto <- distributor <- assigner; distributor <- router-lib <- proxy; core <- sim", &broken);
+    report(
+        "core <- proto <- distributor <- assigner; distributor <- router-lib <- proxy; core <- sim",
+        &broken,
+    );
 }
 
 fn package(manifest: &str) -> String {
-    let line = manifest.lines().find(|line| line.starts_with("name = ")).expect("a package has a name");
+    let line =
+        manifest.lines().find(|line| line.starts_with("name = ")).expect("a package has a name");
     line.trim_start_matches("name = ").trim_matches('"').to_owned()
 }
 
@@ -97,7 +101,9 @@ fn children(text: &str) -> Vec<String> {
     let mut children = Vec::new();
     let mut testing = false;
     for line in text.lines() {
-        let declared = ["pub mod ", "mod ", "pub(crate) mod "].iter().find_map(|start| line.strip_prefix(start));
+        let declared = ["pub mod ", "mod ", "pub(crate) mod "]
+            .iter()
+            .find_map(|start| line.strip_prefix(start));
         match declared.and_then(|rest| rest.strip_suffix(';').or_else(|| rest.strip_suffix(" {"))) {
             Some(child) if !testing => children.push(child.to_owned()),
             _ => {}
@@ -121,16 +127,26 @@ fn check_order(file: &Path, folder: &Path, prefix: &str, broken: &mut Vec<String
         let Some((file, below)) = module_file(folder, module) else { continue };
         let own = files(&below, ".rs");
         for source in own.iter().chain([&file]).collect::<BTreeSet<_>>() {
-            if source.components().any(|part| part.as_os_str() == "tests") || source.ends_with("tests.rs") {
+            if source.components().any(|part| part.as_os_str() == "tests")
+                || source.ends_with("tests.rs")
+            {
                 continue;
             }
             for (number, line) in product_lines(&read(source)) {
                 for used in uses(line, prefix) {
                     let place = list.iter().position(|other| *other == used);
-                    let allowed = place.is_some_and(|place| place <= index) || (place.is_none() && prefix != "crate::");
+                    let allowed = place.is_some_and(|place| place <= index)
+                        || (place.is_none() && prefix != "crate::");
                     if !allowed {
-                        let why = if place.is_some() { "stands below it" } else { "is no module: no use through the root" };
-                        broken.push(format!("{}:{number}: {module} uses {prefix}{used}, which {why}", name(source)));
+                        let why = if place.is_some() {
+                            "stands below it"
+                        } else {
+                            "is no module: no use through the root"
+                        };
+                        broken.push(format!(
+                            "{}:{number}: {module} uses {prefix}{used}, which {why}",
+                            name(source)
+                        ));
                     }
                 }
             }
@@ -150,14 +166,21 @@ fn product_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
 
 /// The names that follow a prefix in a line.
 fn uses(line: &str, prefix: &str) -> Vec<String> {
-    let name = |rest: &str| rest.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap_or_default().to_owned();
+    let name = |rest: &str| {
+        rest.split(|c: char| !(c.is_alphanumeric() || c == '_'))
+            .next()
+            .unwrap_or_default()
+            .to_owned()
+    };
     let mut found = Vec::new();
     for (at, _) in line.match_indices(prefix) {
         let before = line[..at].chars().next_back();
         let rest = &line[at + prefix.len()..];
         if !before.is_some_and(|c| c.is_alphanumeric() || matches!(c, '_' | ':' | '$')) {
             match rest.strip_prefix('{') {
-                Some(group) => found.extend(group.split(',').map(|part| name(part.trim())).filter(|part| !part.is_empty())),
+                Some(group) => found.extend(
+                    group.split(',').map(|part| name(part.trim())).filter(|part| !part.is_empty()),
+                ),
                 None => found.push(name(rest)),
             }
         }
@@ -170,7 +193,9 @@ fn modules_are_listed_in_order_of_use() {
     let mut broken = Vec::new();
     for (folder, _) in EDGES {
         let source = root().join(folder).join("src");
-        for top in ["lib.rs", "main.rs"].map(|file| source.join(file)).iter().filter(|file| file.exists()) {
+        for top in
+            ["lib.rs", "main.rs"].map(|file| source.join(file)).iter().filter(|file| file.exists())
+        {
             check_order(top, &source, "crate::", &mut broken);
         }
     }
@@ -189,8 +214,10 @@ fn the_order_test_sees_what_is_wrong() {
 #[test]
 fn openraft_is_named_in_one_folder_only() {
     let mut broken = Vec::new();
-    for (name, text) in sources().iter().filter(|(name, _)| !name.starts_with("assigner/src/raft/")) {
-        let code = text.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//"));
+    for (name, text) in sources().iter().filter(|(name, _)| !name.starts_with("assigner/src/raft/"))
+    {
+        let code =
+            text.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//"));
         let named = code.filter(|(_, line)| line.contains("openraft") && name != "tests/tidy.rs");
         broken.extend(named.map(|(index, line)| format!("{name}:{}: {}", index + 1, line.trim())));
     }
@@ -200,14 +227,31 @@ fn openraft_is_named_in_one_folder_only() {
 #[test]
 fn the_library_that_users_link_has_no_openraft_in_its_tree() {
     let tree = Command::new(env!("CARGO"))
-        .args(["tree", "--offline", "--locked", "--edges", "normal", "--package", "mandoline", "--prefix", "none"])
+        .args([
+            "tree",
+            "--offline",
+            "--locked",
+            "--edges",
+            "normal",
+            "--package",
+            "mandoline",
+            "--prefix",
+            "none",
+        ])
         .current_dir(root())
         .output()
         .expect("cargo can be started");
     let text = String::from_utf8_lossy(&tree.stdout);
-    assert!(tree.status.success() && text.contains("mandoline-core"), "{}", String::from_utf8_lossy(&tree.stderr));
+    assert!(
+        tree.status.success() && text.contains("mandoline-core"),
+        "{}",
+        String::from_utf8_lossy(&tree.stderr)
+    );
     for heavy in ["openraft", "redb", "axum v", "clap v"] {
-        assert!(!text.lines().any(|line| line.starts_with(heavy)), "{heavy} is in the tree of router-lib");
+        assert!(
+            !text.lines().any(|line| line.starts_with(heavy)),
+            "{heavy} is in the tree of router-lib"
+        );
     }
 }
 
@@ -215,10 +259,18 @@ fn the_library_that_users_link_has_no_openraft_in_its_tree() {
 fn no_test_file_is_forgotten() {
     let main = read(&root().join("tests/it/main.rs"));
     let declared = children(&main);
-    let present = files(&root().join("tests/it"), ".rs").into_iter().filter(|path| !path.ends_with("main.rs"));
+    let present = files(&root().join("tests/it"), ".rs")
+        .into_iter()
+        .filter(|path| !path.ends_with("main.rs"));
     let first = |path: &Path| {
         let below = path.strip_prefix(root().join("tests/it")).expect("it lies below").to_owned();
-        below.components().next().expect("a path has a part").as_os_str().to_string_lossy().replace(".rs", "")
+        below
+            .components()
+            .next()
+            .expect("a path has a part")
+            .as_os_str()
+            .to_string_lossy()
+            .replace(".rs", "")
     };
     let forgotten = present.filter(|path| !declared.contains(&first(path))).map(|path| name(&path));
     report("tests/it/main.rs lists every file beside it", &forgotten.collect::<Vec<_>>());
@@ -239,8 +291,20 @@ fn every_metric_is_documented() {
     let documented = read(&root().join("docs/metrics.md"));
     let mut missing = Vec::new();
     for (file, text) in sources().iter().filter(|(name, _)| name.ends_with("metrics.rs")) {
-        for name in text.split('"').skip(1).step_by(2).filter(|name| name.starts_with("mandoline_")) {
-            if !documented.contains(name) {
+        let product: Vec<&str> = product_lines(text).map(|(_, line)| line).collect();
+        let product = product.join(" ");
+        let literals: Vec<&str> = product.split('"').skip(1).step_by(2).collect();
+        let prefix = product.split("with_prefix(\"").nth(1).and_then(|rest| rest.split('"').next());
+        let registered = product
+            .split("register(")
+            .skip(1)
+            .filter_map(|rest| rest.trim_start().strip_prefix('"'));
+        let short = registered.filter_map(|rest| rest.split('"').next());
+        let prefixed = short.filter_map(|name| Some(format!("{}_{name}", prefix?)));
+        let whole =
+            literals.iter().filter(|text| text.starts_with("mandoline_") && Some(**text) != prefix);
+        for name in prefixed.chain(whole.map(|name| (*name).to_owned())) {
+            if !documented.contains(&format!("`{name}`")) {
                 missing.push(format!("{file}: {name}"));
             }
         }
@@ -251,7 +315,8 @@ fn every_metric_is_documented() {
 #[test]
 fn nothing_names_the_machine_that_it_was_written_on() {
     let listed = Command::new("git").args(["ls-files"]).current_dir(root()).output();
-    let Ok(listed) = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()) else {
+    let Ok(listed) = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+    else {
         println!("skipped: git not found");
         return;
     };
