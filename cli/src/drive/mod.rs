@@ -9,9 +9,9 @@
 //! brings is exactly the recording's.
 
 mod histogram;
+mod client;
 pub(crate) mod ledger;
 mod feed;
-mod client;
 
 use std::fmt;
 use std::net::SocketAddr;
