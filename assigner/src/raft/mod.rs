@@ -682,13 +682,12 @@ async fn watch_role(
         }
     };
     ending.run_until_cancelled(watching).await;
-    // Whoever took over is still worth knowing to those who are sent there.
-    role.send_if_modified(|was| {
-        let led = matches!(was, Role::Leader { .. });
-        if led {
-            *was = Role::Follower { leader: None };
-        }
-        led
+    // Whoever took over is still worth knowing to those who are sent there; the last news may have come with the end.
+    let last =
+        node.raft.get().map(|raft| role_of(&raft.metrics().borrow_watched(), timings.election_max));
+    role.send_replace(match last {
+        Some(follower @ Role::Follower { .. }) => follower,
+        Some(Role::Leader { .. }) | None => Role::Follower { leader: None },
     });
 }
 

@@ -144,10 +144,10 @@ async fn a_leader_that_is_told_to_stop_hands_over_in_milliseconds() {
         cluster.up(leader).await;
         cluster.all_have("a", round).await;
     }
-    println!("MS hand-over and next change: {times:?}");
+    println!("hand-over and next change: {times:?}");
     times.sort_unstable();
-    // An election would take 400 ms at least, by these timings; a busy machine may spoil one or two.
-    assert!(times[2] < Duration::from_millis(150), "{times:?}");
+    // By an election it would take 600 ms at the very least: the lease of 400, and the shortest wait after it.
+    assert!(times[2] < Duration::from_millis(400), "{times:?}");
 }
 
 #[tokio::test]

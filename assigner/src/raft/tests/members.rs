@@ -113,7 +113,7 @@ async fn a_call_from_another_cluster_or_to_another_node_or_in_another_protocol_i
     assert_eq!(kind(&other).as_deref(), Some("other-node"), "{other}");
     let newer = Transport {
         sign: Arc::new(|metadata| {
-            drop(metadata.insert("mandoline-protocol", "2".parse().unwrap()))
+            drop(metadata.insert("mandoline-protocol", "2".parse().unwrap()));
         }),
         ..Transport::plain()
     };

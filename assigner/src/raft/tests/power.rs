@@ -179,7 +179,7 @@ async fn after_500_power_cuts_everything_acknowledged_is_there() {
             ) => {}
             // The file was never finished. In a directory it would not have its name yet.
             Err(StartError::Disk(DiskError::Damaged { .. })) if lives == 0 => {
-                media.overwrite(Vec::new())
+                media.overwrite(Vec::new());
             }
             Err(error) => panic!("{what}: {error}"),
         }
