@@ -1,0 +1,584 @@
+//! The operators' end of the world: `mandoline.v1.Admin`, answered by any node.
+//!
+//! What needs the leader is passed on to it, one hop: a call that was passed on says so, and is never passed on again, so
+//! two nodes that each take the other for the leader cannot play ball with it. A node that knows no leader waits for one,
+//! for an election is short. Only a call that was surely not carried out is tried again.
+//!
+//! Reads are answered from what this node has applied; only the leader knows loads newer than the stored ones and who is
+//! connected, so `Status` asks it for those, and does without where it cannot be reached.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mandoline_core::command::{Command, NodeId};
+use mandoline_core::load::Load;
+use mandoline_core::name::{JobName, TaskName};
+use mandoline_core::spec::JobSpec;
+use mandoline_core::state::{Job, Outcome, Refused};
+use mandoline_core::task::{Address, SessionId};
+use mandoline_distributor::connect::{Authorize, Connector};
+use mandoline_proto::assignment::job_name;
+use mandoline_proto::error::{WireError, need};
+use mandoline_proto::pb;
+use mandoline_proto::pb::admin_client::AdminClient;
+use mandoline_proto::pb::admin_server::{Admin, AdminServer};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout, timeout_at};
+use tonic::metadata::MetadataValue;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Response, Status};
+use tracing::info;
+
+use crate::access::MESSAGE_MAX_BYTES;
+use crate::metrics::{CallLabels, Code as CodeLabel, Metrics};
+use crate::node::{Measure, Node};
+use crate::raft::types::Member;
+use crate::raft::{Consensus, Leader, MemberError, ProposeError, Role};
+
+/// How long a call waits for someone to lead: an election takes half a second to a second, and may have to be repeated.
+const LEADER_WITHIN: Duration = Duration::from_secs(5);
+/// How long `Status` waits for what the leader alone knows.
+const LEADER_KNOWS_WITHIN: Duration = Duration::from_secs(1);
+/// How long a node that passed a change on waits to have it itself, so that who asks it next sees the change.
+const CATCH_UP_WITHIN: Duration = Duration::from_secs(1);
+/// The node that passed a call on.
+const FORWARDED: &str = "mandoline-forwarded-by";
+/// In a refusal: nothing was done, for this node does not lead.
+const NOT_LEADER: &str = "mandoline-not-leader";
+
+type Client = AdminClient<InterceptedService<Channel, Authorize>>;
+
+/// Answers operators.
+#[derive(Clone)]
+pub struct AdminService {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    consensus: Consensus,
+    node: Node,
+    connector: Connector,
+    metrics: Metrics,
+    // One connection a node; a handful, since a cluster has few.
+    leaders: Mutex<BTreeMap<String, Client>>,
+}
+
+impl AdminService {
+    /// Answers for this node, and reaches the leader by `connector` where another leads.
+    pub fn new(
+        consensus: Consensus,
+        node: Node,
+        connector: Connector,
+        metrics: Metrics,
+    ) -> AdminServer<Self> {
+        let inner = Inner { consensus, node, connector, metrics, leaders: Mutex::default() };
+        AdminServer::new(Self { inner: Arc::new(inner) })
+            .max_decoding_message_size(MESSAGE_MAX_BYTES)
+            .max_encoding_message_size(MESSAGE_MAX_BYTES)
+    }
+
+    /// Counts an answer on its way out.
+    fn counted<T>(
+        &self,
+        call: &'static str,
+        answer: Result<T, Status>,
+    ) -> Result<Response<T>, Status> {
+        let code = answer.as_ref().map_or_else(Status::code, |_| Code::Ok);
+        let labels = CallLabels { call, code: CodeLabel(code) };
+        self.inner.metrics.admin_calls.get_or_create(&labels).inc();
+        answer.map(Response::new)
+    }
+}
+
+#[tonic::async_trait]
+impl Admin for AdminService {
+    async fn apply_job(
+        &self,
+        request: Request<pb::ApplyJobRequest>,
+    ) -> Result<Response<pb::ApplyJobReply>, Status> {
+        let answer = self.inner.apply_job(request).await;
+        self.counted("ApplyJob", answer)
+    }
+
+    async fn get_job(
+        &self,
+        request: Request<pb::GetJobRequest>,
+    ) -> Result<Response<pb::JobStatus>, Status> {
+        let answer = self.inner.get_job(&request.into_inner()).await;
+        self.counted("GetJob", answer)
+    }
+
+    async fn list_jobs(
+        &self,
+        _: Request<pb::ListJobsRequest>,
+    ) -> Result<Response<pb::ListJobsReply>, Status> {
+        let jobs = self.inner.jobs().await;
+        self.counted("ListJobs", Ok(pb::ListJobsReply { jobs }))
+    }
+
+    async fn drain_task(
+        &self,
+        request: Request<pb::DrainTaskRequest>,
+    ) -> Result<Response<pb::DrainTaskReply>, Status> {
+        let answer = self.inner.drain_task(request).await;
+        self.counted("DrainTask", answer)
+    }
+
+    async fn status(
+        &self,
+        request: Request<pb::StatusRequest>,
+    ) -> Result<Response<pb::StatusReply>, Status> {
+        let answer = self.inner.status(&request).await;
+        self.counted("Status", Ok(answer))
+    }
+
+    async fn add_member(
+        &self,
+        request: Request<pb::AddMemberRequest>,
+    ) -> Result<Response<pb::AddMemberReply>, Status> {
+        let answer = self.inner.add_member(request).await;
+        self.counted("AddMember", answer)
+    }
+
+    async fn remove_member(
+        &self,
+        request: Request<pb::RemoveMemberRequest>,
+    ) -> Result<Response<pb::RemoveMemberReply>, Status> {
+        let answer = self.inner.remove_member(request).await;
+        self.counted("RemoveMember", answer)
+    }
+
+    async fn transfer(
+        &self,
+        request: Request<pb::TransferRequest>,
+    ) -> Result<Response<pb::TransferReply>, Status> {
+        let answer = self.inner.transfer(request).await;
+        self.counted("Transfer", answer)
+    }
+}
+
+/// Has a call carried out by the leader: by `$here` if this node leads, else by the same call there.
+macro_rules! at_leader {
+    ($inner:expr, $request:expr, $call:ident, $here:expr) => {{
+        let mut search = Search::new($inner, &$request);
+        let message = $request.into_inner();
+        loop {
+            let answer = match search.next().await? {
+                Turn::Here => $here.await,
+                Turn::There(mut leader) => {
+                    let answer = leader.$call($inner.forwarded(message.clone())).await;
+                    answer.map(Response::into_inner).map_err(Problem::from)
+                }
+            };
+            match answer {
+                Ok(answer) => break Ok(answer),
+                Err(Problem::NotLeader(why)) => search.missed(why),
+                Err(Problem::Final(status)) => break Err(status),
+            }
+        }
+    }};
+}
+
+impl Inner {
+    async fn apply_job(
+        &self,
+        request: Request<pb::ApplyJobRequest>,
+    ) -> Result<pb::ApplyJobReply, Status> {
+        let spec = need(request.get_ref().spec.clone(), "spec").map_err(invalid)?;
+        let spec = JobSpec::try_from(spec).map_err(invalid)?;
+        let (name, if_version) = (spec.name.clone(), request.get_ref().if_version);
+        let reply: pb::ApplyJobReply = at_leader!(self, request, apply_job, async {
+            let command = Command::ApplyJob { spec: spec.clone(), if_version };
+            match self.consensus.propose(command).await?.outcome {
+                Outcome::Version(version) => Ok(pb::ApplyJobReply { version }),
+                other => unreachable!("a spec is answered by its version, not {other:?}"),
+            }
+        })?;
+        info!(job = %name, version = reply.version, "Job applied");
+        self.catch_up(&name, reply.version).await;
+        Ok(reply)
+    }
+
+    async fn get_job(&self, request: &pb::GetJobRequest) -> Result<pb::JobStatus, Status> {
+        let name = job_name(&request.name).map_err(invalid)?;
+        let state = self.consensus.state();
+        let job = state.job(&name).map_err(|error| refused(&error))?;
+        Ok(job_status(job, &self.node.measure(name).await))
+    }
+
+    async fn jobs(&self) -> Vec<pb::JobStatus> {
+        let state = self.consensus.state();
+        let mut jobs = Vec::with_capacity(state.jobs.len());
+        for (name, job) in &state.jobs {
+            jobs.push(job_status(job, &self.node.measure(name.clone()).await));
+        }
+        jobs
+    }
+
+    async fn drain_task(
+        &self,
+        request: Request<pb::DrainTaskRequest>,
+    ) -> Result<pb::DrainTaskReply, Status> {
+        let job = job_name(&request.get_ref().job).map_err(invalid)?;
+        let task = TaskName::new(&request.get_ref().task)
+            .map_err(|error| invalid(WireError::new("task", error)))?;
+        let undrain = request.get_ref().undrain;
+        at_leader!(self, request, drain_task, async {
+            let session = self.session_of(&job, &task)?;
+            let job = job.clone();
+            let command = match undrain {
+                true => Command::Undrain { job, session },
+                false => Command::Drain { job, session },
+            };
+            self.consensus.propose(command).await?;
+            info!(%task, undrain, "Task drains, or not any more");
+            Ok(pb::DrainTaskReply {})
+        })
+    }
+
+    fn session_of(&self, job: &JobName, task: &TaskName) -> Result<SessionId, Problem> {
+        let state = self.consensus.state();
+        let job = state.job(job).map_err(ProposeError::from)?;
+        let found = job.assignment.tasks.values().find(|known| known.info.name == *task);
+        found.map(|known| known.session).ok_or_else(|| {
+            let text = format!("job {} has no task {task}: `mandoline task list`", job.spec.name);
+            Problem::Final(Status::not_found(text))
+        })
+    }
+
+    async fn status(&self, request: &Request<pb::StatusRequest>) -> pb::StatusReply {
+        let mut reply = self.own_status().await;
+        let Role::Follower { leader: Some(leader) } = self.consensus.role().borrow().clone() else {
+            return reply;
+        };
+        if request.metadata().contains_key(FORWARDED) {
+            return reply;
+        }
+        let asked = async {
+            let mut client = self.client(&leader)?;
+            client.status(self.forwarded(pb::StatusRequest {})).await
+        };
+        if let Ok(Ok(known)) = timeout(LEADER_KNOWS_WITHIN, asked).await {
+            let known = known.into_inner();
+            (reply.nodes, reply.jobs) = (known.nodes, known.jobs);
+        }
+        reply
+    }
+
+    async fn own_status(&self) -> pb::StatusReply {
+        let status = self.consensus.status();
+        let me = status.node.map_or(0, |node| node.0);
+        let leader = match &status.role {
+            Role::Leader { .. } => me,
+            Role::Follower { leader } => leader.as_ref().map_or(0, |leader| leader.node.0),
+        };
+        let leads = leader == me && me != 0;
+        let node = |member: &crate::raft::MemberStatus| pb::NodeStatus {
+            node: member.node.0,
+            client_address: member.member.client.clone(),
+            peer_address: member.member.peer.clone(),
+            voter: member.voter,
+            leader: member.node.0 == leader,
+            reachable: member.node.0 == me || (leads && member.reachable),
+            matched: if member.node.0 == me { status.last_log } else { member.matched }
+                .unwrap_or_default(),
+        };
+        pb::StatusReply {
+            cluster: status.cluster.map_or_else(String::new, |cluster| cluster.to_string()),
+            node: me,
+            leader,
+            term: status.term,
+            last_log: status.last_log.unwrap_or_default(),
+            applied: status.applied.unwrap_or_default(),
+            nodes: status.members.iter().map(node).collect(),
+            jobs: self.jobs().await,
+        }
+    }
+
+    async fn add_member(
+        &self,
+        request: Request<pb::AddMemberRequest>,
+    ) -> Result<pb::AddMemberReply, Status> {
+        let pb::AddMemberRequest { node, client_address, peer_address } = request.get_ref();
+        let node = some_node(*node)?;
+        for (field, address) in [("client_address", client_address), ("peer_address", peer_address)]
+        {
+            let parsed: Result<Address, _> = address.parse();
+            parsed.map_err(|error| invalid(WireError::new(field, error)))?;
+        }
+        let member = Member { client: client_address.clone(), peer: peer_address.clone() };
+        at_leader!(self, request, add_member, async {
+            self.consensus.add_learner(node, member.clone()).await?;
+            self.consensus.promote(node).await?;
+            info!(%node, "Node added");
+            Ok(pb::AddMemberReply { node: node.0 })
+        })
+    }
+
+    async fn remove_member(
+        &self,
+        request: Request<pb::RemoveMemberRequest>,
+    ) -> Result<pb::RemoveMemberReply, Status> {
+        let node = some_node(request.get_ref().node)?;
+        at_leader!(self, request, remove_member, async {
+            self.consensus.remove(node).await?;
+            info!(%node, "Node removed");
+            Ok(pb::RemoveMemberReply {})
+        })
+    }
+
+    async fn transfer(
+        &self,
+        request: Request<pb::TransferRequest>,
+    ) -> Result<pb::TransferReply, Status> {
+        let wanted = request.get_ref().node;
+        at_leader!(self, request, transfer, async {
+            let heir = match wanted {
+                0 => self.heir()?,
+                node => NodeId(node),
+            };
+            self.consensus.transfer_leader(heir).await?;
+            info!(node = %heir, "Leadership handed over");
+            Ok(pb::TransferReply { leader: heir.0 })
+        })
+    }
+
+    /// The voter that has most of the log, this node apart.
+    fn heir(&self) -> Result<NodeId, Problem> {
+        let status = self.consensus.status();
+        let others = status.members.iter().filter(|m| m.voter && Some(m.node) != status.node);
+        others.max_by_key(|member| member.matched).map(|member| member.node).ok_or_else(|| {
+            Problem::Final(Status::failed_precondition("there is no other voter to lead"))
+        })
+    }
+
+    fn forwarded<R>(&self, message: R) -> Request<R> {
+        let mut request = Request::new(message);
+        let me = self.consensus.status().node.map_or(0, |node| node.0);
+        request.metadata_mut().insert(FORWARDED, MetadataValue::from(me));
+        request
+    }
+
+    fn client(&self, leader: &Leader) -> Result<Client, Status> {
+        let mut leaders = self.leaders.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = leaders.get(&leader.client) {
+            return Ok(client.clone());
+        }
+        let cannot = |error: &dyn std::error::Error| {
+            Status::internal(format!("cannot call the leader {leader}: {error}"))
+        };
+        let address: Address = leader.client.parse().map_err(|error| cannot(&error))?;
+        let endpoint = self.connector.endpoint(&address).map_err(|error| cannot(&error))?;
+        let client =
+            AdminClient::with_interceptor(endpoint.connect_lazy(), self.connector.authorize())
+                .max_decoding_message_size(MESSAGE_MAX_BYTES);
+        leaders.insert(leader.client.clone(), client.clone());
+        Ok(client)
+    }
+
+    /// Waits a moment for a change that another node has carried out.
+    async fn catch_up(&self, job: &JobName, version: u64) {
+        let there =
+            || self.consensus.state().jobs.get(job).is_some_and(|job| job.version >= version);
+        let caught_up = async {
+            while !there() {
+                let applied = self.consensus.status().applied.unwrap_or_default();
+                if !self.consensus.wait_applied(applied + 1).await {
+                    return;
+                }
+            }
+        };
+        // If not, the change holds all the same.
+        drop(timeout(CATCH_UP_WITHIN, caught_up).await);
+    }
+}
+
+/// Whose turn it is to carry a call out.
+enum Turn {
+    /// This node leads.
+    Here,
+    /// That one does.
+    There(Box<Client>),
+}
+
+/// Looks for the leader on behalf of one call.
+struct Search<'a> {
+    inner: &'a Inner,
+    role: watch::Receiver<Role>,
+    was_forwarded: bool,
+    deadline: Instant,
+    // Why the last one asked was the wrong one.
+    missed: Option<String>,
+}
+
+impl<'a> Search<'a> {
+    fn new<R>(inner: &'a Inner, request: &Request<R>) -> Self {
+        let role = inner.consensus.role();
+        let was_forwarded = request.metadata().contains_key(FORWARDED);
+        Self { inner, role, was_forwarded, deadline: Instant::now() + LEADER_WITHIN, missed: None }
+    }
+
+    /// Finds whose turn it is; waits for a leader while there is none, and after one that was not.
+    async fn next(&mut self) -> Result<Turn, Status> {
+        loop {
+            if let Some(why) = self.missed.take() {
+                // News of who leads, or a moment: a leader that was just asked may have to learn it first.
+                let until = self.deadline.min(Instant::now() + RETRY_EVERY);
+                let gone = matches!(timeout_at(until, self.role.changed()).await, Ok(Err(_)));
+                if gone || Instant::now() >= self.deadline {
+                    return Err(Status::unavailable(format!(
+                        "no leader within {} s: {why}; check that more than half of the nodes run",
+                        LEADER_WITHIN.as_secs(),
+                    )));
+                }
+            }
+            let role = self.role.borrow_and_update().clone();
+            match role {
+                Role::Leader { .. } => return Ok(Turn::Here),
+                // Whoever passed it on looks anew for who leads.
+                Role::Follower { .. } if self.was_forwarded => return Err(not_leader()),
+                Role::Follower { leader: Some(leader) } => {
+                    self.inner.metrics.admin_forwarded.inc();
+                    return Ok(Turn::There(Box::new(self.inner.client(&leader)?)));
+                }
+                Role::Follower { leader: None } => self.missed("nobody leads".to_owned()),
+            }
+        }
+    }
+
+    fn missed(&mut self, why: String) {
+        self.missed = Some(why);
+    }
+}
+
+/// Between two tries to find who leads.
+const RETRY_EVERY: Duration = Duration::from_millis(50);
+
+/// Why the leader did not carry something out.
+enum Problem {
+    /// Nothing was done: another node leads.
+    NotLeader(String),
+    /// The caller is told.
+    Final(Status),
+}
+
+impl From<Status> for Problem {
+    /// Takes what another node said. Only what was surely not carried out is tried again.
+    fn from(status: Status) -> Self {
+        if status.metadata().contains_key(NOT_LEADER) || never_arrived(&status) {
+            Self::NotLeader(status.message().to_owned())
+        } else {
+            Self::Final(status)
+        }
+    }
+}
+
+impl From<ProposeError> for Problem {
+    fn from(error: ProposeError) -> Self {
+        let text = error.to_string();
+        Self::Final(match error {
+            ProposeError::NotLeader { .. } => return Self::NotLeader(text),
+            ProposeError::Refused(refusal) => refused(&refusal),
+            ProposeError::Unknown => Status::deadline_exceeded(text),
+            ProposeError::TooLarge { .. } => Status::resource_exhausted(text),
+            ProposeError::Stopped => Status::unavailable(text),
+        })
+    }
+}
+
+impl From<MemberError> for Problem {
+    fn from(error: MemberError) -> Self {
+        let text = error.to_string();
+        Self::Final(match error {
+            MemberError::NotLeader { .. } => return Self::NotLeader(text),
+            MemberError::NoSuchMember(_) => Status::not_found(text),
+            MemberError::NotMinted(_) | MemberError::LastVoter(_) => {
+                Status::failed_precondition(text)
+            }
+            MemberError::InProgress => Status::aborted(text),
+            MemberError::Unknown => Status::deadline_exceeded(text),
+            MemberError::Stopped => Status::unavailable(text),
+        })
+    }
+}
+
+/// What a refusal is to a caller.
+fn refused(refusal: &Refused) -> Status {
+    let code = match refusal {
+        Refused::NoSuchJob(_) | Refused::NoSuchSession { .. } => Code::NotFound,
+        Refused::Version { .. } | Refused::Founded(_) => Code::FailedPrecondition,
+        Refused::Spec(_) | Refused::Task(_) => Code::InvalidArgument,
+        Refused::NameTaken { .. } | Refused::AddressTaken { .. } => Code::AlreadyExists,
+        Refused::Stale { .. } => Code::Aborted,
+        Refused::Limit { .. } => Code::ResourceExhausted,
+        Refused::Edit(_) | Refused::Taker { .. } | Refused::Loads { .. } => Code::Internal,
+    };
+    Status::new(code, refusal.to_string())
+}
+
+#[allow(clippy::needless_pass_by_value)] // goes into `map_err`
+fn invalid(error: WireError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn some_node(node: u64) -> Result<NodeId, Status> {
+    match node {
+        0 => Err(invalid(WireError::new("node", "is zero: a new node adds itself, by --join"))),
+        node => Ok(NodeId(node)),
+    }
+}
+
+fn not_leader() -> Status {
+    let mut status =
+        Status::unavailable("this node does not lead, though another took it for the leader");
+    status.metadata_mut().insert(NOT_LEADER, MetadataValue::from_static("1"));
+    status
+}
+
+/// Whether a call surely did not reach the other side: nobody listens there.
+fn never_arrived(status: &Status) -> bool {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            return error.kind() == std::io::ErrorKind::ConnectionRefused;
+        }
+        source = error.source();
+    }
+    false
+}
+
+/// Says how a job is: by what the leader measured, where that is known, else by the stored loads.
+fn job_status(job: &Job, measured: &BTreeMap<SessionId, Measure>) -> pb::JobStatus {
+    let mut carried: BTreeMap<SessionId, (u64, Load)> = BTreeMap::new();
+    let mut unserved = 0;
+    for (_, assigned) in job.assignment.slices.iter() {
+        let replicas = assigned.replicas.as_slice();
+        unserved += u64::from(replicas.is_empty());
+        for replica in replicas {
+            let (slices, load) = carried.entry(replica.session).or_default();
+            *slices += 1;
+            *load += assigned.load.share(1, replicas.len() as u128);
+        }
+    }
+    let task = |(session, task): (&SessionId, &Arc<mandoline_core::task::Task>)| {
+        let (slices, stored) = carried.get(session).copied().unwrap_or_default();
+        let measure = measured.get(session);
+        pb::TaskStatus {
+            task: Some(task.as_ref().into()),
+            slices,
+            load: measure.map_or(stored, |measure| measure.load).milli(),
+            connected: measure.is_some_and(|measure| measure.connected),
+        }
+    };
+    pb::JobStatus {
+        spec: Some((&job.spec).into()),
+        version: job.version,
+        generation: Some(job.assignment.generation.into()),
+        slices: job.assignment.slices.count() as u64,
+        churn: Some(job.churn.into()),
+        tasks: job.assignment.tasks.iter().map(task).collect(),
+        unserved,
+    }
+}

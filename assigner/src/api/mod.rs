@@ -1,0 +1,4 @@
+//! What a node answers: to tasks, and to operators. Watchers are answered by the distributor.
+
+pub mod task;
+pub mod admin;
