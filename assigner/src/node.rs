@@ -151,6 +151,8 @@ pub struct Loop {
     changes: Changes,
     asks: mpsc::Receiver<Ask>,
     clock: Clock,
+    // Of each job's spec: sessions are told when it says something else.
+    versions: BTreeMap<JobName, u64>,
     leading: Option<Leading>,
 }
 
@@ -172,7 +174,8 @@ impl Loop {
         asks: mpsc::Receiver<Ask>,
     ) -> Self {
         let role = consensus.role();
-        Self { consensus, role, sessions, changes, asks, clock: Clock::new(), leading: None }
+        let (clock, versions) = (Clock::new(), BTreeMap::new());
+        Self { consensus, role, sessions, changes, asks, clock, versions, leading: None }
     }
 
     /// Runs until told to stop, or until nobody is left who could ask.
@@ -189,7 +192,7 @@ impl Loop {
                 settled = Leading::settled(&mut self.leading) => self.settled(settled),
                 count = self.asks.recv_many(&mut asks, ASKS_AT_ONCE) => match count {
                     0 => break,
-                    _ => asks.drain(..).for_each(|ask| self.asked(ask)),
+                    _ => self.asked(asks.drain(..)),
                 },
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => self.tick(),
             }
@@ -213,14 +216,16 @@ impl Loop {
         Some(self.clock.instant(deadline))
     }
 
-    fn asked(&mut self, ask: Ask) {
-        match ask {
-            Ask::Event(event) => self.happened(event),
-            Ask::Measure(job, answer) => {
+    fn asked(&mut self, asks: impl Iterator<Item = Ask>) {
+        let mut events = Vec::new();
+        for ask in asks {
+            match ask {
+                Ask::Event(event) => events.push(event),
                 // Whoever asked may have gone.
-                drop(answer.send(self.measure(&job)));
+                Ask::Measure(job, answer) => drop(answer.send(self.measure(&job))),
             }
         }
+        self.happened(events);
     }
 
     fn measure(&self, job: &JobName) -> BTreeMap<SessionId, Measure> {
@@ -236,23 +241,32 @@ impl Loop {
     }
 
     fn applied(&mut self, jobs: BTreeSet<JobName>) {
-        for job in jobs {
-            self.happened(Event::Applied { job });
+        for job in &jobs {
+            let version = self.consensus.state().job(job).map_or(0, |job| job.version);
+            if self.versions.insert(job.clone(), version) != Some(version) {
+                self.sessions.look_again(job);
+            }
         }
+        self.happened(jobs.into_iter().map(|job| Event::Applied { job }));
     }
 
     fn settled(&mut self, event: Option<Event>) {
-        match (event, &mut self.leading) {
-            (Some(event), _) => self.happened(event),
-            (None, Some(leading)) => leading.refill(&self.consensus),
-            (None, None) => {}
+        self.happened(event);
+        if let Some(leading) = &mut self.leading {
+            leading.refill(&self.consensus);
         }
     }
 
-    fn happened(&mut self, event: Event) {
+    /// Tells the leader of events, together: each look at the state may make raft copy it with the next command.
+    fn happened(&mut self, events: impl IntoIterator<Item = Event>) {
         // An event may be here before the news that this node leads.
         self.follow_role();
-        self.lead(|leader, now, state, out| leader.handle(now, state, event, out));
+        let mut events = events.into_iter().peekable();
+        if events.peek().is_some() {
+            self.lead(|leader, now, state, out| {
+                events.for_each(|event| leader.handle(now, state, event, out));
+            });
+        }
     }
 
     fn tick(&mut self) {
@@ -268,7 +282,8 @@ impl Loop {
             match action {
                 Action::Propose(command) => leading.propose(&self.consensus, command),
                 Action::Plan(round) => leading.plan(round),
-                Action::Drained { job, session } => self.sessions.drained(&job, session),
+                // The session looks at the state and finds that it has nothing left.
+                Action::Drained { job, session } => self.sessions.look_again_at(&job, session),
             }
         }
         leading.out = out;

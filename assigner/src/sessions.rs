@@ -22,7 +22,7 @@ struct Open {
 struct Entry {
     connection: u64,
     replaced: CancellationToken,
-    drained: Arc<Notify>,
+    look_again: Arc<Notify>,
 }
 
 /// One connection of a session, from attaching to its end.
@@ -33,8 +33,8 @@ pub struct Seat {
     connection: u64,
     /// Another connection has taken the session.
     pub replaced: CancellationToken,
-    /// The leader says that the session's last slice has gone.
-    pub drained: Arc<Notify>,
+    /// Something has changed that the task should hear of: its last slice has gone, or its job's spec says otherwise.
+    pub look_again: Arc<Notify>,
 }
 
 impl Sessions {
@@ -43,19 +43,26 @@ impl Sessions {
         let mut open = self.lock();
         open.last += 1;
         let (connection, key) = (open.last, (job.clone(), session));
-        let (replaced, drained) = (CancellationToken::new(), Arc::new(Notify::new()));
-        let entry = Entry { connection, replaced: replaced.clone(), drained: Arc::clone(&drained) };
+        let (replaced, look_again) = (CancellationToken::new(), Arc::new(Notify::new()));
+        let entry =
+            Entry { connection, replaced: replaced.clone(), look_again: Arc::clone(&look_again) };
         if let Some(before) = open.by_session.insert(key.clone(), entry) {
             before.replaced.cancel();
         }
-        Seat { sessions: self.clone(), key, connection, replaced, drained }
+        Seat { sessions: self.clone(), key, connection, replaced, look_again }
     }
 
-    /// Tells a session, if it is connected here, that its last slice has gone.
-    pub fn drained(&self, job: &JobName, session: SessionId) {
+    /// Has a session, if it is connected here, look at the state again.
+    pub fn look_again_at(&self, job: &JobName, session: SessionId) {
         if let Some(entry) = self.lock().by_session.get(&(job.clone(), session)) {
-            entry.drained.notify_one();
+            entry.look_again.notify_one();
         }
+    }
+
+    /// Has all sessions of a job that are connected here look at the state again.
+    pub fn look_again(&self, job: &JobName) {
+        let all = (job.clone(), SessionId(0))..=(job.clone(), SessionId(u64::MAX));
+        self.lock().by_session.range(all).for_each(|(_, entry)| entry.look_again.notify_one());
     }
 
     /// Counts the connections.

@@ -246,6 +246,12 @@ fn redirect(role: &Role) -> Reply {
     })
 }
 
+fn attached(session: SessionId, spec: &JobSpec) -> pb::Attached {
+    let millis = |length: Duration| u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
+    let (heartbeat_ms, report_every_ms) = (millis(spec.heartbeat), millis(spec.report_every));
+    pb::Attached { session: session.0, heartbeat_ms, report_every_ms }
+}
+
 type Proposal = Pin<Box<dyn Future<Output = Result<Applied, ProposeError>> + Send>>;
 
 /// One connection of a session.
@@ -258,6 +264,8 @@ struct Session {
     id: SessionId,
     seat: Seat,
     subscription: Subscription,
+    /// How often to speak, as the task was last told.
+    attached: pb::Attached,
     waiting: VecDeque<Reply>,
     /// Since when something waits and nothing was read.
     stuck_at: Instant,
@@ -291,12 +299,7 @@ impl Session {
         seat: Seat,
         spec: &JobSpec,
     ) -> Self {
-        let millis = |length: Duration| u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
-        let attached = Reply::Attached(pb::Attached {
-            session: id.0,
-            heartbeat_ms: millis(spec.heartbeat),
-            report_every_ms: millis(spec.report_every),
-        });
+        let attached = attached(id, spec);
         Self {
             inner,
             term,
@@ -305,7 +308,8 @@ impl Session {
             id,
             seat,
             subscription,
-            waiting: VecDeque::from([attached]),
+            waiting: VecDeque::from([Reply::Attached(attached)]),
+            attached,
             stuck_at: Instant::now() + READ_PATIENCE,
             draining: None,
             ending: None,
@@ -316,7 +320,7 @@ impl Session {
         let (job, session) = (self.job.clone(), self.id);
         tracing::info!(%job, %session, "session attached");
         self.inner.node.tell(Event::Attached { job: job.clone(), session }).await;
-        self.tell_if_drained();
+        self.look_again();
         let end = loop {
             if self.ending.is_some() && self.waiting.is_empty() {
                 break self.ending.take().expect("it was just seen");
@@ -337,7 +341,7 @@ impl Session {
                 },
                 () = sleep_until(self.stuck_at), if !self.waiting.is_empty() => break End::Stuck,
                 drained = settled(&mut self.draining) => self.drain_settled(drained).await,
-                () = self.seat.drained.notified(), if goes_on => self.tell_if_drained(),
+                () = self.seat.look_again.notified(), if goes_on => self.look_again(),
                 message = asked.message(), if goes_on => match message {
                     Ok(Some(message)) => self.hear(message).await,
                     Ok(None) | Err(_) => break End::Broken,
@@ -379,8 +383,7 @@ impl Session {
     }
 
     fn grant(&mut self, request: u64) {
-        let state = self.inner.consensus.state();
-        let newest = state.job(&self.job).map(|job| job.assignment.generation.into()).ok();
+        let newest = self.inner.hub.get(&self.job).map(|newest| newest.generation.into());
         // Only the newest grant means anything.
         self.waiting.retain(|reply| !matches!(reply, Reply::Grant(_)));
         self.say(Reply::Grant(pb::Grant { request, generation: newest }));
@@ -411,7 +414,7 @@ impl Session {
 
     /// Ends with a last word.
     fn end(&mut self, end: End, last: Option<Reply>) {
-        self.waiting.extend(last);
+        last.into_iter().for_each(|last| self.say(last));
         self.ending = Some(end);
     }
 
@@ -435,17 +438,23 @@ impl Session {
     async fn drain_settled(&mut self, drained: Result<Applied, ProposeError>) {
         self.draining = None;
         match drained {
-            Ok(_) => self.tell_if_drained(),
+            Ok(_) => self.look_again(),
             Err(ProposeError::Refused(why)) => self.warn(&why),
             // The task says it again where it attaches next; here it may wait for ever.
             Err(_) => self.unseat().await,
         }
     }
 
-    /// A task may come back to hear what it missed, so this looks itself.
-    fn tell_if_drained(&mut self) {
+    /// Tells the task what it should know beside its assignment: how often to speak, and that it has nothing left to
+    /// wait for. A task may come back to hear what it missed, so this looks at the state and not at events.
+    fn look_again(&mut self) {
         let state = self.inner.consensus.state();
         let Ok(job) = state.job(&self.job) else { return };
+        let attached = attached(self.id, &job.spec);
+        if self.attached != attached {
+            self.attached = attached;
+            self.say(Reply::Attached(attached));
+        }
         let leaves =
             job.assignment.tasks.get(&self.id).is_some_and(|task| task.phase == Phase::Draining);
         if leaves && job.assignment.of(self.id).next().is_none() {

@@ -6,11 +6,13 @@ mod cluster;
 mod raw;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use cluster::{Cluster, PATIENCE, eventually, kv, quick};
 use mandoline::slicelet::{Builder, NotReady, Shutdown, Slicelet, State, Why};
 use mandoline_core::command::Command;
 use mandoline_core::key::SliceKey;
+use mandoline_core::spec::JobSpec;
 use mandoline_core::task::SessionId;
 use mandoline_proto::pb;
 use mandoline_proto::pb::session_reply::Reply;
@@ -141,6 +143,22 @@ async fn a_broken_connection_ends_the_session_unless_the_task_comes_back() {
         state().jobs[&kv()].assignment.tasks.is_empty().then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_spec_that_asks_for_another_pace_is_told() {
+    let cluster = Cluster::with_job(1).await;
+    let address = &cluster.nodes[0].address;
+    let mut task = Raw::open(address, Some(register(info("t", 1, "h:1")))).await.unwrap();
+    task.session().await;
+    let heartbeat = Duration::from_millis(100);
+    let spec = JobSpec { heartbeat, ..quick() };
+    cluster.propose(Command::ApplyJob { spec, if_version: None }).await;
+    let pace = |reply: &Reply| match reply {
+        Reply::Attached(attached) => Some(attached.heartbeat_ms),
+        _ => None,
+    };
+    assert_eq!(task.hears("another pace", pace).await, 100);
 }
 
 #[tokio::test]
