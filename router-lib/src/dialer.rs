@@ -9,6 +9,8 @@ use mandoline_core::task::Address;
 const PAUSE_FIRST: Duration = Duration::from_millis(200);
 /// The longest pause: a task that was cut off is back two seconds after its assigners are.
 pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// The longest pause after a refusal: whoever has the name or the address is found lost within a few heartbeats.
+const PAUSE_REFUSED: Duration = Duration::from_secs(1);
 /// How often a round follows pointers from one assigner to another before it goes on with the list: two may point at
 /// each other while they vote.
 const HOPS_MAX: u32 = 3;
@@ -94,7 +96,7 @@ impl Dialer {
     /// Hears that asking was no use, and that only time helps.
     pub(crate) fn refused(&mut self, by: Address) {
         self.at = self.addresses.len();
-        self.pause = PAUSE_MAX;
+        self.pause = PAUSE_REFUSED;
         // Asked first after the pause, since it leads.
         if let Some(place) = self.addresses.iter().position(|address| *address == by) {
             self.addresses.rotate_left(place);
@@ -179,7 +181,7 @@ mod tests {
         assert_eq!(dialer.next(), Next::Dial(address(1)));
         dialer.refused(address(2));
         let (asked, pause) = round(&mut dialer);
-        assert!(asked.is_empty() && pause >= PAUSE_MAX / 2, "{asked:?} {pause:?}");
+        assert!(asked.is_empty() && pause >= PAUSE_REFUSED / 2, "{asked:?} {pause:?}");
         assert_eq!(dialer.next(), Next::Dial(address(2)));
     }
 }

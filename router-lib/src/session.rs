@@ -294,15 +294,7 @@ impl Session {
         tracing::info!(job = %self.setup.job, task = %self.setup.info.name, %session, %leader, "attached");
         let renewed = self.id.replace(session) != Some(session);
         self.assembler = Assembler::default();
-        let now = Instant::now();
-        self.heartbeat = millis(attached.heartbeat_ms, FIRST_HEARTBEAT);
-        self.dialer.attached(self.heartbeat);
-        self.next_beat = now + self.heartbeat;
-        let report_every = millis(attached.report_every_ms, FIRST_REPORT_EVERY);
-        if report_every != self.report_every {
-            self.report_every = report_every;
-            self.next_report = now + report_every;
-        }
+        self.keep_pace(attached);
         self.link = Link::Attached(connection);
         self.setup.state.send_replace(State::Attached { session, leader });
         if renewed && self.known.tasks.contains_key(&session) {
@@ -311,6 +303,19 @@ impl Session {
         }
         if self.drain == Drain::Asked {
             self.send(Request::Drain(pb::Drain {}));
+        }
+    }
+
+    /// Speaks as often as the job's spec says.
+    fn keep_pace(&mut self, attached: &pb::Attached) {
+        let now = Instant::now();
+        self.heartbeat = millis(attached.heartbeat_ms, FIRST_HEARTBEAT);
+        self.next_beat = now + self.heartbeat;
+        self.dialer.attached(self.heartbeat);
+        let report_every = millis(attached.report_every_ms, FIRST_REPORT_EVERY);
+        if report_every != self.report_every {
+            self.report_every = report_every;
+            self.next_report = now + report_every;
         }
     }
 
@@ -385,7 +390,7 @@ impl Session {
     }
 
     fn is_hung(&self) -> bool {
-        self.pulse.as_ref().is_some_and(|pulse| !pulse.is_felt())
+        self.pulse.as_ref().is_some_and(|pulse| pulse.is_missed(self.heartbeat / 2))
     }
 
     fn beat(&mut self) {
@@ -456,6 +461,9 @@ impl Session {
             Some(Reply::Warning(warning)) => {
                 tracing::warn!(warning, "the leader refused a message");
             }
+            Some(Reply::Attached(attached)) if Some(SessionId(attached.session)) == self.id => {
+                self.keep_pace(&attached);
+            }
             Some(Reply::Drained(_) | Reply::Attached(_)) | None => {
                 tracing::debug!("the leader said something that means nothing here");
             }
@@ -511,6 +519,10 @@ impl Session {
         if self.drain == Drain::No {
             self.drain = Drain::Asked;
             self.send(Request::Drain(pb::Drain {}));
+        }
+        // Nobody has to hear of a task that has nothing; if it is registered it will be found lost.
+        if !matches!(self.link, Link::Attached(_)) && self.setup.owned.view().owned() == 0 {
+            self.drain = Drain::Done;
         }
     }
 
@@ -622,12 +634,19 @@ impl Beats {
 struct Pulse {
     runtime: Handle,
     sent: u64,
+    asked: Instant,
     felt: Arc<AtomicU64>,
 }
 
 impl Pulse {
     fn new(runtime: Handle) -> Self {
-        Self { runtime, sent: 0, felt: Arc::default() }
+        Self { runtime, sent: 0, asked: Instant::now(), felt: Arc::default() }
+    }
+
+    /// Says whether the runtime was asked so long ago and has not answered. Sooner than that it may just be busy, and a
+    /// dial that falls upon a beat would find every runtime hung.
+    fn is_missed(&self, patience: Duration) -> bool {
+        !self.is_felt() && self.asked.elapsed() >= patience
     }
 
     fn is_felt(&self) -> bool {
@@ -640,6 +659,7 @@ impl Pulse {
             return;
         }
         self.sent += 1;
+        self.asked = Instant::now();
         let (number, felt) = (self.sent, Arc::clone(&self.felt));
         // Its handle is let go: the count says all there is to know, and the task is one store long.
         drop(self.runtime.spawn(async move { felt.store(number, Ordering::Relaxed) }));

@@ -99,7 +99,7 @@ pub enum Shutdown {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotReady {
     /// The leader refuses this task: its name or address is taken, or what it says of itself is wrong. It asks again
-    /// every two seconds, since a process that died under that name is soon found lost.
+    /// every second, since a process that died under that name is soon found lost.
     #[error("the leader refuses this task: {0}")]
     Refused(#[source] Why),
     /// The slicelet was shut down.

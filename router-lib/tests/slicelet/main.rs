@@ -272,6 +272,15 @@ async fn a_task_whose_slices_nobody_takes_leaves_after_its_grace() {
 }
 
 #[tokio::test]
+async fn a_task_that_never_found_a_leader_leaves_at_once() {
+    let leader = Leader::start().await;
+    leader.stop();
+    let slicelet = task(&[&leader]).start().unwrap();
+    let outcome = timeout(Duration::from_secs(10), slicelet.shutdown()).await.expect("it ends");
+    assert_eq!(outcome, Shutdown::Drained);
+}
+
+#[tokio::test]
 async fn a_dropped_slicelet_ends_its_session() {
     let leader = Leader::start().await;
     let slicelet = task(&[&leader]).start().unwrap();
@@ -295,7 +304,7 @@ async fn a_name_or_address_that_is_taken_is_said_and_asked_for_again() {
     assert!(matches!(refused, Err(NotReady::Refused(Why::AddressTaken(_)))), "{refused:?}");
     drop(third);
     first.shutdown().await;
-    // The second asks again every two seconds.
+    // The second asks again every second.
     let attached = |task: &Slicelet| matches!(task.state(), State::Attached { .. });
     comes_to(&second, "registered", attached).await;
     assert_ne!(ready(&second).await, session);
