@@ -52,12 +52,14 @@ impl Config {
 
     /// Refuses values that no proxy could work with.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
-        let Timeouts { connect, header, client_idle, response, idle, grace: _ } = self.timeouts;
+        let Timeouts { connect, header, client_idle, response, stall, idle, grace: _ } =
+            self.timeouts;
         let timeouts = [
             ("connect", connect),
             ("header", header),
             ("client_idle", client_idle),
             ("response", response),
+            ("stall", stall),
             ("idle", idle),
         ];
         for (name, length) in timeouts {
@@ -130,6 +132,9 @@ pub struct Timeouts {
     pub client_idle: Duration,
     /// For a task to begin its answer, counted anew whenever a piece of the request's body gets through.
     pub response: Duration,
+    /// For the next piece of an answer, and for a client to take what it was sent. Long, since a stream of events may have
+    /// nothing to say for minutes.
+    pub stall: Duration,
     /// How long a connection to a task is kept for the next request. Below the 5 s after which Node closes its end, the
     /// shortest common default: closing first means never sending into a connection that is being closed.
     pub idle: Duration,
@@ -144,6 +149,7 @@ impl Default for Timeouts {
             header: Duration::from_secs(10),
             client_idle: Duration::from_secs(75),
             response: Duration::from_secs(60),
+            stall: Duration::from_secs(300),
             idle: Duration::from_secs(4),
             grace: Duration::from_secs(10),
         }

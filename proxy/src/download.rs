@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::exchange::Exchange;
 use crate::pool::Lease;
@@ -31,6 +32,9 @@ pub(crate) struct Stream {
     exchange: Exchange,
     outcome: Outcome,
     abort: Option<Abort>,
+    stall: Option<Pin<Box<Sleep>>>,
+    // Whether something has come since the timer was set.
+    moved: bool,
 }
 
 impl Stream {
@@ -42,7 +46,16 @@ impl Stream {
         outcome: Outcome,
         abort: Option<Abort>,
     ) -> Self {
-        let mut stream = Self { source, lease: Some(lease), worker, exchange, outcome, abort };
+        let mut stream = Self {
+            source,
+            lease: Some(lease),
+            worker,
+            exchange,
+            outcome,
+            abort,
+            stall: None,
+            moved: false,
+        };
         if stream.source.is_end_stream() {
             stream.finish();
         }
@@ -57,33 +70,74 @@ impl Stream {
     }
 }
 
+/// Why an answer broke off.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DownloadError {
+    /// The task broke off.
+    #[error("the task's answer broke off")]
+    Task(#[source] hyper::Error),
+    /// The task fell silent.
+    #[error("the task's answer stopped coming")]
+    Stalled,
+}
+
+impl Stream {
+    fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, DownloadError>>> {
+        let frame = match Pin::new(&mut self.source).poll_frame(context) {
+            Poll::Ready(frame) => frame.map(|frame| frame.map_err(DownloadError::Task)),
+            Poll::Pending => {
+                ready!(self.poll_stall(context));
+                Some(Err(DownloadError::Stalled))
+            }
+        };
+        self.moved = true;
+        match &frame {
+            // The client sees its connection break too: an answer must not seem whole when it is not.
+            Some(Err(_)) => {
+                self.exchange.ends(Outcome::Failed);
+                self.lease = None;
+                if let Some(abort) = &self.abort {
+                    abort.abort();
+                }
+            }
+            Some(Ok(_)) if !self.source.is_end_stream() => {}
+            _ => self.finish(),
+        }
+        Poll::Ready(frame)
+    }
+
+    /// Is ready when nothing has come for too long. The timer is set when the first piece has to be waited for, and again
+    /// only when it has run out, so that a piece costs no more than a flag.
+    fn poll_stall(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let limit = self.worker.config.timeouts.stall;
+        let stall = self.stall.get_or_insert_with(|| {
+            self.moved = false;
+            Box::pin(sleep(limit))
+        });
+        loop {
+            ready!(stall.as_mut().poll(context));
+            if !std::mem::take(&mut self.moved) {
+                return Poll::Ready(());
+            }
+            stall.as_mut().reset(Instant::now() + limit);
+        }
+    }
+}
+
 impl Body for Download {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = DownloadError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, DownloadError>>> {
         match &mut *self {
             Self::Own(text) => Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
-            Self::Task(stream) => {
-                let frame = ready!(Pin::new(&mut stream.source).poll_frame(context));
-                match &frame {
-                    // The client sees its connection break too: an answer must not seem whole when it is not.
-                    Some(Err(_)) => {
-                        stream.exchange.ends(Outcome::Failed);
-                        stream.lease = None;
-                        if let Some(abort) = &stream.abort {
-                            abort.abort();
-                        }
-                    }
-                    Some(Ok(_)) if stream.source.is_end_stream() => stream.finish(),
-                    Some(Ok(_)) => {}
-                    None => stream.finish(),
-                }
-                Poll::Ready(frame)
-            }
+            Self::Task(stream) => stream.poll(context),
         }
     }
 

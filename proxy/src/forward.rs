@@ -64,38 +64,35 @@ pub(crate) async fn forward(
     };
     let told = match &setback {
         Setback::Misdirected(told) => *told,
-        Setback::Broken if !head.method.is_idempotent() => return Err(Refusal::Broken),
-        Setback::Unreached | Setback::Broken => None,
-        Setback::Final(_) => return Err(setback.into()),
+        Setback::Unreached => None,
+        Setback::Broken if head.method.is_idempotent() => None,
+        Setback::Broken | Setback::Final(_) => return Err(refusal(setback, head)),
     };
     if !tape.is_whole() {
-        return Err(setback.into());
+        return Err(refusal(setback, head));
     }
     let Some(fresh) = worker.lookup.fresh(key, &worker.pool, &target, told).await else {
         return Err(Refusal::Unserved);
     };
+    // Only a task that was heard may say something else a moment later.
     if fresh.session() == target.session() && !matches!(setback, Setback::Misdirected(_)) {
-        return Err(setback.into());
+        return Err(refusal(setback, head));
     }
     debug!(%key, from = %target.session(), to = %fresh.session(), "Request is tried again");
     exchange.tries(&fresh);
     let answer = attempt(worker, &fresh, head, tape, exchange).await;
     tape.settle();
-    answer.map_err(|setback| match setback {
-        Setback::Broken if !head.method.is_idempotent() => Refusal::Broken,
-        setback => setback.into(),
-    })
+    answer.map_err(|setback| refusal(setback, head))
 }
 
-impl From<Setback> for Refusal {
-    fn from(setback: Setback) -> Self {
-        match setback {
-            Setback::Unreached => Self::Unreached,
-            Setback::Misdirected(_) => Self::Moving,
-            // Of a request that must not be repeated the caller says so.
-            Setback::Broken => Self::BrokenRepeatable,
-            Setback::Final(refusal) => refusal,
-        }
+/// What the client is told of a setback that ends its request.
+fn refusal(setback: Setback, head: &Parts) -> Refusal {
+    match setback {
+        Setback::Unreached => Refusal::Unreached,
+        Setback::Misdirected(_) => Refusal::Moving,
+        Setback::Broken if head.method.is_idempotent() => Refusal::BrokenRepeatable,
+        Setback::Broken => Refusal::Broken,
+        Setback::Final(refusal) => refusal,
     }
 }
 

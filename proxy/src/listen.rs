@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1::Builder;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -141,11 +141,11 @@ impl Drop for Place {
 
 /// Serves one client's requests, one after the other.
 async fn connection(place: Place, stream: TcpStream, peer: SocketAddr, stop: CancellationToken) {
-    if let Err(error) = stream.set_nodelay(true) {
+    let worker = &place.worker;
+    if let Err(error) = set_up(&stream, worker.config.timeouts.stall) {
         debug!(%error, "Client left before it was served");
         return;
     }
-    let worker = &place.worker;
     let client = Rc::new(Client::new(peer.ip()));
     let watch = Watch::default();
     let wire = Wire::new(stream, watch.clone(), worker.config.timeouts.header);
@@ -180,6 +180,20 @@ async fn connection(place: Place, stream: TcpStream, peer: SocketAddr, stop: Can
         debug!(%error, %peer, "Client connection broke");
     }
 }
+
+fn set_up(stream: &TcpStream, stall: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    // A client that takes nothing of its answer, or has vanished without a word, is given up by the kernel.
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(stall))?;
+    #[cfg(not(target_os = "linux"))]
+    let _ = stall; // only its keep-alive ends it there
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))
+}
+
+/// How long a client's connection is silent before the kernel asks whether it is still there.
+const KEEPALIVE: Duration = Duration::from_secs(60);
 
 /// Says no to a client for whom there is no place, without waiting for it to listen.
 fn turn_away(worker: &Worker, stream: &TcpStream) {

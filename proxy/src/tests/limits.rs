@@ -7,7 +7,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use super::harness::{Backend, Owners, Stage, Wire, talk, until, within};
+use super::harness::{Backend, Owners, Stage, Wire, talk, text, until, within};
 
 const GET: &str = "GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
 const SHORT: Duration = Duration::from_millis(200);
@@ -138,6 +138,39 @@ async fn a_task_that_accepts_and_never_answers_gets_a_504() {
     }
     let stats = stage.stats();
     assert_eq!((stats.failed, stats.retried, stats.in_flight), (2, 0, 0));
+}
+
+#[tokio::test]
+async fn an_answer_that_stops_coming_breaks_off() {
+    let backend = Backend::raw(|stream| async {
+        let mut wire = Wire::of(stream);
+        wire.head().await;
+        wire.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n").await;
+        let mut beat = tokio::time::interval(SHORT / 2);
+        for _ in 0..6 {
+            beat.tick().await;
+            wire.send("1\r\nx\r\n").await;
+        }
+        wire.rest().await;
+    })
+    .await;
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| config.timeouts.stall = SHORT);
+    let answer = stage.talk(GET).await;
+    // All that came in time got through, though it took longer than the limit in all.
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.matches("x\r\n").count() == 6, "{answer}");
+    assert!(!answer.ends_with("0\r\n\r\n"), "{answer}");
+    assert_eq!((stage.stats().failed, stage.stats().answered), (1, 0));
+}
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_is_given_up() {
+    let backend = Backend::serve(|_| async { text(vec![0; 64 << 20]) }).await;
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| config.timeouts.stall = 2 * SHORT);
+    let mut wire = stage.connect().await;
+    wire.send(GET).await;
+    until("the client to be given up", || stage.stats().abandoned == 1).await;
 }
 
 #[tokio::test]
