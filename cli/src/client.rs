@@ -1,0 +1,114 @@
+//! Asking the assigners: each of the list in order, until one answers.
+
+use std::time::Duration;
+
+use mandoline_assigner::access::{MESSAGE_MAX_BYTES, connector};
+use mandoline_core::task::Address;
+use mandoline_distributor::connect::{Authorize, Connector};
+use mandoline_proto::pb::admin_client::AdminClient;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Response, Status};
+
+use crate::access_args::AccessArgs;
+use crate::failure::Failure;
+use crate::text::Text;
+use crate::units::Span;
+
+/// Where the assigners are, and how to be let in.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct ClientArgs {
+    /// Where assigners answer: any of them will do, the others are asked if it does not
+    #[arg(
+        long,
+        env = "MANDOLINE_ASSIGNERS",
+        value_name = "HOST:PORT,..",
+        value_delimiter = ',',
+        default_value = "127.0.0.1:7400"
+    )]
+    pub(crate) assigners: Vec<Text<Address>>,
+    /// How long to wait for an answer
+    #[arg(long, default_value = "10s", value_name = "DURATION")]
+    pub(crate) timeout: Span,
+    #[command(flatten)]
+    pub(crate) access: AccessArgs,
+}
+
+/// A connection to whichever assigner answers.
+#[derive(Debug)]
+pub(crate) struct Client {
+    addresses: Vec<Address>,
+    connector: Connector,
+    timeout: Duration,
+}
+
+type Admin = AdminClient<InterceptedService<Channel, Authorize>>;
+
+impl Client {
+    /// Gets ready; nothing is sent yet.
+    pub(crate) fn new(args: &ClientArgs) -> Result<Self, Failure> {
+        let addresses = args.assigners.iter().map(|Text(address)| address.clone()).collect();
+        let connector = connector(&args.access.load()?);
+        Ok(Self { addresses, connector, timeout: args.timeout.0 })
+    }
+
+    /// Asks these, in plain text.
+    pub(crate) fn to(addresses: Vec<Address>, timeout: Duration) -> Self {
+        Self { addresses, connector: Connector::default(), timeout }
+    }
+
+    /// Asks each assigner in turn until one answers. A refusal is an answer.
+    pub(crate) async fn ask<R: Clone, T>(
+        &self,
+        request: R,
+        call: impl AsyncFn(Admin, Request<R>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Failure> {
+        let mut silent: Vec<String> = vec![];
+        for address in &self.addresses {
+            let endpoint = self.connector.endpoint(address).map_err(|error| {
+                Failure::new(format!("cannot call {address}")).caused_by(&error)
+            })?;
+            let client =
+                AdminClient::with_interceptor(endpoint.connect_lazy(), self.connector.authorize())
+                    .max_decoding_message_size(MESSAGE_MAX_BYTES);
+            let mut request = Request::new(request.clone());
+            request.set_timeout(self.timeout);
+            let answer = tokio::time::timeout(self.timeout, call(client, request)).await;
+            match answer {
+                Ok(Ok(response)) => return Ok(response.into_inner()),
+                Ok(Err(status)) if is_silence(&status) => {
+                    silent.push(format!("{address}: {}", plain(&status)));
+                }
+                Ok(Err(status)) => return Err(refused(address, &status)),
+                Err(_) => {
+                    silent.push(format!("{address}: no answer within {}", Span(self.timeout)));
+                }
+            }
+        }
+        Err(Failure::new("no assigner could answer")
+            .because(silent.join("; "))
+            .try_this("start one with `mandoline dev` or `mandoline assigner`, or say where by --assigners HOST:PORT"))
+    }
+}
+
+/// Whether another node may know better.
+fn is_silence(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Unknown | Code::DeadlineExceeded)
+}
+
+fn refused(address: &Address, status: &Status) -> Failure {
+    match status.code() {
+        Code::Unauthenticated => Failure::new(format!("{address} does not let this call in"))
+            .because(status.message())
+            .try_this("give the cluster's token by --token-file FILE or MANDOLINE_TOKEN"),
+        Code::Unimplemented => Failure::new(format!("{address} does not know this call"))
+            .because(status.message())
+            .try_this("check that an assigner of this version listens there"),
+        _ => Failure::new(status.message()),
+    }
+}
+
+/// What a status says, down to the cause where it is only `transport error`.
+fn plain(status: &Status) -> String {
+    crate::failure::chain(status).replace("code: 'The service is currently unavailable', ", "")
+}

@@ -1,0 +1,365 @@
+//! What the cluster says, as tables for people and as JSON for programs.
+//!
+//! In JSON, slice keys are 16 hex digits, generations "incarnation.number", durations "5s", shares "10%", loads units a
+//! second: the same forms that the commands and the files accept.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+use mandoline_core::load::Load;
+use mandoline_core::spec::Ratio;
+use mandoline_proto::pb;
+use serde_json::{Value, json};
+
+use crate::table::Table;
+use crate::units::Span;
+
+/// How to print.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// Aligned columns.
+    #[default]
+    Table,
+    /// One JSON value.
+    Json,
+}
+
+impl Format {
+    /// Prints to stdout, in the form that was asked for.
+    pub(crate) fn print(self, json: &Value, table: impl std::fmt::Display) {
+        let text = match self {
+            Self::Table => table.to_string(),
+            Self::Json => format!("{json:#}\n"),
+        };
+        // A reader that went away, such as `head`, is no error.
+        use std::io::Write as _;
+        drop(std::io::stdout().write_all(text.as_bytes()));
+    }
+}
+
+/// The whole cluster.
+pub(crate) fn status_json(status: &pb::StatusReply) -> Value {
+    json!({
+        "cluster": status.cluster,
+        "node": status.node,
+        "leader": (status.leader != 0).then_some(status.leader),
+        "term": status.term,
+        "last_log": status.last_log,
+        "applied": status.applied,
+        "nodes": status.nodes.iter().map(node_json).collect::<Vec<_>>(),
+        "jobs": status.jobs.iter().map(job_json).collect::<Vec<_>>(),
+    })
+}
+
+fn node_json(node: &pb::NodeStatus) -> Value {
+    json!({
+        "node": node.node,
+        "client_address": node.client_address,
+        "peer_address": node.peer_address,
+        "voter": node.voter,
+        "leader": node.leader,
+        "reachable": node.reachable,
+        "matched": node.matched,
+    })
+}
+
+/// One job.
+pub(crate) fn job_json(job: &pb::JobStatus) -> Value {
+    let spec = job.spec.clone().unwrap_or_default();
+    let churn = job.churn.unwrap_or_default();
+    json!({
+        "name": spec.name,
+        "version": job.version,
+        "generation": generation(job.generation),
+        "slices": job.slices,
+        "unserved": job.unserved,
+        "load": units(total(job)),
+        "imbalance": imbalance(job),
+        "spec": {
+            "name": spec.name,
+            "band": share(spec.band),
+            "churn_budget": share(spec.churn_budget),
+            "replicas": { "min": spec.replicas_min, "max": spec.replicas_max },
+            "heartbeat": span(spec.heartbeat_ms),
+            "report_every": span(spec.report_every_ms),
+            "balance_every": span(spec.balance_every_ms),
+        },
+        "churn": {
+            "moves": churn.moves,
+            "keys": millionths(churn.keys),
+            "load": millionths(churn.load),
+        },
+        "tasks": job.tasks.iter().map(task_json).collect::<Vec<_>>(),
+    })
+}
+
+/// One task.
+pub(crate) fn task_json(task: &pb::TaskStatus) -> Value {
+    let (session, info, phase) = parts(task);
+    json!({
+        "name": info.name,
+        "session": session,
+        "address": info.address,
+        "watch": (!info.watch.is_empty()).then_some(info.watch),
+        "labels": info.labels,
+        "capacity": f64::from(info.capacity) / 1_000.0,
+        "revision": info.revision,
+        "phase": phase,
+        "slices": task.slices,
+        "load": units(task.load),
+        "connected": task.connected,
+    })
+}
+
+/// The whole cluster, for people.
+pub(crate) fn status_table(status: &pb::StatusReply) -> String {
+    let leader = match status.leader {
+        0 => "nobody leads".to_owned(),
+        node => format!("leader n{node}"),
+    };
+    let cluster = if status.cluster.is_empty() { "not founded" } else { &status.cluster };
+    format!(
+        "cluster {cluster}  {leader}  term {}  applied {} of {}\n\n{}\n{}\n{}",
+        status.term,
+        status.applied,
+        status.last_log,
+        node_table(&status.nodes),
+        job_table(&status.jobs),
+        task_table(&status.jobs),
+    )
+}
+
+/// The cluster's members, for people.
+pub(crate) fn node_table(nodes: &[pb::NodeStatus]) -> Table {
+    let mut table = Table::new(&["NODE", "CLIENTS", "PEERS", "ROLE", "REACHABLE", "LOG"]);
+    for node in nodes {
+        let role = match (node.leader, node.voter) {
+            (true, _) => "leader",
+            (false, true) => "follower",
+            (false, false) => "learner",
+        };
+        table.row([
+            format!("n{}", node.node),
+            node.client_address.clone(),
+            node.peer_address.clone(),
+            role.to_owned(),
+            yes(node.reachable),
+            node.matched.to_string(),
+        ]);
+    }
+    table
+}
+
+/// Jobs, for people.
+pub(crate) fn job_table(jobs: &[pb::JobStatus]) -> Table {
+    let mut table = Table::new(&[
+        "JOB",
+        "VERSION",
+        "GENERATION",
+        "TASKS",
+        "SLICES",
+        "UNSERVED",
+        "LOAD",
+        "MAX/MEAN",
+        "MOVES",
+    ]);
+    for job in jobs {
+        let name = job.spec.as_ref().map_or_else(String::new, |spec| spec.name.clone());
+        table.row([
+            name,
+            job.version.to_string(),
+            generation(job.generation),
+            job.tasks.len().to_string(),
+            job.slices.to_string(),
+            job.unserved.to_string(),
+            format!("{:.1}", units(total(job))),
+            imbalance(job).map_or_else(String::new, |ratio| format!("{ratio:.2}")),
+            job.churn.unwrap_or_default().moves.to_string(),
+        ]);
+    }
+    table
+}
+
+/// The tasks of jobs, for people.
+pub(crate) fn task_table<'a>(jobs: impl IntoIterator<Item = &'a pb::JobStatus>) -> Table {
+    let mut table =
+        Table::new(&["TASK", "JOB", "SESSION", "ADDRESS", "PHASE", "CONNECTED", "SLICES", "LOAD"]);
+    for job in jobs {
+        let name = job.spec.as_ref().map_or("", |spec| &spec.name);
+        for task in &job.tasks {
+            let (session, info, phase) = parts(task);
+            table.row([
+                info.name,
+                name.to_owned(),
+                format!("s{session}"),
+                info.address,
+                phase.to_owned(),
+                yes(task.connected),
+                task.slices.to_string(),
+                format!("{:.1}", units(task.load)),
+            ]);
+        }
+    }
+    table
+}
+
+/// The spec of a job and where it stands, for people.
+pub(crate) fn job_page(job: &pb::JobStatus) -> String {
+    let spec = job.spec.clone().unwrap_or_default();
+    format!(
+        "name: {}\nband: {}\nchurn_budget: {}\nreplicas: {{min: {}, max: {}}}\nheartbeat: {}\nreport_every: {}\nbalance_every: {}\n\n{}\n{}",
+        spec.name,
+        share(spec.band),
+        share(spec.churn_budget),
+        spec.replicas_min,
+        spec.replicas_max,
+        span(spec.heartbeat_ms),
+        span(spec.report_every_ms),
+        span(spec.balance_every_ms),
+        job_table(std::slice::from_ref(job)),
+        task_table([job]),
+    )
+}
+
+/// The greatest load of a task by the mean, weighted by capacity; nothing while there is no load.
+pub(crate) fn imbalance(job: &pb::JobStatus) -> Option<f64> {
+    let weight = |task: &pb::TaskStatus| {
+        let (_, info, _) = parts(task);
+        f64::from(if info.capacity == 0 { 1_000 } else { info.capacity })
+    };
+    let weights: f64 = job.tasks.iter().map(weight).sum();
+    let mean = total(job) as f64 / weights;
+    let most = job.tasks.iter().map(|task| task.load as f64 / weight(task)).fold(0.0, f64::max);
+    (mean > 0.0).then(|| most / mean)
+}
+
+fn total(job: &pb::JobStatus) -> u64 {
+    job.tasks.iter().map(|task| task.load).sum()
+}
+
+fn parts(task: &pb::TaskStatus) -> (u64, pb::TaskInfo, &'static str) {
+    let task = task.task.clone().unwrap_or_default();
+    let phase = match task.phase() {
+        pb::Phase::Serving => "serving",
+        pb::Phase::Draining => "draining",
+        pb::Phase::Unspecified => "unknown",
+    };
+    (task.session, task.info.unwrap_or_default(), phase)
+}
+
+fn yes(value: bool) -> String {
+    if value { "yes" } else { "no" }.to_owned()
+}
+
+fn units(load: u64) -> f64 {
+    Load::from_milli(load).units()
+}
+
+fn millionths(share: u64) -> f64 {
+    share as f64 / 1e6
+}
+
+fn share(ratio: u32) -> String {
+    Ratio::from_millionths(ratio).to_string()
+}
+
+fn span(millis: u64) -> String {
+    Span(Duration::from_millis(millis)).to_string()
+}
+
+fn generation(generation: Option<pb::Generation>) -> String {
+    let pb::Generation { incarnation, number } = generation.unwrap_or_default();
+    format!("{incarnation}.{number}")
+}
+
+#[cfg(test)]
+mod tests {
+    use mandoline_core::spec::JobSpec;
+
+    use super::*;
+
+    fn task(name: &str, session: u64, load: u64) -> pb::TaskStatus {
+        let info = pb::TaskInfo {
+            name: name.to_owned(),
+            address: format!("127.0.0.1:{}", 9_000 + session),
+            capacity: 1_000,
+            ..Default::default()
+        };
+        let phase = pb::Phase::Serving.into();
+        let task = pb::Task { session, info: Some(info), phase };
+        pb::TaskStatus { task: Some(task), slices: 2, load, connected: true }
+    }
+
+    fn status() -> pb::StatusReply {
+        let spec = JobSpec::new("kv".parse().unwrap());
+        let job = pb::JobStatus {
+            spec: Some((&spec).into()),
+            version: 1,
+            generation: Some(pb::Generation { incarnation: 1, number: 42 }),
+            slices: 4,
+            churn: Some(pb::Churn { moves: 7, keys: 250_000, load: 125_000 }),
+            tasks: vec![task("a", 1, 3_000), task("b", 2, 1_000)],
+            unserved: 0,
+        };
+        let node = pb::NodeStatus {
+            node: 1,
+            client_address: "127.0.0.1:7400".to_owned(),
+            peer_address: "127.0.0.1:7401".to_owned(),
+            voter: true,
+            leader: true,
+            reachable: true,
+            matched: 12,
+        };
+        pb::StatusReply {
+            cluster: "0".repeat(32),
+            node: 1,
+            leader: 1,
+            term: 3,
+            last_log: 12,
+            applied: 12,
+            nodes: vec![node],
+            jobs: vec![job],
+        }
+    }
+
+    #[test]
+    fn json_has_the_forms_that_files_accept() {
+        let json = status_json(&status());
+        let job = &json["jobs"][0];
+        assert_eq!(job["generation"], "1.42");
+        assert_eq!(job["spec"]["report_every"], "5s");
+        assert_eq!(job["spec"]["band"], "10%");
+        assert_eq!(job["load"], 4.0);
+        assert_eq!(job["imbalance"], 1.5);
+        assert_eq!(job["churn"]["keys"], 0.25);
+        assert_eq!(job["tasks"][1]["address"], "127.0.0.1:9002");
+        assert_eq!(json["leader"], 1);
+        assert_eq!(status_json(&pb::StatusReply::default())["leader"], Value::Null);
+    }
+
+    #[test]
+    fn tables_are_for_people() {
+        let text = status_table(&status());
+        let expected = "\
+cluster 00000000000000000000000000000000  leader n1  term 3  applied 12 of 12
+
+NODE  CLIENTS         PEERS           ROLE    REACHABLE  LOG
+n1    127.0.0.1:7400  127.0.0.1:7401  leader  yes         12
+
+JOB  VERSION  GENERATION  TASKS  SLICES  UNSERVED  LOAD  MAX/MEAN  MOVES
+kv         1        1.42      2       4         0   4.0      1.50      7
+
+TASK  JOB  SESSION  ADDRESS         PHASE    CONNECTED  SLICES  LOAD
+a     kv   s1       127.0.0.1:9001  serving  yes             2   3.0
+b     kv   s2       127.0.0.1:9002  serving  yes             2   1.0
+";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_job_without_load_has_no_imbalance() {
+        assert_eq!(imbalance(&pb::JobStatus::default()), None);
+        let page = job_page(&status().jobs[0]);
+        assert!(page.starts_with("name: kv\nband: 10%\nchurn_budget: 5%\n"), "{page}");
+    }
+}

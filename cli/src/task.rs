@@ -1,0 +1,243 @@
+//! `mandoline demo task`: one task of the sample service, as a process of its own; `dev` runs several in one.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Args;
+use mandoline::slicelet::{Shutdown, Slicelet};
+use mandoline_assigner::access::connector;
+use mandoline_core::name::{JobName, TaskName};
+use mandoline_core::task::Address;
+use mandoline_distributor::connect::Connector;
+use serde::Deserialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::access_args::AccessArgs;
+use crate::demo::server::Server;
+use crate::demo::store::Store;
+use crate::failure::Failure;
+use crate::text::{Text, overlay};
+use crate::units::{Size, Span};
+use crate::{file, ports, stop};
+
+/// Runs a task of the sample service: an in-memory cache, GET, PUT and DELETE of /kv/KEY
+///
+/// Examples:
+///   mandoline demo task --name kv-0 --listen 127.0.0.1:9000
+///   curl -i -X PUT -d hello 127.0.0.1:9000/kv/greeting
+///
+/// A request for a key that another task owns is answered 421; send it through `mandoline proxy` and it finds its way.
+/// SIGTERM drains: the task serves on until its slices have moved away.
+#[derive(Debug, Default, Args, Deserialize)]
+#[command(verbatim_doc_comment)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct TaskArgs {
+    /// A YAML file with these options; flags and environment win over it
+    #[arg(long, env = "MANDOLINE_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+    /// Its stable name, kept over restarts
+    #[arg(long, env = "MANDOLINE_NAME")]
+    name: Option<Text<TaskName>>,
+    /// Where it serves [default: 127.0.0.1:9000]
+    #[arg(long, env = "MANDOLINE_LISTEN", value_name = "IP:PORT")]
+    listen: Option<Text<SocketAddr>>,
+    /// What it tells others of where it is [default: where it listens]
+    #[arg(long, env = "MANDOLINE_ADVERTISE", value_name = "HOST:PORT")]
+    advertise: Option<Text<Address>>,
+    /// Where others may watch the assignment, so that they start while no assigner runs [default: nowhere]
+    #[arg(long, env = "MANDOLINE_WATCH_LISTEN", value_name = "IP:PORT")]
+    watch_listen: Option<Text<SocketAddr>>,
+    /// The job that it serves [default: kv]
+    #[arg(long, env = "MANDOLINE_JOB")]
+    job: Option<Text<JobName>>,
+    /// Where assigners answer [default: 127.0.0.1:7400]
+    #[arg(long, env = "MANDOLINE_ASSIGNERS", value_name = "HOST:PORT,..", value_delimiter = ',')]
+    assigners: Option<Vec<Text<Address>>>,
+    /// How much it can carry, as a multiple of an ordinary task [default: 1]
+    #[arg(long, env = "MANDOLINE_CAPACITY", value_name = "TIMES")]
+    capacity: Option<f64>,
+    /// How much its values may take [default: 256MiB]
+    #[arg(long, env = "MANDOLINE_MEMORY", value_name = "SIZE")]
+    memory: Option<Size>,
+    /// How long it waits, told to stop, for its slices to move away [default: 25s]
+    #[arg(long, env = "MANDOLINE_GRACE", value_name = "DURATION")]
+    grace: Option<Span>,
+    #[command(flatten)]
+    access: AccessArgs,
+}
+
+/// What a task of the sample service needs to start.
+#[derive(Debug)]
+pub(crate) struct Setup {
+    pub(crate) name: TaskName,
+    pub(crate) job: JobName,
+    pub(crate) listener: TcpListener,
+    /// Where others find it, if not where it listens.
+    pub(crate) advertise: Option<Address>,
+    pub(crate) watch: Option<SocketAddr>,
+    pub(crate) assigners: Vec<Address>,
+    pub(crate) capacity: f64,
+    pub(crate) memory: Size,
+    pub(crate) grace: Span,
+    pub(crate) connector: Connector,
+}
+
+impl Setup {
+    /// An ordinary task on loopback.
+    pub(crate) fn new(
+        name: TaskName,
+        job: JobName,
+        listener: TcpListener,
+        assigners: Vec<Address>,
+    ) -> Self {
+        Self {
+            name,
+            job,
+            listener,
+            advertise: None,
+            watch: None,
+            assigners,
+            capacity: 1.0,
+            memory: MEMORY,
+            grace: GRACE,
+            connector: Connector::default(),
+        }
+    }
+}
+
+/// A task of the sample service, under way.
+#[derive(Debug)]
+pub(crate) struct Task {
+    slicelet: Arc<Slicelet>,
+    server: Server,
+    // Ends the server alone.
+    stop: CancellationToken,
+}
+
+impl Task {
+    /// Starts to serve, and to ask for slices.
+    pub(crate) fn start(setup: Setup) -> Result<Self, Failure> {
+        let name = setup.name;
+        let failed = |error: &dyn std::error::Error| {
+            Failure::new(format!("task {name} did not start")).caused_by(error)
+        };
+        let listener = tokio::net::TcpListener::from_std(setup.listener).map_err(|e| failed(&e))?;
+        let listens = listener.local_addr().map_err(|e| failed(&e))?;
+        let address = setup.advertise.map_or_else(|| listens.to_string(), |a| a.to_string());
+        let Size(bytes) = setup.memory;
+        let store = Arc::new(Store::new(usize::try_from(bytes).unwrap_or(usize::MAX)));
+        let kept = Arc::clone(&store);
+        let mut builder = Slicelet::builder(setup.job.as_str(), name.as_str(), &address)
+            .assigners(setup.assigners.iter().map(Address::as_str))
+            .capacity(setup.capacity)
+            .grace(setup.grace.0)
+            .probe(tokio::runtime::Handle::current())
+            .connector(setup.connector)
+            .on_removed(move |slices| {
+                for slice in slices {
+                    kept.forget(*slice);
+                }
+            });
+        if let Some(watch) = setup.watch {
+            builder = builder.watch_address(&watch.to_string());
+        }
+        let slicelet = Arc::new(builder.start().map_err(|e| failed(&e))?);
+        let stop = CancellationToken::new();
+        let shard = Arc::clone(&slicelet);
+        let server =
+            Server::start(&name, listener, shard, store, stop.clone()).map_err(|e| failed(&e))?;
+        Ok(Self { slicelet, server, stop })
+    }
+
+    /// Gives where it serves.
+    pub(crate) const fn address(&self) -> SocketAddr {
+        self.server.address()
+    }
+
+    /// Gives what it knows of its slices.
+    pub(crate) fn slicelet(&self) -> &Slicelet {
+        &self.slicelet
+    }
+
+    /// Leaves in good order: serves until its slices have moved away, then stops.
+    pub(crate) async fn drain(self) -> Shutdown {
+        let how = self.slicelet.shutdown().await;
+        // Callers that have not heard of the move yet are told 421, rather than find nobody.
+        tokio::time::sleep(LINGER).await;
+        self.end().await;
+        how
+    }
+
+    /// Stops at once.
+    pub(crate) async fn end(self) {
+        self.stop.cancel();
+        self.server.finished().await;
+    }
+}
+
+/// Runs until told to stop, then drains.
+pub(crate) async fn run(mut args: TaskArgs) -> Result<ExitCode, Failure> {
+    if let Some(path) = &args.config {
+        let from_file: TaskArgs = file::read(path)?;
+        overlay!(args, from_file; name, listen, advertise, watch_listen, job, assigners, capacity, memory, grace);
+        args.access.overlay(from_file.access);
+    }
+    let Some(Text(name)) = args.name else {
+        return Err(Failure::new("the task has no name").try_this("--name kv-0"));
+    };
+    let listen = args.listen.map_or_else(|| SocketAddr::from(([127, 0, 0, 1], 9000)), |t| t.0);
+    let access = args.access.load()?;
+    let token = stop::on_signal()?;
+    let setup = Setup {
+        name,
+        job: args.job.map_or_else(demo_job, |Text(job)| job),
+        listener: ports::bind(listen, "requests")?,
+        advertise: args.advertise.map(|Text(address)| address),
+        watch: args.watch_listen.map(|Text(address)| address),
+        assigners: args.assigners.map_or_else(default_assigners, crate::text::plain),
+        capacity: args.capacity.unwrap_or(1.0),
+        memory: args.memory.unwrap_or(MEMORY),
+        grace: args.grace.unwrap_or(GRACE),
+        connector: connector(&access),
+    };
+    let (name, job) = (setup.name.clone(), setup.job.clone());
+    let task = Task::start(setup)?;
+    eprintln!("task {name} of job {job} serves at {}", task.address());
+    tokio::select! {
+        () = token.cancelled() => {}
+        ready = task.slicelet().ready() => {
+            match ready {
+                Ok(()) => tracing::info!(task = %name, "The task is registered"),
+                Err(error) => tracing::warn!(task = %name, %error, "The task goes on asking"),
+            }
+            token.cancelled().await;
+        }
+    }
+    match task.drain().await {
+        Shutdown::Drained => eprintln!("task {name} is drained and stops"),
+        Shutdown::GraceOver { slices } => {
+            eprintln!("task {name} stops with {slices} slices that nobody took over");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The job of the sample service.
+pub(crate) fn demo_job() -> JobName {
+    JobName::new("kv").expect("kv is a name")
+}
+
+/// Where `dev` and a first assigner listen.
+pub(crate) fn default_assigners() -> Vec<Address> {
+    vec!["127.0.0.1:7400".parse().expect("this is an address")]
+}
+
+/// Enough for a demonstration, and little enough for a laptop.
+const MEMORY: Size = Size(256 << 20);
+/// How long a drained task still answers: many times what an assignment takes to spread.
+const LINGER: std::time::Duration = std::time::Duration::from_millis(500);
+/// Kubernetes kills after 30 s.
+const GRACE: Span = Span(std::time::Duration::from_secs(25));
