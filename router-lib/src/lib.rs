@@ -56,7 +56,10 @@ mod cache;
 pub mod clerk;
 mod counters;
 mod owned;
+mod install;
 mod dialer;
+mod life;
+mod link;
 mod session;
 pub mod slicelet;
 

@@ -6,10 +6,7 @@
 //!
 //! Only the leader's word that the session has ended makes it register anew; all it owned is dropped first.
 
-use std::future::pending;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,26 +22,19 @@ use mandoline_proto::pb::session_request::Request;
 use mandoline_proto::update::{Assembler, Update};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Streaming};
 
 use crate::dialer::{Dialer, Next, PAUSE_MAX};
+use crate::install::Install;
+use crate::life::Pulse;
+use crate::link::{Connection, Dialed, Link, Step};
 use crate::owned::{Owned, Window};
 
-/// How long an assigner may take to accept a session: registration is one commit, an election away at worst.
-const DIAL_PATIENCE: Duration = Duration::from_secs(2);
-/// How long a connection may take to stand; a host that is gone does not answer at all.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a goodbye may take to be heard.
 const LEAVE_PATIENCE: Duration = Duration::from_millis(500);
 /// Heartbeats without a grant after which another assigner is asked.
 const SILENT_HEARTBEATS: u32 = 2;
-/// Heartbeats that may be on their way at once: far beyond what silence allows.
-const UNANSWERED_MAX: u64 = 16;
-/// What may wait to be sent. The queue fills only when the leader does not read; the connection is then given up.
-const REQUESTS_MAX: usize = 64;
 /// Until the leader has said otherwise.
 const FIRST_HEARTBEAT: Duration = Duration::from_secs(1);
 const FIRST_REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -179,10 +169,7 @@ enum Heard {
     Installed,
     Beat,
     Report,
-    Waited,
-    Dialed(Dialed),
-    Reply(Option<Reply>),
-    Broke(String),
+    Step(Step),
 }
 
 impl Session {
@@ -220,7 +207,7 @@ impl Session {
                 () = self.install.done() => Heard::Installed,
                 () = sleep_until(self.next_beat) => Heard::Beat,
                 () = sleep_until(self.next_report) => Heard::Report,
-                heard = self.link.next() => heard,
+                step = self.link.next() => Heard::Step(step),
             };
             match heard {
                 Heard::Stop => break,
@@ -228,10 +215,10 @@ impl Session {
                 Heard::Installed => self.installed(),
                 Heard::Beat => self.beat(),
                 Heard::Report => self.report(),
-                Heard::Waited => self.dial(),
-                Heard::Dialed(dialed) => self.dialed(dialed),
-                Heard::Reply(reply) => self.reply(reply),
-                Heard::Broke(problem) => self.broke(problem),
+                Heard::Step(Step::Waited) => self.dial(),
+                Heard::Step(Step::Dialed(dialed)) => self.dialed(dialed),
+                Heard::Step(Step::Reply(reply)) => self.reply(reply),
+                Heard::Step(Step::Broke(problem)) => self.broke(problem),
             }
             if self.is_drained() {
                 break;
@@ -257,7 +244,7 @@ impl Session {
             Next::Wait(pause) => Link::wait(pause),
             Next::Dial(address) => {
                 let connector = self.setup.connector.clone();
-                Link::Dialing(Box::pin(dial(connector, address, self.first_request())))
+                Link::dial(connector, address, self.first_request())
             }
         };
     }
@@ -552,229 +539,4 @@ impl Session {
 fn millis(millis: u64, otherwise: Duration) -> Duration {
     // An assigner that says nothing sensible must not make the loop spin.
     if (10..=3_600_000).contains(&millis) { Duration::from_millis(millis) } else { otherwise }
-}
-
-/// Where the session stands on its way to the leader.
-enum Link {
-    Waiting(Pin<Box<Sleep>>),
-    Dialing(Pin<Box<dyn Future<Output = Dialed> + Send>>),
-    Attached(Box<Connection>),
-}
-
-impl Link {
-    fn wait(pause: Duration) -> Self {
-        Self::Waiting(Box::pin(sleep(pause)))
-    }
-
-    /// Waits for what comes next; may be dropped and asked again without losing anything.
-    async fn next(&mut self) -> Heard {
-        match self {
-            Self::Waiting(pause) => {
-                pause.as_mut().await;
-                Heard::Waited
-            }
-            Self::Dialing(dialed) => Heard::Dialed(dialed.as_mut().await),
-            Self::Attached(connection) => match connection.replies.message().await {
-                Ok(Some(reply)) => Heard::Reply(reply.reply),
-                Ok(None) => Heard::Broke("it closed the stream".to_owned()),
-                Err(status) => Heard::Broke(said(&status)),
-            },
-        }
-    }
-}
-
-struct Connection {
-    leader: Address,
-    requests: mpsc::Sender<pb::SessionRequest>,
-    replies: Streaming<pb::SessionReply>,
-    beats: Beats,
-}
-
-/// Heartbeats sent and granted over one connection.
-struct Beats {
-    sent: u64,
-    granted: u64,
-    heard: Instant,
-    paused: bool,
-}
-
-impl Beats {
-    fn next(&mut self, now: Instant) -> u64 {
-        if std::mem::take(&mut self.paused) {
-            self.heard = now;
-        }
-        self.sent += 1;
-        self.sent
-    }
-
-    /// A grant for a number that was not sent, or was granted before, says nothing.
-    fn granted(&mut self, request: u64, now: Instant) {
-        if (self.granted + 1..=self.sent).contains(&request) {
-            self.granted = request;
-            self.heard = now;
-        }
-    }
-
-    fn are_unanswered(&self, now: Instant, patience: Duration) -> bool {
-        let waiting = self.sent - self.granted;
-        !self.paused
-            && waiting > 0
-            && (now.duration_since(self.heard) > patience || waiting > UNANSWERED_MAX)
-    }
-
-    /// Says whether this is news.
-    fn pause(&mut self, now: Instant) -> bool {
-        self.heard = now;
-        !std::mem::replace(&mut self.paused, true)
-    }
-}
-
-/// Whether the application's runtime still runs tasks: one is given to it with each heartbeat, and must have run before
-/// the next.
-struct Pulse {
-    runtime: Handle,
-    sent: u64,
-    asked: Instant,
-    felt: Arc<AtomicU64>,
-}
-
-impl Pulse {
-    fn new(runtime: Handle) -> Self {
-        Self { runtime, sent: 0, asked: Instant::now(), felt: Arc::default() }
-    }
-
-    /// Says whether the runtime was asked so long ago and has not answered. Sooner than that it may just be busy, and a
-    /// dial that falls upon a beat would find every runtime hung.
-    fn is_missed(&self, patience: Duration) -> bool {
-        !self.is_felt() && self.asked.elapsed() >= patience
-    }
-
-    fn is_felt(&self) -> bool {
-        self.felt.load(Ordering::Relaxed) == self.sent
-    }
-
-    fn beat(&mut self) {
-        // One at a time: a runtime that hangs for hours must not find thousands of them when it is back.
-        if !self.is_felt() {
-            return;
-        }
-        self.sent += 1;
-        self.asked = Instant::now();
-        let (number, felt) = (self.sent, Arc::clone(&self.felt));
-        // Its handle is let go: the count says all there is to know, and the task is one store long.
-        drop(self.runtime.spawn(async move { felt.store(number, Ordering::Relaxed) }));
-    }
-}
-
-/// At most one assignment is being installed; the newest waits behind it, and what came between is skipped.
-#[derive(Default)]
-struct Install {
-    running: Option<JoinHandle<()>>,
-    newest: Option<(Option<SessionId>, Arc<Assignment>)>,
-}
-
-impl Install {
-    fn is_idle(&self) -> bool {
-        self.running.is_none()
-    }
-
-    fn begin(&mut self, owned: &Arc<Owned>, session: Option<SessionId>, known: &Arc<Assignment>) {
-        self.newest = Some((session, Arc::clone(known)));
-        if self.is_idle() {
-            self.next(owned);
-        }
-    }
-
-    fn next(&mut self, owned: &Arc<Owned>) {
-        if let Some((session, assignment)) = self.newest.take() {
-            let owned = Arc::clone(owned);
-            let install = move || owned.install(session, assignment);
-            self.running = Some(tokio::task::spawn_blocking(install));
-        }
-    }
-
-    async fn done(&mut self) {
-        match &mut self.running {
-            Some(running) => {
-                if let Err(error) = running.await {
-                    tracing::error!(%error, "installing an assignment failed");
-                }
-                self.running = None;
-            }
-            None => pending().await,
-        }
-    }
-}
-
-enum Dialed {
-    On(Box<Connection>, pb::Attached),
-    Elsewhere(Address, Option<Address>),
-    Refused(Address, pb::Refused),
-    Failed(Address, String),
-}
-
-async fn dial(connector: Connector, address: Address, first: Request) -> Dialed {
-    match timeout(DIAL_PATIENCE, ask(&connector, &address, first)).await {
-        Ok(Ok(Asked::On(connection, attached))) => Dialed::On(connection, attached),
-        Ok(Ok(Asked::Elsewhere(leader))) => Dialed::Elsewhere(address, leader),
-        Ok(Ok(Asked::Refused(refused))) => Dialed::Refused(address, refused),
-        Ok(Err(problem)) => Dialed::Failed(address, problem),
-        Err(_) => Dialed::Failed(address, format!("no answer within {DIAL_PATIENCE:?}")),
-    }
-}
-
-enum Asked {
-    On(Box<Connection>, pb::Attached),
-    Elsewhere(Option<Address>),
-    Refused(pb::Refused),
-}
-
-async fn ask(connector: &Connector, address: &Address, first: Request) -> Result<Asked, String> {
-    let endpoint = connector.endpoint(address).map_err(|error| chain(&error))?;
-    let channel = endpoint.connect_timeout(CONNECT_PATIENCE).connect().await;
-    let channel = channel.map_err(|error| chain(&error))?;
-    let (requests, queue) = mpsc::channel(REQUESTS_MAX);
-    let first = pb::SessionRequest { request: Some(first) };
-    requests.try_send(first).expect("a new queue has room");
-    let mut client =
-        pb::tasks_client::TasksClient::with_interceptor(channel, connector.authorize());
-    let stream = tokio_stream::wrappers::ReceiverStream::new(queue);
-    let mut replies = match client.session(stream).await {
-        Ok(response) => response.into_inner(),
-        Err(status) => return refusal(&status),
-    };
-    let reply = match replies.message().await {
-        Ok(reply) => reply.and_then(|reply| reply.reply),
-        Err(status) => return refusal(&status),
-    };
-    match reply {
-        Some(Reply::Attached(attached)) if attached.session != 0 => {
-            let beats = Beats { sent: 0, granted: 0, heard: Instant::now(), paused: false };
-            let connection = Connection { leader: address.clone(), requests, replies, beats };
-            Ok(Asked::On(Box::new(connection), attached))
-        }
-        Some(Reply::Redirect(redirect)) => Ok(Asked::Elsewhere(redirect.address.parse().ok())),
-        Some(Reply::Refused(refused)) => Ok(Asked::Refused(refused)),
-        Some(_) => Err("it began with something else than attaching".to_owned()),
-        None => Err("it closed the stream".to_owned()),
-    }
-}
-
-/// A status says less than a `Refused`, but this much: what is invalid stays so.
-fn refusal(status: &tonic::Status) -> Result<Asked, String> {
-    if status.code() == Code::InvalidArgument {
-        let code = pb::RefusedCode::Invalid.into();
-        return Ok(Asked::Refused(pb::Refused { code, message: status.message().to_owned() }));
-    }
-    Err(said(status))
-}
-
-fn said(status: &tonic::Status) -> String {
-    format!("{}: {}", status.code(), status.message())
-}
-
-/// An error and what caused it, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
