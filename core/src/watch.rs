@@ -31,8 +31,11 @@ pub const FULL_PATIENCE: Duration = Duration::from_secs(30);
 pub const UNKNOWN_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a source may lag behind a generation that was seen elsewhere before another one is asked.
 pub const BEHIND_PATIENCE: Duration = Duration::from_millis(500);
-/// The least time between two changes of source for that reason, so that a wrong word of a task costs little.
+/// The least time between two changes of source for that reason, and after everyone was asked in vain: the word of a task
+/// that saw what never was must cost little.
 pub const BEHIND_EVERY: Duration = Duration::from_secs(1);
+/// See `BEHIND_EVERY`.
+pub const BEHIND_REST: Duration = Duration::from_secs(30);
 /// How long to stay with a peer before the sources are tried again.
 pub const PEER_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -127,7 +130,9 @@ pub struct Watcher {
     sources_failed: usize,
     /// Tries since something new was installed or a stream lasted.
     failures: u32,
-    /// No change of source before this because of what was seen elsewhere.
+    /// What was seen elsewhere and is not known yet, and how many sources more to ask for it.
+    wanted: Option<(Generation, usize)>,
+    /// No change of source before this because of that.
     behind_again: Time,
     phase: Phase,
     state: State,
@@ -151,7 +156,7 @@ struct Patience {
     /// The source does not know the job.
     unknown: Option<Time>,
     /// The source has not reached a generation that was seen elsewhere.
-    behind: Option<(Time, Generation)>,
+    behind: Option<Time>,
     /// The source is a peer.
     home: Option<Time>,
 }
@@ -161,7 +166,7 @@ impl Patience {
         let ends = [
             self.full.map(|at| (at, "the source did not send what it was asked for")),
             self.unknown.map(|at| (at, "the source does not know the job")),
-            self.behind.map(|(at, _)| (at, "the source is behind what was seen elsewhere")),
+            self.behind.map(|at| (at, "the source is behind what was seen elsewhere")),
             self.home.map(|at| (at, "leaving a peer to try the sources again")),
         ];
         ends.into_iter().flatten().min_by_key(|(at, _)| *at)
@@ -198,6 +203,7 @@ impl Watcher {
             stream: StreamId::default(),
             sources_failed: 0,
             failures: 0,
+            wanted: None,
             behind_again: now,
             phase: Phase::Waiting { until: now },
             state,
@@ -283,6 +289,7 @@ impl Watcher {
             ..Patience::default()
         };
         self.phase = Phase::Open { since: now, patience };
+        self.expect(now);
         if !owes {
             self.live(now);
         }
@@ -339,17 +346,36 @@ impl Watcher {
     }
 
     fn seen(&mut self, now: Time, generation: Generation) {
-        let news = Some(generation) > self.generation();
+        let sought = self.wanted.map(|(sought, _)| sought);
         // With nobody else to ask, another stream would say the same.
-        if !news || self.count == 1 {
-            return;
+        if self.count > 1 && Some(generation) > self.generation().max(sought) {
+            self.wanted = Some((generation, self.count));
+            self.expect(now);
         }
+    }
+
+    /// Expects the source to have what was seen elsewhere before long.
+    fn expect(&mut self, now: Time) {
         if let Phase::Open { patience, .. } = &mut self.phase
+            && self.wanted.is_some()
             && patience.behind.is_none()
         {
             let leave = (now + BEHIND_PATIENCE).max(self.behind_again);
-            patience.behind = Some((leave, generation));
+            patience.behind = Some(leave);
             self.behind_again = leave + BEHIND_EVERY;
+        }
+    }
+
+    /// A source did not have what was seen elsewhere.
+    fn missed(&mut self, now: Time) {
+        if let Phase::Open { patience: Patience { behind: Some(_), .. }, .. } = self.phase
+            && let Some((_, left)) = &mut self.wanted
+        {
+            *left -= 1;
+            if *left == 0 {
+                self.wanted = None;
+                self.behind_again = now + BEHIND_REST;
+            }
         }
     }
 
@@ -374,10 +400,13 @@ impl Watcher {
     fn settle(&mut self, now: Time) {
         self.opened(now);
         let known = self.generation();
+        self.wanted.take_if(|(seen, _)| Some(*seen) <= known);
         if let Phase::Open { patience, .. } = &mut self.phase {
             patience.full = None;
             patience.unknown = None;
-            patience.behind.take_if(|(_, seen)| Some(*seen) <= known);
+            if self.wanted.is_none() {
+                patience.behind = None;
+            }
         }
         self.live(now);
     }
@@ -389,6 +418,7 @@ impl Watcher {
         {
             self.failures = 0;
         }
+        self.missed(now);
         let round = self.failures / self.count as u32;
         let pause = BACKOFF_FIRST.saturating_mul(1 << round.min(16)).min(BACKOFF_MAX);
         self.source = self.next_source();
@@ -692,7 +722,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_lags_behind_what_was_seen_is_left_once() {
+    fn a_source_that_lags_behind_what_was_seen_is_left_and_each_is_asked_once() {
         check(
             Play::new(2, 0, Some(5), 1),
             "wait            > ask 1 knowing 1.5 | stale
@@ -703,13 +733,25 @@ mod tests {
              delta 1.5 1.6   > install 1.6 by delta | live
              pass 2000       > - | live
              seen 1.7        > - | live
-             wait            > close | stale
+             pass 499        > - | live
+             pass 1          > close | stale
              wait            > ask 0 knowing 1.6 | stale
              open            > - | live
+             full 1.7        > install 1.7 in full | live
+             pass 60000      > - | live
              seen 9.9        > - | live
-             pass 900        > - | live
+             pass 500        > close | stale
+             wait            > ask 1 knowing 1.7 | stale
+             open            > - | live
+             seen 9.8        > - | live
+             pass 800        > - | live
+             wait            > close | stale
+             wait            > ask 0 knowing 1.7 | stale
+             open            > - | live
              seen 9.9        > - | live
-             pass 100        > close | stale",
+             pass 29000      > - | live
+             delta 1.7 1.8   > install 1.8 by delta | live
+             pass 1000       > close | stale",
         );
         let mut alone = Play::new(1, 0, Some(5), 1);
         for step in ["wait", "open", "seen 9.9"] {

@@ -425,6 +425,46 @@ mod tests {
         following.end().await;
     }
 
+    /// Three nodes, each as far as it got; in each round one dies or comes back, and one at least has the newest.
+    #[tokio::test]
+    async fn through_deaths_and_lags_it_reaches_the_newest_and_never_goes_back() {
+        let seed = RandomState::new().hash_one(0);
+        println!("seed {seed}");
+        let mut prng = Prng::new(seed);
+        let hubs = [hub_at(1), hub_at(1), hub_at(1)];
+        let mut nodes: Vec<Option<Node>> = hubs.iter().map(|hub| Some(Node::serve(hub))).collect();
+        let addresses: Vec<Address> =
+            nodes.iter().flatten().map(|node| node.address.clone()).collect();
+        let upstream = Upstream { sources: addresses.clone(), ..Upstream::default() };
+        let following = Following::follow(upstream, None);
+        let mut changes = following.hub.watch_changes(&"kv".parse().unwrap());
+        let mut newest = empty("kv", 1);
+        let mut steps = Vec::new();
+        for _ in 0..4 {
+            let (next, delta) = crate::testing::step(&newest);
+            steps.push((Arc::clone(&next), delta));
+            newest = next;
+            let ahead = prng.below(3) as usize;
+            let victim = prng.below(3) as usize;
+            nodes[victim] = match nodes[victim].take() {
+                Some(_dies) if victim != ahead => None,
+                Some(lives) => Some(lives),
+                None => Some(Node::serve_at(&addresses[victim], &hubs[victim]).await),
+            };
+            if nodes[ahead].is_none() {
+                nodes[ahead] = Some(Node::serve_at(&addresses[ahead], &hubs[ahead]).await);
+            }
+            for (step, delta) in &steps {
+                hubs[ahead].publish(Arc::clone(step), Some(delta));
+            }
+            following.seen.send_replace(Some(newest.generation));
+            assert_eq!(following.reaches(newest.generation).await, newest);
+            let known = changes.borrow_and_update().clone().unwrap();
+            assert_eq!(known, newest);
+        }
+        following.end().await;
+    }
+
     fn grpc(message: &[u8]) -> Bytes {
         let mut frame = vec![0];
         frame.extend((message.len() as u32).to_be_bytes());

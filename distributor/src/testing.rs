@@ -90,13 +90,32 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn serve(hub: &Hub) -> Self {
+        Self::serve_on(std::net::TcpListener::bind("127.0.0.1:0").unwrap(), hub)
+    }
+
+    /// Comes back where a node died, as soon as its socket is gone.
+    pub(crate) async fn serve_at(address: &Address, hub: &Hub) -> Self {
+        let bound = async {
+            loop {
+                match std::net::TcpListener::bind(address.as_str()) {
+                    Ok(listener) => return listener,
+                    Err(_) => tokio::task::yield_now().await,
+                }
+            }
+        };
+        Self::serve_on(soon("the address of a dead node", bound).await, hub)
+    }
+
+    fn serve_on(listener: std::net::TcpListener, hub: &Hub) -> Self {
         let stop = CancellationToken::new();
-        Self::serve_with(Routes::new(WatchService::new(hub.clone(), stop.clone())), stop)
+        let routes = Routes::new(WatchService::new(hub.clone(), stop.clone()));
+        Self::serve_with(listener, routes, stop)
     }
 
     /// Serves these bytes to everyone who watches, and then stays silent.
     pub(crate) fn liar(frames: Vec<Bytes>) -> Self {
-        Self::serve_with(Routes::new(Liar(frames)), CancellationToken::new())
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::serve_with(listener, Routes::new(Liar(frames)), CancellationToken::new())
     }
 
     /// Serves only those who show this token.
@@ -107,16 +126,20 @@ impl Node {
             _ => Err(Status::unauthenticated("the token is not this cluster's")),
         };
         let service = WatchService::new(hub.clone(), stop.clone());
-        Self::serve_with(Routes::new(InterceptedService::new(service, guard)), stop)
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::serve_with(listener, Routes::new(InterceptedService::new(service, guard)), stop)
     }
 
-    fn serve_with(routes: Routes, stop: CancellationToken) -> Self {
+    fn serve_with(
+        listener: std::net::TcpListener,
+        routes: Routes,
+        stop: CancellationToken,
+    ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .unwrap();
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap().to_string().parse().unwrap();
         let stopped = stop.clone();

@@ -1,10 +1,13 @@
 //! Nanoseconds from a key of 16 bytes to the task that serves it: `cargo bench -p mandoline`.
 //!
 //! Slices begin at random places, 50 tasks serve them, and keys are drawn evenly from a set larger than the first-level
-//! cache. Beside it what a lookup stands on: the hash alone, and a binary search in the place of the table.
+//! cache. Beside it what a lookup stands on, the hash alone and a binary search in the place of the table, and what one
+//! would write in an hour: a `BTreeMap` behind an `RwLock`, with the standard library's hash.
 
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
 use std::hint::black_box;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use mandoline::{Address, Assignment, Clerk, Generation, SessionId, SliceKey, Task};
@@ -82,6 +85,20 @@ fn route(c: &mut Criterion) {
             });
         });
     }
+    let known = assignment(10_000, 1);
+    let slices = known
+        .slices
+        .iter()
+        .map(|(slice, assigned)| (slice.first().0, assigned.replicas.as_slice()[0].session));
+    let map: RwLock<BTreeMap<u64, SessionId>> = RwLock::new(slices.collect());
+    let hasher = RandomState::new();
+    group.bench_function("BTreeMap behind an RwLock/10000", |b| {
+        b.iter(|| {
+            let hash = hasher.hash_one(keys[next()]);
+            let map = map.read().expect("nobody panics");
+            black_box(map.range(..=hash).next_back().map(|(_, session)| *session))
+        });
+    });
     let clerk = Clerk::frozen(assignment(10_000, 3));
     let mut router = clerk.router();
     group.bench_function("router, 3 replicas/10000", |b| {

@@ -210,12 +210,10 @@ impl Clerk {
     /// Tells the clerk that a generation was seen elsewhere, such as on a request that a task turned away. Should its
     /// source not have it soon, it asks another one.
     pub fn refresh(&self, seen: Generation) {
-        let news = |known: &mut Option<Generation>| {
-            let news = Some(seen) > *known;
-            if news {
-                *known = Some(seen);
-            }
-            news
+        let known = self.inner.snapshot.load().assignment().generation;
+        let news = |told: &mut Option<Generation>| {
+            *told = (*told).max(Some(seen));
+            seen > known
         };
         self.inner.seen.send_if_modified(news);
     }
