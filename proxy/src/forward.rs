@@ -8,6 +8,7 @@
 use std::future::Future;
 use std::pin::pin;
 use std::rc::Rc;
+use std::time::Duration;
 
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
@@ -122,9 +123,11 @@ async fn exchange_messages(
     tape: &Tape,
     exchange: &Exchange,
 ) -> Result<Answer, Setback> {
+    let mut kept_may_do = true;
     loop {
         // A kept connection that turns out closed costs nothing but the look, so this loop ends with a new one.
-        let mut lease = match worker.pool.kept(upstream) {
+        let kept = if kept_may_do { worker.pool.kept(upstream) } else { None };
+        let mut lease = match kept {
             Some(lease) => lease,
             None => worker.pool.connect(upstream).await.map_err(|error| {
                 debug!(%error, "Task not reached");
@@ -159,7 +162,7 @@ async fn exchange_messages(
             (true, true) => {}
             (true, false) => return Err(Setback::Unreached),
             // The task closed a connection that it had kept, at the moment when it was used.
-            (false, true) if head.method.is_idempotent() => {}
+            (false, true) if head.method.is_idempotent() => kept_may_do = false,
             (false, _) => return Err(Setback::Broken),
         }
     }
@@ -176,7 +179,7 @@ fn request(head: &Parts, upload: Upload) -> Request<Upload> {
 /// Waits for an answer as long as the body gets on, and for `limit` after it last did.
 async fn within<T>(
     answer: impl Future<Output = T>,
-    limit: std::time::Duration,
+    limit: Duration,
     began: Instant,
     tape: &Tape,
 ) -> Option<T> {

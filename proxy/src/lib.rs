@@ -8,11 +8,11 @@
 //! ```
 
 pub mod names;
-pub mod config;
 pub mod record;
+pub mod config;
 pub mod metrics;
-mod refusal;
 mod wire;
+mod refusal;
 mod upload;
 mod pool;
 pub mod route;

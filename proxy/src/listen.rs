@@ -1,5 +1,6 @@
 //! Sockets and connections: one listening socket for each worker on the same port, where the kernel spreads the clients.
 
+use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -25,7 +26,7 @@ use crate::identify::Client;
 use crate::metrics::Count;
 use crate::refusal::Refusal;
 use crate::serve::serve;
-use crate::wire::{Watch, Wire};
+use crate::wire::{SlowHead, Watch, Wire};
 use crate::worker::Worker;
 
 /// Connections that the kernel holds for a worker that has not accepted them. Beyond it clients wait and try again.
@@ -174,11 +175,16 @@ async fn connection(place: Place, stream: TcpStream, peer: SocketAddr, stop: Can
         }
     };
     if let Err(error) = served {
-        if error.is_parse() {
+        if error.is_parse() || is_slow_head(&error) {
             worker.counters.count(Count::Malformed);
         }
         debug!(%error, %peer, "Client connection broke");
     }
+}
+
+fn is_slow_head(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.and_then(io::Error::get_ref).is_some_and(|cause| cause.is::<SlowHead>())
 }
 
 fn set_up(stream: &TcpStream, stall: Duration) -> io::Result<()> {

@@ -34,6 +34,7 @@ pub(crate) async fn serve(
 ) -> Result<Response<Download>, Infallible> {
     let mut exchange = Exchange::begin(&worker);
     let (mut head, body) = request.into_parts();
+    let waits_for_leave = head.headers.contains_key(header::EXPECT);
     let tape = Tape::new(body, &worker.replay_room, seen.body);
     let answer = match seen.doubt {
         Some(doubt) => Err(Refusal::Doubt(doubt)),
@@ -41,7 +42,13 @@ pub(crate) async fn serve(
     };
     Ok(match answer {
         Ok(answer) => pass_on(worker, answer, exchange, seen.abort),
-        Err(refusal) => refuse(&worker, &head, tape, &refusal, exchange),
+        Err(refusal) => {
+            // A client that waits for leave to send its body will see the answer first.
+            if !waits_for_leave {
+                linger(&worker, tape);
+            }
+            refuse(&worker, &refusal, exchange)
+        }
     })
 }
 
@@ -91,22 +98,12 @@ fn pass_on(
 }
 
 /// Answers in the task's place.
-fn refuse(
-    worker: &Rc<Worker>,
-    head: &Parts,
-    tape: Tape,
-    refusal: &Refusal,
-    mut exchange: Exchange,
-) -> Response<Download> {
+fn refuse(worker: &Rc<Worker>, refusal: &Refusal, mut exchange: Exchange) -> Response<Download> {
     if matches!(refusal, Refusal::Unserved) {
         worker.counters.count(Count::Unserved);
     }
     exchange.answers(refusal.status());
     exchange.ends(refusal.outcome());
-    // A client that waits for leave to send its body will see the answer first.
-    if !head.headers.contains_key(header::EXPECT) {
-        linger(worker, tape);
-    }
     refusal.response().map(|text: Bytes| Download::Own(Some(text)))
 }
 

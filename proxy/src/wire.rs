@@ -32,6 +32,11 @@ pub(crate) enum Doubt {
     BareLineFeed,
 }
 
+/// A head began and did not end in time.
+#[derive(Debug, thiserror::Error)]
+#[error("the head of a request did not come in time")]
+pub(crate) struct SlowHead;
+
 /// A client's socket.
 pub(crate) struct Wire {
     stream: TcpStream,
@@ -213,7 +218,7 @@ impl AsyncRead for Wire {
         } else if polled.is_pending() {
             let slow = this.slow.get_or_insert_with(|| Box::pin(sleep(this.head_timeout)));
             if slow.as_mut().poll(context).is_ready() {
-                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, SlowHead)));
             }
         }
         polled
