@@ -73,11 +73,14 @@ pub struct Snapshots {
     /// So many entries stay in the log although a snapshot has them: a node that was away for a moment catches up by
     /// them, which is cheaper than a snapshot.
     pub keep: u64,
+    /// Or after so many bytes, however few entries that are: the loads of a million slices weigh megabytes, and come once a
+    /// minute. The log that such a snapshot covers goes at once.
+    pub bytes: u64,
 }
 
 impl Default for Snapshots {
     fn default() -> Self {
-        Self { every: 5_000, keep: 1_000 }
+        Self { every: 5_000, keep: 1_000, bytes: 64 << 20 }
     }
 }
 

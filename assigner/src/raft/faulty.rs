@@ -25,6 +25,8 @@ pub struct Faults {
     pub cut_at: Option<u64>,
     /// This write, resize or sync fails with EIO, and so do all after it.
     pub fail_at: Option<u64>,
+    /// The disk says that it has synced, and has not: no node can bear that, and a test must notice.
+    pub lies: bool,
     /// The disk has so many bytes: a write or resize beyond them fails with ENOSPC.
     pub capacity: Option<u64>,
 }
@@ -189,6 +191,9 @@ impl StorageBackend for Plugged {
 
     fn sync_data(&self) -> io::Result<()> {
         let mut platter = self.counted()?;
+        if platter.faults.lies {
+            return Ok(());
+        }
         // Only what changed is copied: a database of megabytes is synced hundreds of times a test.
         for op in std::mem::take(&mut platter.pending) {
             match op {

@@ -7,11 +7,13 @@ use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, Range, RangeBounds};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
 use openraft::{LogState, OptionalSend};
+use tokio::sync::Notify;
 
 use crate::raft::disk::{Change, Disk, Loaded};
 use crate::raft::record::{self, Kind};
@@ -32,6 +34,33 @@ pub(crate) struct Log {
     disk: Arc<Disk>,
     writer: Writer,
     tail: Arc<Mutex<Tail>>,
+    grown: Grown,
+}
+
+/// Tells when the log has grown so much that it is worth a snapshot.
+#[derive(Clone, Debug)]
+pub(crate) struct Grown {
+    limit: u64,
+    news: Arc<Notify>,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Grown {
+    fn new(limit: u64) -> Self {
+        Self { limit, news: Arc::default(), bytes: Arc::default() }
+    }
+
+    /// Waits until there is reason for a snapshot.
+    pub(crate) async fn enough(&self) {
+        self.news.notified().await;
+    }
+
+    fn by(&self, bytes: u64) {
+        if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes >= self.limit {
+            self.bytes.store(0, Ordering::Relaxed);
+            self.news.notify_one();
+        }
+    }
 }
 
 /// What is known without looking at the disk.
@@ -52,8 +81,8 @@ struct Tail {
 }
 
 impl Log {
-    /// Goes on with what was loaded.
-    pub(crate) fn new(disk: Arc<Disk>, writer: Writer, loaded: &Loaded) -> Self {
+    /// Goes on with what was loaded; says so whenever it has grown by so many bytes.
+    pub(crate) fn new(disk: Arc<Disk>, writer: Writer, loaded: &Loaded, grown_bytes: u64) -> Self {
         let tail = Tail {
             vote: loaded.vote,
             committed: loaded.committed,
@@ -62,7 +91,12 @@ impl Log {
             flushed: next(loaded.last),
             ..Tail::default()
         };
-        Self { disk, writer, tail: Arc::new(Mutex::new(tail)) }
+        Self { disk, writer, tail: Arc::new(Mutex::new(tail)), grown: Grown::new(grown_bytes) }
+    }
+
+    /// Tells when a snapshot is due by size.
+    pub(crate) fn grown(&self) -> Grown {
+        self.grown.clone()
     }
 
     fn tail(&self) -> MutexGuard<'_, Tail> {
@@ -221,7 +255,7 @@ impl RaftLogStorage<Types> for Log {
     {
         let sealed = |entry: Entry| (seal_entry(&entry), entry);
         let entries: Vec<(Bytes, Entry)> = entries.into_iter().map(sealed).collect();
-        let records =
+        let records: Vec<(u64, Bytes)> =
             entries.iter().map(|(record, entry)| (entry.log_id.index, record.clone())).collect();
         let cuts = {
             let mut tail = self.tail();
@@ -232,6 +266,7 @@ impl RaftLogStorage<Types> for Log {
             }
             tail.cuts
         };
+        self.grown.by(records.iter().map(|(_, record)| record.len() as u64).sum());
         let (end, tail) = (next(self.tail().last), self.tail.clone());
         self.writer.write(Change::Append(records), move |result| {
             if result.is_ok() {

@@ -47,7 +47,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::raft::config::{Config, Timings};
 use crate::raft::disk::{Disk, DiskError};
-use crate::raft::log::Log;
+use crate::raft::log::{Grown, Log};
 use crate::raft::machine::{Keeper, Listener, Machine, Shown};
 use crate::raft::node::{Node, Raft, Unborn};
 use crate::raft::peer::{Dialer, Known};
@@ -60,6 +60,8 @@ use crate::raft::writer::Writer;
 pub const COMMAND_BYTES_MAX: usize = 64 << 20;
 /// How long a leader that stops waits for another to lead: a transfer takes milliseconds, and an election comes anyway.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(1);
+/// How long a snapshot may take: a state of gigabytes is beyond the limits of a cluster.
+const SNAPSHOT_WITHIN: Duration = Duration::from_secs(60);
 /// Between two tries of a proposal that found no leader.
 const RETRY_EVERY: Duration = Duration::from_millis(5);
 
@@ -270,7 +272,8 @@ impl Consensus {
         let keeper = Keeper::new(disk.clone(), writer.clone(), loaded.snapshot.clone());
         let machine = Machine::new(shown.clone(), listener, keeper);
         let applied = machine.progress();
-        let log = Log::new(disk, writer.clone(), &loaded);
+        let log = Log::new(disk, writer.clone(), &loaded, snapshots.bytes);
+        let grown = log.grown();
         let dialer = Arc::new(Dialer::new(transport, known.clone()));
         let unborn = Unborn { config: raft_config, log, machine };
         let node = Arc::new(Node::new(member, first, dialer, known, shown, writer, unborn));
@@ -292,6 +295,9 @@ impl Consensus {
             stopped: Arc::default(),
         };
         let tasks = [
+            tokio::spawn(
+                ending.clone().run_until_cancelled_owned(keep_small(node.clone(), grown)).map(drop),
+            ),
             tokio::spawn(
                 ending
                     .clone()
@@ -738,6 +744,24 @@ async fn name_cluster(node: Arc<Node>, mut role: watch::Receiver<Role>) {
         if let Err(error) = raft.client_write(command).await {
             tracing::debug!(%error, "The cluster is named by the next leader");
             tokio::time::sleep(RETRY_EVERY).await;
+        }
+    }
+}
+
+/// Makes a snapshot, and drops the log that it covers, whenever the log has grown by too many bytes.
+async fn keep_small(node: Arc<Node>, grown: Grown) {
+    let raft = node.raft.wait().await;
+    loop {
+        grown.enough().await;
+        let applied = raft.metrics().borrow_watched().last_applied;
+        let made = async {
+            raft.trigger().snapshot().await.ok()?;
+            let wait = raft.wait(Some(SNAPSHOT_WITHIN));
+            let metrics = wait.metrics(|now| now.snapshot >= applied, "a snapshot").await.ok()?;
+            raft.trigger().purge_log(metrics.snapshot?.index).await.ok()
+        };
+        if made.await.is_none() {
+            tracing::warn!("The log has grown, and no snapshot was made in time");
         }
     }
 }

@@ -40,6 +40,9 @@ use crate::raft::wire;
 /// The least that a reply may take: a sync on a busy disk takes longer than three quarters of a heartbeat.
 const PATIENCE: Duration = Duration::from_millis(300);
 
+/// How many refusals in a row are told of once.
+const REMIND_EVERY: u64 = 600;
+
 /// Makes the links of one node.
 #[derive(Clone, Debug)]
 pub(crate) struct Network {
@@ -58,6 +61,7 @@ impl RaftNetworkFactory<Types> for Network {
 
     async fn new_client(&mut self, target: u64, node: &Member) -> Link {
         Link {
+            told: AtomicU64::new(0),
             me: self.me,
             target: NodeId(target),
             address: node.peer.clone(),
@@ -69,6 +73,8 @@ impl RaftNetworkFactory<Types> for Network {
 /// The way to one peer.
 #[derive(Debug)]
 pub(crate) struct Link {
+    /// How many refusals were told of.
+    told: AtomicU64,
     me: NodeId,
     target: NodeId,
     address: String,
@@ -92,7 +98,11 @@ impl Link {
 
     fn failed(&self, status: &Status) -> RPCError<Types> {
         if let Some(kind) = refusal(status) {
-            tracing::warn!(peer = %self.target, address = %self.address, kind, error = status.message(), "Peer refused a call");
+            // A leader calls ten times a second: the first refusal is news, the rest is a reminder.
+            if self.told.fetch_add(1, Ordering::Relaxed).is_multiple_of(REMIND_EVERY) {
+                let (peer, address, error) = (self.target, &self.address, status.message());
+                tracing::warn!(%peer, %address, kind, error, "Peer refused a call");
+            }
         }
         let message = format!(
             "{} at {}: {:?}: {}",

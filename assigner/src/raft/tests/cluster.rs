@@ -2,13 +2,18 @@
 
 use std::time::Duration;
 
-use mandoline_core::name::JobName;
+use mandoline_core::command::Command;
+use mandoline_core::prng::Prng;
+use mandoline_core::state::State;
+use mandoline_core::task::TaskInfo;
 use tokio::time::Instant;
 
-use super::kit::{Cluster, apply, job, until, version};
-use crate::raft::ProposeError;
-use crate::raft::config::Snapshots;
+use super::kit::{Cluster, Options, Place, Running, apply, job, start, until, version};
+use crate::raft::config::{FirstStart, Snapshots};
+use crate::raft::disk::{FILE, Storage};
+use crate::raft::faulty::{Faults, Media};
 use crate::raft::machine::Event;
+use crate::raft::{Failure, ProposeError};
 
 #[tokio::test]
 async fn three_nodes_agree_and_go_on_without_the_one_that_led() {
@@ -58,7 +63,8 @@ async fn a_follower_says_who_leads_and_a_leader_without_a_quorum_does_not_lead()
 
 #[tokio::test]
 async fn a_node_that_was_away_catches_up_by_the_log_and_after_long_by_a_snapshot() {
-    let mut cluster = Cluster::start(3, Snapshots { every: 40, keep: 10 }).await;
+    let mut cluster =
+        Cluster::start(3, Snapshots { every: 40, keep: 10, ..Snapshots::default() }).await;
     let away = (cluster.leader().await + 1) % 3;
     for (count, by_snapshot) in [(5, false), (200, true)] {
         cluster.kill(away);
@@ -109,7 +115,8 @@ async fn every_node_tells_of_every_change_in_order() {
 
 #[tokio::test]
 async fn all_nodes_killed_at_once_find_everything_again() {
-    let mut cluster = Cluster::start(3, Snapshots { every: 30, keep: 5 }).await;
+    let mut cluster =
+        Cluster::start(3, Snapshots { every: 30, keep: 5, ..Snapshots::default() }).await;
     let mut acknowledged = 0;
     for round in 0..5 {
         for _ in 0..20 {
@@ -161,37 +168,130 @@ async fn the_lead_goes_where_it_is_sent() {
     assert!(cluster.node(leader).consensus.transfer_leader(to).await.is_err());
 }
 
+/// A task with as much to say of itself as may be.
+fn heavy(job: &str, n: u64) -> Command {
+    let (name, address) = (format!("t{n}"), format!("t{n}:1"));
+    let mut info = TaskInfo::new(name.parse().unwrap(), 1, address.parse().unwrap());
+    info.labels = (0..32).map(|label| (format!("{label:0128}"), "x".repeat(128))).collect();
+    Command::Register { job: job.parse().unwrap(), info, stopped: None }
+}
+
 #[tokio::test]
-async fn a_large_command_and_a_large_snapshot_travel_in_parts() {
-    use mandoline_core::command::Command;
-    use mandoline_core::task::TaskInfo;
-    let mut cluster = Cluster::start(3, Snapshots { every: 20, keep: 5 }).await;
+async fn a_large_snapshot_travels_in_parts() {
+    let snapshots = Snapshots { every: 20, keep: 5, ..Snapshots::default() };
+    let mut cluster = Cluster::start(3, snapshots).await;
     let away = (cluster.leader().await + 1) % 3;
     cluster.kill(away);
-    // Tasks with long labels make a state of some megabytes.
     cluster.propose(apply("big")).await;
-    for n in 0..300_u64 {
-        let mut info =
-            TaskInfo::new(format!("t{n}").parse().unwrap(), 1, format!("t{n}:1").parse().unwrap());
-        info.labels = (0..32).map(|label| (format!("{label:0128}"), "x".repeat(128))).collect();
-        let register = Command::Register { job: JobName::new("big").unwrap(), info, stopped: None };
-        cluster.propose(register).await;
+    for n in 0..300 {
+        cluster.propose(heavy("big", n)).await;
     }
     cluster.up(away).await;
     let node = cluster.node(away);
-    let has = || {
-        node.consensus
-            .state()
-            .jobs
-            .get(&job("big"))
-            .is_some_and(|job| job.assignment.tasks.len() == 300)
-    };
-    until("all tasks to be known", has).await;
+    let tasks =
+        |state: &State| state.jobs.get(&job("big")).map_or(0, |job| job.assignment.tasks.len());
+    until("all tasks to be known", || tasks(&node.consensus.state()) == 300).await;
     let large = |event: &Event| match event {
-        Event::Installed { state } => {
-            state.jobs.get(&job("big")).is_some_and(|job| job.assignment.tasks.len() > 200)
-        }
+        Event::Installed { state } => tasks(state) > 200,
         Event::Applied { .. } => false,
     };
-    assert!(node.events.lock().unwrap().iter().any(large), "by a snapshot of more than a megabyte");
+    assert!(node.events.lock().unwrap().iter().any(large), "by a snapshot of two megabytes");
+}
+
+#[tokio::test]
+async fn a_log_of_few_but_large_entries_is_kept_small_too() {
+    let snapshots = Snapshots { every: 1_000_000, keep: 0, bytes: 100_000 };
+    let cluster = Cluster::start(1, snapshots).await;
+    cluster.propose(apply("big")).await;
+    for n in 0..30 {
+        cluster.propose(heavy("big", n)).await;
+    }
+    let status = || cluster.node(0).consensus.status();
+    until("a snapshot", || status().snapshot.is_some()).await;
+    until("the log to be purged", || status().purged.is_some()).await;
+}
+
+#[tokio::test]
+async fn a_node_whose_disk_fails_stops_and_the_others_go_on() {
+    let mut cluster = Cluster::start(3, Snapshots::default()).await;
+    cluster.propose(apply("a")).await;
+    let sick = cluster.leader().await;
+    // Its disk is replaced by one that fails soon: what it has is copied, as it would not be in earnest.
+    cluster.nodes[sick].take().unwrap().stop().await;
+    let media = Media::default();
+    media.overwrite(std::fs::read(cluster.places[sick].dir.join(FILE)).unwrap());
+    let plug = |faults| Some(Storage::Backend("media".to_owned(), Box::new(media.plug(faults))));
+    let storage = plug(Faults { fail_at: Some(40), ..Faults::default() });
+    let options = Options { storage, ..Options::new(cluster.list()) };
+    let node = start(&mut cluster.places[sick], options).await.unwrap();
+    let failed = node.consensus.clone();
+    let failed = tokio::spawn(async move { failed.failed().await });
+    cluster.nodes[sick] = Some(node);
+    let mut acknowledged = 0;
+    while !failed.is_finished() {
+        let at = cluster.running().find(|(at, node)| *at != sick && node.leads());
+        let Some((_, node)) = at else {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            continue;
+        };
+        if let Ok(applied) = node.propose(apply("a")).await {
+            acknowledged = version(&applied);
+        }
+    }
+    let failure = failed.await.unwrap();
+    assert!(matches!(failure, Failure::Disk(_)), "{failure}");
+    assert!(failure.to_string().contains("make room or replace the disk"), "{failure}");
+    cluster.nodes[sick].take().unwrap().stop().await;
+    let next = version(&cluster.propose(apply("a")).await);
+    assert_eq!(next, acknowledged + 1);
+    // And with a disk that is well, from where it was.
+    let options = Options { storage: plug(Faults::default()), ..Options::new(cluster.list()) };
+    cluster.nodes[sick] = Some(start(&mut cluster.places[sick], options).await.unwrap());
+    cluster.all_have("a", next).await;
+}
+
+#[tokio::test]
+async fn three_nodes_that_lose_power_at_once_lose_nothing_acknowledged() {
+    let seed = 99;
+    let mut prng = Prng::new(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let mut places: Vec<_> = (1..=3).map(|n| Place::new(dir.path(), &format!("n{n}"))).collect();
+    let media: Vec<_> = (0..3).map(|_| Media::default()).collect();
+    let first = FirstStart::Together(places.iter().map(|place| place.member.clone()).collect());
+    let mut acknowledged = 0;
+    for cut in 0..8 {
+        let mut nodes = Vec::new();
+        for (place, media) in places.iter_mut().zip(&media) {
+            let storage =
+                Some(Storage::Backend("media".to_owned(), Box::new(media.plug(Faults::default()))));
+            let snapshots = Snapshots { every: 20, keep: 5, ..Snapshots::default() };
+            let options = Options { storage, snapshots, ..Options::new(first.clone()) };
+            nodes.push(start(place, options).await.unwrap());
+        }
+        until("a leader", || nodes.iter().any(Running::leads)).await;
+        let leader = nodes.iter().find(|node| node.leads()).expect("there was one");
+        let found = leader.consensus.state().jobs.get(&job("a")).map_or(0, |job| job.version);
+        assert!(
+            found >= acknowledged,
+            "cut {cut} of seed {seed}: {found}, and {acknowledged} was acknowledged"
+        );
+        let writes = prng.below(40);
+        for _ in 0..writes {
+            match leader.propose(apply("a")).await {
+                Ok(applied) => acknowledged = version(&applied),
+                Err(error) => println!("cut {cut}: {error}"),
+            }
+        }
+        // One more is under way when the power goes.
+        let consensus = leader.consensus.clone();
+        let last = tokio::spawn(async move { consensus.propose(apply("a")).await });
+        tokio::task::yield_now().await;
+        for media in &media {
+            media.cut(&mut prng);
+        }
+        for node in nodes {
+            node.kill();
+        }
+        last.abort();
+    }
 }

@@ -15,7 +15,8 @@ use crate::raft::{Failure, MemberError};
 
 #[tokio::test]
 async fn a_node_that_lost_its_disk_is_refused_under_its_id_and_joins_under_a_fresh_one() {
-    let mut cluster = Cluster::start(3, Snapshots { every: 50, keep: 10 }).await;
+    let mut cluster =
+        Cluster::start(3, Snapshots { every: 50, keep: 10, ..Snapshots::default() }).await;
     for _ in 0..100 {
         cluster.propose(apply("a")).await;
     }

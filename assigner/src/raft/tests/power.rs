@@ -39,9 +39,9 @@ struct Acknowledged {
 }
 
 /// So that snapshots and purges happen between most cuts.
-const OFTEN: Snapshots = Snapshots { every: 20, keep: 5 };
+const OFTEN: Snapshots = Snapshots { every: 20, keep: 5, bytes: u64::MAX };
 /// So that the log grows until the disk is full.
-const NEVER: Snapshots = Snapshots { every: 1_000_000, keep: 0 };
+const NEVER: Snapshots = Snapshots { every: 1_000_000, keep: 0, bytes: u64::MAX };
 
 async fn start(
     media: &Media,
@@ -262,4 +262,36 @@ async fn comes_back(media: &Media, acknowledged: &Mutex<Acknowledged>) {
     assert!(leads(&node).await);
     check(&node.state(), &acknowledged.lock().unwrap(), "after the disk was well again");
     node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_lies_about_its_syncs_is_found_out_by_these_tests() {
+    let mut prng = Prng::new(5);
+    for cut in 0..50 {
+        let media = Media::default();
+        let node = start(&media, Faults::default(), OFTEN).await.unwrap();
+        assert!(leads(&node).await);
+        let before = version(&node.propose(apply("a")).await.unwrap());
+        node.stop().await;
+        let faults = Faults { cut_at: Some(50), lies: true, ..Faults::default() };
+        let node = start(&media, faults, OFTEN).await.unwrap();
+        let acknowledged = Arc::new(Mutex::new(Acknowledged::default()));
+        if leads(&node).await {
+            write(&node, &acknowledged, cut).await;
+        }
+        node.stop().await;
+        media.cut(&mut prng);
+        let acknowledged =
+            acknowledged.lock().unwrap().versions.get("a").copied().unwrap_or(before);
+        let Ok(node) = start(&media, Faults::default(), OFTEN).await else {
+            return;
+        };
+        assert!(leads(&node).await);
+        let found = node.state().jobs.get(&job("a")).map_or(0, |job| job.version);
+        node.stop().await;
+        if found < acknowledged {
+            return;
+        }
+    }
+    panic!("50 cuts of a disk that lies, and nothing was missed");
 }

@@ -39,7 +39,7 @@ fn stored(storage: Storage) -> Result<(Log, Machine, Writer), DiskError> {
     // The thread ends with the last of those who can send to it.
     let (writer, _thread) = Writer::start(disk.clone()).unwrap();
     let keeper = Keeper::new(disk.clone(), writer.clone(), loaded.snapshot.clone());
-    let log = Log::new(disk, writer.clone(), &loaded);
+    let log = Log::new(disk, writer.clone(), &loaded, u64::MAX);
     Ok((log, Machine::new(Shown::new(), Box::new(|_| ()), keeper), writer))
 }
 
