@@ -47,6 +47,11 @@ impl Town {
     /// Starts everything, and waits until every key is served.
     pub(crate) async fn start(args: &DevArgs) -> Result<Self, Failure> {
         let temporary = match &args.data_dir {
+            Some(_) if args.port_base == 0 => {
+                return Err(Failure::new("--data-dir and --port-base 0 do not go together")
+                    .because("nodes that are found again need the same ports each time")
+                    .try_this("leave --port-base out, or give a number"));
+            }
             Some(_) => None,
             None => Some(tempfile::tempdir().map_err(|error| {
                 Failure::new("cannot make a temporary directory").because(error)

@@ -1,0 +1,63 @@
+//! `mandoline dev`: everything in one process.
+
+use std::net::SocketAddr;
+
+use serde_json::Value;
+
+use crate::kit::{Process, ask, free_row, run, text};
+
+#[test]
+fn dev_prints_what_works_and_stops_on_ctrl_c() {
+    let mut dev = Process::start(&["dev", "--port-base", "0", "--tasks", "2"]);
+    dev.line("Ctrl-C stops it all.");
+    let proxy: SocketAddr = dev.line("proxy ").parse().unwrap();
+    let put = ask(proxy, "PUT", "/kv/greeting", "hello").expect("the proxy answers");
+    assert_eq!(put.status, 204, "{put:?}");
+    let get = ask(proxy, "GET", "/kv/greeting", "").expect("the proxy answers");
+    assert_eq!((get.status, get.body.contains("hello")), (200, true), "{get:?}");
+
+    let node = dev.line("assigners ").split_whitespace().next().unwrap().parse().unwrap();
+    let ready = ask(node, "GET", "/readyz?verbose", "").expect("the node answers");
+    assert_eq!(ready.status, 200, "{ready:?}");
+    assert!(ready.body.contains("[ok] leader"), "{ready:?}");
+    let metrics = ask(node, "GET", "/metrics", "").expect("the node answers");
+    assert!(metrics.body.contains("mandoline_assigner_job_tasks{job=\"kv\"} 2"), "{metrics:?}");
+
+    dev.signal("INT");
+    assert_eq!(dev.ended(), Some(0), "{}", dev.stderr());
+    assert!(dev.stdout().contains("stopped in"), "{}", dev.stdout());
+}
+
+#[test]
+fn a_run_ends_with_its_sums_on_a_line() {
+    let load = ["--load", "zipf:0.99", "--rate", "200", "--add-task-at", "1s", "--for", "3s"];
+    let sums = sums(&[&["--port-base", "0"], &load[..]].concat());
+    assert!(sums["requests"].as_u64().unwrap() > 100, "{sums}");
+    assert_eq!(sums["failed"], 0, "{sums}");
+    assert!(sums["first_try_share"].as_f64().unwrap() > 0.9, "{sums}");
+    for field in ["imbalance_p50", "imbalance_p99", "moves", "key_churn", "load_churn"] {
+        assert!(sums.get(field).is_some(), "{field}: {sums}");
+    }
+}
+
+#[test]
+fn a_restart_finds_everything_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = free_row(22).to_string();
+    let data = ["--data-dir", dir.path().to_str().unwrap(), "--port-base", &base];
+    let run = || sums(&[&data[..], &["--for", "1s", "--listen", "127.0.0.1:0"]].concat());
+    let number = |sums: &Value| -> u64 {
+        let generation = sums["generation"].as_str().expect("there is a generation");
+        generation.strip_prefix("1.").expect("nothing was restored").parse().unwrap()
+    };
+    let (before, after) = (run(), run());
+    assert!(number(&after) > number(&before), "{before} {after}");
+}
+
+fn sums(args: &[&str]) -> Value {
+    let output = run(&[&["dev", "--json"], args].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let out = text(&output.stdout);
+    let line = out.lines().last().expect("there is a last line");
+    serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {out}"))
+}
