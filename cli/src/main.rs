@@ -19,6 +19,7 @@ mod node;
 mod task;
 mod proxy;
 mod dev;
+mod bench;
 
 use std::process::ExitCode;
 
@@ -54,6 +55,8 @@ enum Command {
     Proxy(Box<proxy::ProxyArgs>),
     #[command(subcommand)]
     Demo(DemoCommand),
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
 }
 
 /// The sample service
@@ -66,7 +69,8 @@ impl Command {
     /// How much is logged unless asked for: a server says what it does, a command only what it cannot do.
     const fn usual_log(&self) -> &'static str {
         match self {
-            Self::Assigner(_) | Self::Proxy(_) | Self::Demo(_) => "info",
+            // openraft tells every step of an election at this level.
+            Self::Assigner(_) | Self::Proxy(_) | Self::Demo(_) => "info,openraft=warn",
             // In one process all nodes stop at once, which openraft laments.
             _ => "warn,openraft=off",
         }
@@ -102,6 +106,7 @@ fn start(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Assigner(args) => Box::pin(node::run(*args)).await,
             Command::Proxy(args) => Box::pin(proxy::run(*args)).await,
             Command::Demo(DemoCommand::Task(args)) => Box::pin(task::run(*args)).await,
+            Command::Bench(command) => Box::pin(bench::run(command)).await,
         }
     });
     // What has not ended by now must not keep the process: its work is done.

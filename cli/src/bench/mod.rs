@@ -1,0 +1,24 @@
+//! `mandoline bench`: what is claimed of the system, measured on this machine with real processes.
+
+#[allow(dead_code)] // the integration tests use the rest of it
+mod processes;
+mod failover;
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+
+use crate::failure::Failure;
+
+/// Measures what is claimed, on this machine
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    Failover(failover::FailoverArgs),
+}
+
+/// Answers `bench`.
+pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
+    match command {
+        BenchCommand::Failover(args) => failover::run(args).await,
+    }
+}
