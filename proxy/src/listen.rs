@@ -35,6 +35,10 @@ const BACKLOG: i32 = 1024;
 /// How long a worker waits after the kernel refused it a socket, most likely because the process has no descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// How long a connection that is kept goes on when the proxy stops. A client that is busy sends its next request in this
+/// time and is told with the answer that the connection ends; to close at once would cut off a request that is on its way.
+const LAST_REQUEST_WAIT: Duration = Duration::from_secs(1);
+
 /// How often old connections to tasks are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
@@ -107,6 +111,7 @@ pub(crate) async fn run(
         }
     }
     drop(listener);
+    worker.stopping.set(true);
     connections.close();
     if timeout(worker.config.timeouts.grace, connections.wait()).await.is_err() {
         warn!(
@@ -169,10 +174,13 @@ async fn connection(place: Place, stream: TcpStream, peer: SocketAddr, stop: Can
     let mut connection = pin!(builder.serve_connection(TokioIo::new(wire), service));
     let served = tokio::select! {
         served = connection.as_mut() => served,
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
+        () = stop.cancelled() => match timeout(LAST_REQUEST_WAIT, connection.as_mut()).await {
+            Ok(served) => served,
+            Err(_) => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        },
     };
     if let Err(error) = served {
         if error.is_parse() || is_slow_head(&error) {

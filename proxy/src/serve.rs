@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header;
+use http::header::{self, HeaderValue};
 use http::request::Parts;
 use http::{Request, Response};
 use http_body_util::BodyExt;
@@ -40,8 +40,8 @@ pub(crate) async fn serve(
         Some(doubt) => Err(Refusal::Doubt(doubt)),
         None => stages(&worker, &client, &mut head, &tape, &mut exchange).await,
     };
-    Ok(match answer {
-        Ok(answer) => pass_on(worker, answer, exchange, seen.abort),
+    let mut response = match answer {
+        Ok(answer) => pass_on(&worker, answer, exchange, seen.abort),
         Err(refusal) => {
             // A client that waits for leave to send its body will see the answer first.
             if !waits_for_leave {
@@ -49,7 +49,11 @@ pub(crate) async fn serve(
             }
             refuse(&worker, &refusal, exchange)
         }
-    })
+    };
+    if worker.stopping.get() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    Ok(response)
 }
 
 /// The stages in their order. Each may end the request.
@@ -84,7 +88,7 @@ fn key(worker: &Worker, head: &Parts, host: &Host) -> Result<SliceKey, Refusal> 
 
 /// Passes a task's answer on.
 fn pass_on(
-    worker: Rc<Worker>,
+    worker: &Rc<Worker>,
     (response, lease): Answer,
     mut exchange: Exchange,
     abort: Option<Abort>,
@@ -93,7 +97,7 @@ fn pass_on(
     head.headers.append(header::VIA, worker.via(head.version));
     exchange.answers(head.status);
     let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };
-    let stream = Stream::new(body, lease, worker, exchange, outcome, abort);
+    let stream = Stream::new(body, lease, Rc::clone(worker), exchange, outcome, abort);
     Response::from_parts(head, Download::Task(Box::new(stream)))
 }
 

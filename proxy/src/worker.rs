@@ -20,6 +20,8 @@ pub(crate) struct Worker {
     pub(crate) pool: Pool,
     /// Bytes of request bodies that may still be kept for a second try.
     pub(crate) replay_room: Rc<Cell<usize>>,
+    /// Whether the proxy is stopping, so that each connection ends with its next answer.
+    pub(crate) stopping: Cell<bool>,
     /// What the proxy calls itself in `Via`.
     pub(crate) pseudonym: String,
     via_10: HeaderValue,
@@ -37,7 +39,8 @@ impl Worker {
         let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
         let replay_room = Rc::new(Cell::new(config.limits.replay_bytes));
         let lookup = Lookup::new(router);
-        Self { config, lookup, counters, pool, replay_room, pseudonym, via_10, via_11 }
+        let stopping = Cell::new(false);
+        Self { config, lookup, counters, pool, replay_room, stopping, pseudonym, via_10, via_11 }
     }
 
     /// Gives the `Via` entry for a message that came in by `version`.

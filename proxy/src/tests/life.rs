@@ -8,7 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::harness::{Backend, Owners, Stage, config, talk, text, until, within};
+use super::harness::{Backend, Owners, Stage, Wire, config, talk, text, until, within};
 use crate::proxy::{Proxy, StartError};
 
 const GET: &str = "GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
@@ -96,6 +96,29 @@ async fn a_proxy_that_stops_finishes_what_it_has_begun() {
     within("the proxy to stop", stopping).await.unwrap();
     assert_eq!(tally.stats().answered, 1);
     drop(idle);
+}
+
+#[tokio::test]
+async fn a_proxy_that_stops_answers_once_more_on_a_connection_that_is_kept() {
+    let backend = Backend::echo("task").await;
+    let Stage { proxy, owners: _owners } = Stage::new(Owners::all(backend.address).await);
+    let address = proxy.local_addr();
+    let mut wire = Wire::connect(address).await;
+    for body in ["", "hello"] {
+        let length = body.len();
+        wire.send(format!(
+            "PUT /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n{body}"
+        ))
+        .await;
+        wire.read_to(&format!("[{body}]")).await;
+    }
+    let stopping = tokio::spawn(proxy.stop());
+    within("the port to be closed", async { while TcpStream::connect(address).await.is_ok() {} })
+        .await;
+    wire.send("GET /kv/a HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let answer = wire.rest().await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("connection: close"), "{answer}");
+    within("the proxy to stop", stopping).await.unwrap();
 }
 
 #[tokio::test]
