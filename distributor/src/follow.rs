@@ -121,22 +121,27 @@ impl Follower {
                 }
             }
             if *self.watcher.state() != state {
-                state = self.watcher.state().clone();
-                self.log(&state);
+                let was = std::mem::replace(&mut state, self.watcher.state().clone());
+                self.log(&was, &state);
                 tell(News::State(&state));
             }
         }
     }
 
-    fn log(&self, state: &State) {
+    /// Says once that the line was lost or found; each try in vain only to those who look for it.
+    fn log(&self, was: &State, is: &State) {
         let job = &self.job;
-        match state {
-            State::Live { source, .. } => {
+        match (was, is) {
+            (_, State::Live { source, .. }) => {
                 let source = source_address(&self.upstream, *source);
                 info!(%job, %source, "Watch is live");
             }
-            State::Stale { why, .. } => info!(%job, error = why, "Watch is stale"),
-            State::Empty { why, .. } => debug!(%job, error = why, "Watch knows nothing yet"),
+            (State::Live { .. }, State::Stale { why, .. }) => {
+                info!(%job, error = why, "Watch is stale");
+            }
+            (_, State::Stale { why, .. } | State::Empty { why, .. }) => {
+                debug!(%job, error = why, "Watch is not live yet");
+            }
         }
     }
 }
