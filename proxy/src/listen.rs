@@ -88,6 +88,15 @@ pub(crate) async fn run(
     stop: CancellationToken,
 ) {
     let connections = TaskTracker::new();
+    let admit = |stream: TcpStream, peer| {
+        worker.counters.count(Count::ConnectionsOpened);
+        match Place::take(&worker, &open_connections) {
+            Some(place) => {
+                drop(connections.spawn_local(connection(place, stream, peer, stop.clone())));
+            }
+            None => turn_away(&worker, &stream),
+        }
+    };
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -96,13 +105,7 @@ pub(crate) async fn run(
             () = stop.cancelled() => break,
             _ = sweep.tick() => worker.pool.sweep(Instant::now()),
             accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => {
-                    worker.counters.count(Count::ConnectionsOpened);
-                    match Place::take(&worker, &open_connections) {
-                        Some(place) => drop(connections.spawn_local(connection(place, stream, peer, stop.clone()))),
-                        None => turn_away(&worker, &stream),
-                    }
-                }
+                Ok((stream, peer)) => admit(stream, peer),
                 Err(error) => {
                     warn!(%error, "No connection could be accepted");
                     sleep(ACCEPT_PAUSE).await;
@@ -110,16 +113,28 @@ pub(crate) async fn run(
             },
         }
     }
-    drop(listener);
     worker.stopping.set(true);
+    last_comers(listener, admit);
     connections.close();
     if timeout(worker.config.timeouts.grace, connections.wait()).await.is_err() {
         warn!(
             connections = connections.len(),
-            "Requests were cut off: they took longer than the grace period"
+            "Connections were cut off: they took longer than the grace period"
         );
     }
     worker.pool.close();
+}
+
+/// Takes those that the kernel has connected already, and closes the port. To close it on them would reset them.
+fn last_comers(listener: TcpListener, admit: impl Fn(TcpStream, SocketAddr)) {
+    let Ok(listener) = listener.into_std() else { return };
+    while let Ok((stream, peer)) = listener.accept() {
+        let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+        match stream {
+            Ok(stream) => admit(stream, peer),
+            Err(error) => debug!(%error, "Client left before it was served"),
+        }
+    }
 }
 
 /// One of the connections that the proxy may have.
