@@ -139,9 +139,9 @@ impl Follower {
             (State::Live { .. }, State::Stale { why, .. }) => {
                 info!(%job, error = why, "Watch is stale");
             }
-            (_, State::Stale { why, .. } | State::Empty { why, .. }) => {
-                debug!(%job, error = why, "Watch is not live yet");
-            }
+            (_, State::Stale { why, .. }) => debug!(%job, error = why, "Watch is still stale"),
+            // Nothing works before the first assignment: a wrong address must not go unseen.
+            (_, State::Empty { why, .. }) => info!(%job, error = why, "Watch knows nothing yet"),
         }
     }
 }
