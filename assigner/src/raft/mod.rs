@@ -16,6 +16,7 @@ pub(crate) mod writer;
 pub(crate) mod log;
 pub mod machine;
 pub mod config;
+pub(crate) mod book;
 pub mod peer;
 pub(crate) mod network;
 pub(crate) mod node;
@@ -45,6 +46,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::raft::book::Book;
 use crate::raft::config::{Config, Timings};
 use crate::raft::disk::{Disk, DiskError};
 use crate::raft::log::{Grown, Log};
@@ -274,7 +276,7 @@ impl Consensus {
         let applied = machine.progress();
         let log = Log::new(disk, writer.clone(), &loaded, snapshots.bytes);
         let grown = log.grown();
-        let dialer = Arc::new(Dialer::new(transport, known.clone()));
+        let dialer = Arc::new(Dialer::new(transport, known.clone(), Book::new(&first)));
         let unborn = Unborn { config: raft_config, log, machine };
         let node = Arc::new(Node::new(member, first, dialer, known, shown, writer, unborn));
         if let Some(identity) = loaded.identity {
@@ -665,6 +667,7 @@ async fn watch_role(
     let watching = async {
         let raft = node.raft.wait().await;
         let mut metrics = raft.metrics();
+        let mut learned = None;
         loop {
             let now = metrics.borrow_watched().clone();
             if let Err(fatal) = &now.running_state {
@@ -673,6 +676,11 @@ async fn watch_role(
                     fail(&failure, Failure::Raft(fatal.to_string()));
                 }
                 return;
+            }
+            if learned != *now.membership_config.log_id() {
+                learned = *now.membership_config.log_id();
+                let members = now.membership_config.nodes();
+                node.dialer.book().learn(members.map(|(id, member)| (*id, member.peer.as_str())));
             }
             let is = role_of(&now, timings.election_max);
             role.send_if_modified(|was| {

@@ -6,8 +6,8 @@
 //! not hang the leader.
 
 use std::future::{Future, ready};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,6 +15,7 @@ use futures_util::stream::{self, BoxStream};
 use futures_util::{Stream, StreamExt};
 use mandoline_core::command::NodeId;
 use mandoline_proto::pb;
+use mandoline_proto::pb::peer_client::PeerClient;
 use openraft::OptionalSend;
 use openraft::base::BoxFuture;
 use openraft::errors::{
@@ -29,6 +30,7 @@ use openraft::raft::{
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use prost::Message;
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::raft::disk::PART_BYTES;
@@ -64,7 +66,8 @@ impl RaftNetworkFactory<Types> for Network {
             told: AtomicU64::new(0),
             me: self.me,
             target: NodeId(target),
-            address: node.peer.clone(),
+            given: node.peer.clone(),
+            tried: Mutex::default(),
             dialer: self.dialer.clone(),
         }
     }
@@ -77,11 +80,26 @@ pub(crate) struct Link {
     told: AtomicU64,
     me: NodeId,
     target: NodeId,
-    address: String,
+    /// Where it was when the link was made.
+    given: String,
+    /// Where it was looked for last.
+    tried: Mutex<String>,
     dialer: Arc<Dialer>,
 }
 
 impl Link {
+    /// Gives the client for wherever the peer is now, as far as is known.
+    fn client(&self) -> Result<PeerClient<Channel>, RPCError<Types>> {
+        let address = self.dialer.book().address(self.target.0, &self.given);
+        let client = self.dialer.client(&address);
+        *self.tried.lock().unwrap_or_else(PoisonError::into_inner) = address;
+        client.map_err(|status| self.failed(&status))
+    }
+
+    fn tried(&self) -> String {
+        self.tried.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Makes one call, within its time.
     async fn call<T>(
         &self,
@@ -97,20 +115,17 @@ impl Link {
     }
 
     fn failed(&self, status: &Status) -> RPCError<Types> {
+        let address = self.tried();
+        self.dialer.book().failed(self.target.0, &address);
         if let Some(kind) = refusal(status) {
             // A leader calls ten times a second: the first refusal is news, the rest is a reminder.
             if self.told.fetch_add(1, Ordering::Relaxed).is_multiple_of(REMIND_EVERY) {
-                let (peer, address, error) = (self.target, &self.address, status.message());
+                let (peer, error) = (self.target, status.message());
                 tracing::warn!(%peer, %address, kind, error, "Peer refused a call");
             }
         }
-        let message = format!(
-            "{} at {}: {:?}: {}",
-            self.target,
-            self.address,
-            status.code(),
-            status.message()
-        );
+        let message =
+            format!("{} at {}: {:?}: {}", self.target, address, status.code(), status.message());
         match status.code() {
             Code::InvalidArgument | Code::ResourceExhausted => {
                 RPCError::Network(NetworkError::from_string(message))
@@ -121,13 +136,15 @@ impl Link {
     }
 
     fn late(&self, action: RPCTypes, timeout: Duration) -> RPCError<Types> {
+        self.dialer.book().failed(self.target.0, &self.tried());
         RPCError::Timeout(Timeout { action, id: self.me.0, target: self.target.0, timeout })
     }
 
     fn odd(&self, error: impl std::fmt::Display) -> RPCError<Types> {
         RPCError::Network(NetworkError::from_string(format!(
             "{} at {}: {error}",
-            self.target, self.address
+            self.target,
+            self.tried()
         )))
     }
 
@@ -137,8 +154,7 @@ impl Link {
         pre: bool,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, RPCError<Types>> {
-        let mut client =
-            self.dialer.client(&self.address).map_err(|status| self.failed(&status))?;
+        let mut client = self.client()?;
         let request = self.dialer.request(Some(self.target), wire::pb_vote_request(&rpc, pre));
         let reply = self.call(RPCTypes::Vote, option.soft_ttl(), client.vote(request)).await?;
         wire::vote_reply(reply).map_err(|error| self.odd(error))
@@ -155,8 +171,7 @@ impl Link {
         let Some(first) = input.next().await else {
             return Ok(stream::empty().boxed());
         };
-        let mut client =
-            self.dialer.client(&self.address).map_err(|status| self.failed(&status))?;
+        let mut client = self.client()?;
         let within = option.soft_ttl().max(PATIENCE);
         let sent = Arc::new(AtomicU64::new(0));
         let count = sent.clone();
@@ -265,8 +280,7 @@ impl NetSnapshot<Types> for Link {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         option: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
-        let mut client =
-            self.dialer.client(&self.address).map_err(|status| self.failed(&status))?;
+        let mut client = self.client()?;
         let head = head_of(snapshot.meta, &snapshot.snapshot);
         let mut parts = parts(snapshot.snapshot);
         parts[0].head = Some(wire::pb_head(&head, Some(&vote)));
@@ -288,8 +302,7 @@ impl NetTransferLeader<Types> for Link {
         request: TransferLeaderRequest<Types>,
         option: RPCOption,
     ) -> Result<TransferLeaderResponse<Types>, RPCError<Types>> {
-        let mut client =
-            self.dialer.client(&self.address).map_err(|status| self.failed(&status))?;
+        let mut client = self.client()?;
         let call =
             client.transfer(self.dialer.request(Some(self.target), wire::pb_transfer(&request)));
         let reply = self.call(RPCTypes::TransferLeader, option.soft_ttl(), call).await?;

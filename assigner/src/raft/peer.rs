@@ -15,6 +15,7 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
+use crate::raft::book::Book;
 use crate::raft::config::Transport;
 use crate::raft::wire::Identity;
 
@@ -164,13 +165,19 @@ fn text(value: &impl fmt::Display) -> MetadataValue<tonic::metadata::Ascii> {
 pub(crate) struct Dialer {
     transport: Transport,
     known: Known,
+    book: Book,
     /// A few lines, and never across a wait.
     channels: Mutex<BTreeMap<String, Channel>>,
 }
 
 impl Dialer {
-    pub(crate) fn new(transport: Transport, known: Known) -> Self {
-        Self { transport, known, channels: Mutex::default() }
+    pub(crate) fn new(transport: Transport, known: Known, book: Book) -> Self {
+        Self { transport, known, book, channels: Mutex::default() }
+    }
+
+    /// Gives where each peer is found.
+    pub(crate) const fn book(&self) -> &Book {
+        &self.book
     }
 
     /// Gives the client for a peer; it connects with the first call.

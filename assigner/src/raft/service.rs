@@ -241,7 +241,16 @@ impl Peer for Service {
         if node == 0 || node > minted {
             return Err(Status::invalid_argument(format!("{} was never minted", NodeId(node))));
         }
+        let moved = {
+            let metrics = raft.metrics();
+            let known = metrics.borrow_watched().membership_config.get_node(&node).cloned();
+            known.is_some_and(|known| known != member)
+        };
         let admitted = async {
+            if moved {
+                let change = ChangeMembers::SetNodes([(node, member)].into());
+                return raft.change_membership(change, true).await;
+            }
             raft.add_learner(node, member, true).await?;
             raft.change_membership(ChangeMembers::AddVoterIds(BTreeSet::from([node])), false).await
         };

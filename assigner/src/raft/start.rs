@@ -132,6 +132,7 @@ pub(crate) async fn begin(node: Arc<Node>) -> Result<(), StartError> {
             if let FirstStart::Join(via) = &node.first {
                 be_admitted(&node, via).await;
             }
+            tell_address(&node).await;
             Ok(())
         }
     }
@@ -321,6 +322,44 @@ async fn be_admitted(node: &Node, via: &[String]) {
             }
             Err(status) => asked.refused(&peer, &status).await,
         }
+    }
+}
+
+/// Has the leader write down where this node is now, if it has moved since it was last here.
+async fn tell_address(node: &Node) {
+    let raft = node.raft.get().expect("a node that starts again is someone");
+    let me = *raft.node_id();
+    loop {
+        // Once there is a leader, this node soon knows the newest members.
+        let led = raft.wait(None).metrics(|now| now.current_leader.is_some(), "a leader").await;
+        let Ok(now) = led else {
+            return;
+        };
+        let (Some(leader), Some(known)) = (now.current_leader, now.membership_config.get_node(&me))
+        else {
+            return;
+        };
+        if *known == node.member {
+            return;
+        }
+        let given = now.membership_config.get_node(&leader).map_or("", |member| &member.peer);
+        let peer = if leader == me {
+            node.member.peer.clone()
+        } else {
+            node.dialer.book().address(leader, given)
+        };
+        let told = async {
+            let mut client = node.dialer.client(&peer)?;
+            let message = pb::RaftAdmit { node: me, member: Some(wire::pb_member(&node.member)) };
+            within(ANSWER_WITHIN, client.admit(node.dialer.request(None, message))).await
+        };
+        match told.await {
+            Ok(_) => {
+                tracing::info!(peer = %node.member.peer, "The cluster knows where this node is now");
+            }
+            Err(status) => tracing::info!(%peer, error = status.message(), "Asks again"),
+        }
+        tokio::time::sleep(ROUND).await;
     }
 }
 

@@ -7,6 +7,7 @@ use mandoline_proto::pb;
 use tonic::Status;
 
 use super::kit::{Cluster, Options, Place, apply, start, until};
+use crate::raft::book::Book;
 use crate::raft::config::{FirstStart, Snapshots, Transport};
 use crate::raft::peer::{Dialer, FOREIGN, Known, refusal};
 use crate::raft::start::StartError;
@@ -97,7 +98,7 @@ async fn a_call_from_another_cluster_or_to_another_node_or_in_another_protocol_i
         async move {
             let known = Known::default();
             known.set(Identity { cluster, node: NodeId(7), founders: vec![] });
-            let dialer = Arc::new(Dialer::new(transport, known));
+            let dialer = Arc::new(Dialer::new(transport, known, Book::default()));
             let vote = pb::RaftVote { term: 1_000, node: 7, committed: false };
             let message =
                 pb::RaftVoteRequest { vote: Some(vote), ..pb::RaftVoteRequest::default() };
@@ -153,4 +154,29 @@ async fn a_node_that_is_not_in_its_own_list_or_was_told_nothing_does_not_start()
     assert!(matches!(error, Err(StartError::Config(_))), "{error:?}");
     let error = start(&mut place, Options::new(FirstStart::Refuse)).await.map(drop);
     assert!(matches!(error, Err(StartError::Empty)), "{error:?}");
+}
+
+#[tokio::test]
+async fn nodes_that_all_have_moved_find_each_other_by_the_list_and_the_log_learns_of_it() {
+    let mut cluster = Cluster::start(3, Snapshots::default()).await;
+    cluster.propose(apply("a")).await;
+    cluster.all_have("a", 1).await;
+    for at in 0..3 {
+        cluster.kill(at);
+    }
+    for (at, place) in cluster.places.iter_mut().enumerate() {
+        // The same directory, by its name, and another port.
+        *place = Place::new(cluster.dir.path(), &format!("n{}", at + 1));
+    }
+    for at in 0..3 {
+        cluster.up(at).await;
+    }
+    cluster.propose(apply("a")).await;
+    cluster.all_have("a", 2).await;
+    let places: Vec<_> = cluster.places.iter().map(|place| place.member.clone()).collect();
+    for (_, node) in cluster.running() {
+        let known =
+            || node.consensus.status().members.into_iter().map(|m| m.member).collect::<Vec<_>>();
+        until("every node to know where the others are", || known() == places).await;
+    }
 }

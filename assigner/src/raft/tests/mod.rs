@@ -7,3 +7,4 @@ mod power;
 mod alone;
 mod cluster;
 mod members;
+mod malformed;
