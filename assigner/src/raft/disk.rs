@@ -378,24 +378,40 @@ fn open_in(dir: &Path) -> Result<(String, Database), DiskError> {
     let path = dir.join(FILE);
     let file = path.display().to_string();
     let failed = |source| DiskError::Open { file: file.clone(), source };
+    let trouble = |trouble: Trouble| match trouble {
+        Trouble::Io(source) => failed(source),
+        other => other.at(&file),
+    };
     std::fs::create_dir_all(dir).map_err(failed)?;
     if path.try_exists().map_err(failed)? {
         // redb would take an empty file for a new one, and what was lost would go unnoticed.
         if path.metadata().map_err(failed)?.len() == 0 {
-            return Err(Trouble::Damaged("the file".to_owned(), "it is empty".to_owned()).at(&file));
+            return Err(trouble(Trouble::damaged("it is empty")));
         }
-        let db = builder().open(&path).map_err(|error| Trouble::from(error).at(&file))?;
+        let db = builder().open(&path).map_err(|error| trouble(error.into()))?;
         return Ok((file, db));
     }
-    // Whoever starts two nodes in a new directory gets an error from one of them: redb locks the file by its inode.
+    // Made under another name, so that a file that was never finished is not taken for one that was damaged. Whoever
+    // starts two nodes in a new directory gets an error from one of them: redb locks the file.
     let unfinished = dir.join(UNFINISHED);
-    let db = builder().create(&unfinished).map_err(|error| Trouble::from(error).at(&file))?;
+    let made = match builder().create(&unfinished).map_err(Trouble::from) {
+        Err(Trouble::Damaged(..)) => {
+            std::fs::remove_file(&unfinished).map_err(failed)?;
+            builder().create(&unfinished).map_err(Trouble::from)
+        }
+        made => made,
+    };
+    let db = made.map_err(trouble)?;
     if path.try_exists().map_err(failed)? {
         return Err(DiskError::InUse { file });
     }
     std::fs::rename(&unfinished, &path).map_err(failed)?;
-    // A name is on disk once its directory is.
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+    // A name is on disk once its directory is, and so on upwards.
+    let sync = |dir: &Path| File::open(dir).and_then(|dir| dir.sync_all());
+    sync(dir).map_err(failed)?;
+    if let Some(parent) = dir.canonicalize().map_err(failed)?.parent() {
+        sync(parent).map_err(failed)?;
+    }
     Ok((file, db))
 }
 
@@ -476,6 +492,10 @@ enum Trouble {
 }
 
 impl Trouble {
+    fn damaged(problem: impl Into<String>) -> Self {
+        Self::Damaged("the file".to_owned(), problem.into())
+    }
+
     fn at(self, file: &str) -> DiskError {
         let file = file.to_owned();
         match self {
@@ -490,21 +510,20 @@ impl Trouble {
 
 impl<E: Into<redb::Error>> From<E> for Trouble {
     fn from(error: E) -> Self {
-        let damaged = |problem: String| Self::Damaged("the file".to_owned(), problem);
         match error.into() {
             redb::Error::DatabaseAlreadyOpen => Self::InUse,
-            redb::Error::Corrupted(problem) => damaged(problem),
+            redb::Error::Corrupted(problem) => Self::damaged(problem),
             redb::Error::Io(source)
                 if matches!(
                     source.kind(),
                     io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
                 ) =>
             {
-                damaged(source.to_string())
+                Self::damaged(source.to_string())
             }
             redb::Error::Io(source) => Self::Io(source),
             other @ (redb::Error::TableDoesNotExist(_) | redb::Error::TableTypeMismatch { .. }) => {
-                damaged(other.to_string())
+                Self::damaged(other.to_string())
             }
             other => Self::Io(io::Error::other(other)),
         }

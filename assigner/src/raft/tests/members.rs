@@ -1,18 +1,19 @@
 //! Who is a member: nodes that join and leave, that lost their disk, that belong elsewhere.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mandoline_core::command::{ClusterId, NodeId};
 use mandoline_proto::pb;
 use tonic::Status;
 
-use super::kit::{Cluster, Options, Place, apply, start, until};
+use super::kit::{Cluster, Options, Place, Running, apply, start, until};
 use crate::raft::book::Book;
 use crate::raft::config::{FirstStart, Snapshots, Transport};
 use crate::raft::peer::{Dialer, FOREIGN, Known, refusal};
 use crate::raft::start::StartError;
 use crate::raft::wire::Identity;
-use crate::raft::{Failure, MemberError};
+use crate::raft::{Failure, MemberError, ProposeError};
 
 #[tokio::test]
 async fn a_node_that_lost_its_disk_is_refused_under_its_id_and_joins_under_a_fresh_one() {
@@ -179,4 +180,27 @@ async fn nodes_that_all_have_moved_find_each_other_by_the_list_and_the_log_learn
             || node.consensus.status().members.into_iter().map(|m| m.member).collect::<Vec<_>>();
         until("every node to know where the others are", || known() == places).await;
     }
+}
+
+#[tokio::test]
+async fn two_of_three_found_nothing_until_the_third_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut places: Vec<_> = (1..=3).map(|n| Place::new(dir.path(), &format!("n{n}"))).collect();
+    let list = FirstStart::Together(places.iter().map(|place| place.member.clone()).collect());
+    let mut nodes = Vec::new();
+    for place in places.iter_mut().take(2) {
+        nodes.push(start(place, Options::new(list.clone())).await.unwrap());
+    }
+    let early = nodes[0].consensus.propose(apply("a")).await;
+    assert!(matches!(early, Err(ProposeError::NotLeader { leader: None })), "{early:?}");
+    assert_eq!(nodes[0].consensus.status().cluster, None);
+    // The founder may be killed while it waits, and be another process after that.
+    nodes.remove(0).kill();
+    nodes.push(start(&mut places[0], Options::new(list.clone())).await.unwrap());
+    nodes.push(start(&mut places[2], Options::new(list)).await.unwrap());
+    until("a leader", || nodes.iter().any(Running::leads)).await;
+    let named = || nodes.iter().all(|node| node.consensus.state().cluster.is_some());
+    until("a cluster with a name", named).await;
+    let ids: BTreeSet<_> = nodes.iter().map(|node| node.consensus.state().cluster).collect();
+    assert_eq!(ids.len(), 1);
 }

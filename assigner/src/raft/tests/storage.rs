@@ -270,6 +270,25 @@ fn an_empty_or_foreign_file_is_refused_and_left_alone() {
 }
 
 #[test]
+fn a_file_that_was_never_finished_is_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("raft.redb.new"), b"the power went here").unwrap();
+    let (_, loaded) = Disk::open(Storage::Dir(dir.path().to_owned())).unwrap();
+    assert_eq!(loaded, Loaded::default());
+    assert!(dir.path().join(FILE).exists());
+}
+
+#[test]
+fn a_directory_that_is_none_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a file");
+    std::fs::write(&file, b"").unwrap();
+    let error = Disk::open(Storage::Dir(file.clone())).map(|_| ()).unwrap_err();
+    assert!(matches!(error, DiskError::Open { .. }), "{error}");
+    assert!(error.to_string().contains(file.to_str().unwrap()), "{error}");
+}
+
+#[test]
 fn two_nodes_do_not_share_a_directory() {
     let dir = tempfile::tempdir().unwrap();
     let first = Disk::open(Storage::Dir(dir.path().to_owned())).unwrap();
