@@ -153,8 +153,9 @@ async fn a_leader_that_is_told_to_stop_hands_over_in_milliseconds() {
     }
     println!("hand-over and next change: {times:?}");
     times.sort_unstable();
-    // By an election it would take 600 ms at the very least: the lease of 400, and the shortest wait after it.
-    assert!(times[2] < Duration::from_millis(400), "{times:?}");
+    // An election cannot be that quick: the lease of 400 ms runs from a heartbeat at most 50 ms ago, and then the
+    // shortest wait is 200. On an idle machine it takes a few milliseconds; on a busy one each sync takes as many.
+    assert!(times[2] < Duration::from_millis(550), "{times:?}");
 }
 
 #[tokio::test]
