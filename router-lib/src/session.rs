@@ -254,7 +254,10 @@ impl Session {
         let known =
             (self.known.generation > Generation::ZERO).then(|| self.known.generation.into());
         match self.id {
-            Some(session) => Request::Attach(pb::Attach { job, session: session.0, known }),
+            Some(SessionId(session)) => {
+                let incarnation = self.setup.info.incarnation;
+                Request::Attach(pb::Attach { job, session, known, incarnation })
+            }
             None => {
                 let info = Some((&self.setup.info).into());
                 Request::Register(pb::Register { job, info, stopped: 0, known })
@@ -334,6 +337,9 @@ impl Session {
     fn ended(&mut self, session: SessionId, by: Address) {
         self.id = None;
         self.take_on();
+        // A leader that does not know the session may lead another cluster in the place of the one before, whose
+        // generations begin anew: what it says next counts, whatever was known.
+        self.known = Arc::clone(&self.setup.start);
         self.alone(Why::Ended(session));
         if self.drain != Drain::No {
             // That was to come anyway.

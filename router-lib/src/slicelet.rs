@@ -48,6 +48,8 @@ use crate::owned::{Callback, Owned};
 use crate::session::{Order, Session, Setup};
 pub use crate::session::{State, Why};
 
+/// How long peers have to notice that nobody tells them anything here any more.
+const GOODBYE: Duration = Duration::from_secs(1);
 /// How long a shutdown waits for slices to move away, unless told: Kubernetes kills after 30 s.
 const GRACE: Duration = Duration::from_secs(25);
 
@@ -455,8 +457,15 @@ async fn serve(peers: Option<Peers>, stop: CancellationToken) {
             .await
             .map_err(io::Error::other)
     };
-    if let Err(error) = served.await {
-        tracing::error!(%error, "peers can no longer watch here");
+    // A peer that keeps its connection open must not keep the thread alive.
+    let over = async {
+        stop.cancelled().await;
+        tokio::time::sleep(GOODBYE).await;
+    };
+    tokio::select! {
+        Err(error) = served => tracing::error!(%error, "peers can no longer watch here"),
+        () = over => {}
+        else => {}
     }
 }
 

@@ -68,6 +68,7 @@ struct Inner {
     sessions: Sessions,
     streams: TaskTracker,
     stop: CancellationToken,
+    read_patience: Duration,
 }
 
 impl TaskService {
@@ -80,7 +81,8 @@ impl TaskService {
         streams: TaskTracker,
         stop: CancellationToken,
     ) -> TasksServer<Self> {
-        let inner = Inner { consensus, hub, node, sessions, streams, stop };
+        let read_patience = READ_PATIENCE;
+        let inner = Inner { consensus, hub, node, sessions, streams, stop, read_patience };
         TasksServer::new(Self { inner: Arc::new(inner) })
     }
 }
@@ -122,10 +124,17 @@ enum First {
         known: Option<Generation>,
     },
     Attach {
-        job: JobName,
-        session: SessionId,
+        who: Who,
         known: Option<Generation>,
     },
+}
+
+/// A session, and the process that it belongs to.
+#[derive(Clone)]
+struct Who {
+    job: JobName,
+    session: SessionId,
+    incarnation: u64,
 }
 
 impl First {
@@ -151,11 +160,12 @@ impl First {
     }
 
     fn attach(attach: &pb::Attach) -> Result<Self, WireError> {
-        Ok(Self::Attach {
+        let who = Who {
             job: job_name(&attach.job)?,
             session: session(attach.session, "session")?,
-            known: attach.known.map(Generation::from),
-        })
+            incarnation: attach.incarnation,
+        };
+        Ok(Self::Attach { who, known: attach.known.map(Generation::from) })
     }
 }
 
@@ -164,21 +174,21 @@ impl Inner {
     async fn open(self: &Arc<Self>, first: First) -> Result<Session, Reply> {
         let role = self.consensus.role();
         let Some(term) = term_of(&role.borrow()) else { return Err(redirect(&role.borrow())) };
-        let (job, session, known) = match first {
-            First::Attach { job, session, known } => (job, session, known),
+        let (who, known) = match first {
+            First::Attach { who, known } => (who, known),
             First::Register { job, info, stopped, known } => {
+                let incarnation = info.incarnation;
                 let register = Command::Register { job: job.clone(), info: *info, stopped };
-                (job, self.register(register).await?, known)
+                (Who { session: self.register(register).await?, job, incarnation }, known)
             }
         };
-        let spec = self.find(&job, session).await?;
+        let spec = self.find(&who).await?;
         let subscription = self
             .hub
-            .subscribe(&job, known)
+            .subscribe(&who.job, known)
             .map_err(|error| refused(pb::RefusedCode::Limit, error.to_string()))?;
-        let seat = self.sessions.take(&job, session);
-        let inner = Arc::clone(self);
-        Ok(Session::new(inner, term, role, job, session, subscription, seat, &spec))
+        let seat = self.sessions.take(&who.job, who.session);
+        Ok(Session::new(Arc::clone(self), term, role, who, subscription, seat, &spec))
     }
 
     async fn register(&self, register: Command) -> Result<SessionId, Reply> {
@@ -199,24 +209,26 @@ impl Inner {
     }
 
     /// Gives the spec of a job whose session has not ended.
-    async fn find(&self, job: &JobName, session: SessionId) -> Result<JobSpec, Reply> {
-        if let Ok(spec) = self.look(job, session) {
+    async fn find(&self, who: &Who) -> Result<JobSpec, Reply> {
+        if let Ok(spec) = self.look(who) {
             return Ok(spec);
         }
         // Only who surely leads can say that a session has ended: another may have begun it meanwhile.
         if self.consensus.confirm_leadership().await.is_err() {
             return Err(redirect(&self.consensus.role().borrow()));
         }
-        self.look(job, session).map_err(|why| refused(code_of(&why), why.to_string()))
+        self.look(who).map_err(|why| refused(code_of(&why), why.to_string()))
     }
 
-    fn look(&self, job: &JobName, session: SessionId) -> Result<JobSpec, Refused> {
+    fn look(&self, who: &Who) -> Result<JobSpec, Refused> {
         let state = self.consensus.state();
-        let known = state.job(job)?;
-        if known.assignment.tasks.contains_key(&session) {
-            Ok(known.spec.clone())
-        } else {
-            Err(Refused::NoSuchSession { job: job.clone(), session })
+        let known = state.job(&who.job)?;
+        match known.assignment.tasks.get(&who.session) {
+            Some(task) if task.info.incarnation == who.incarnation => Ok(known.spec.clone()),
+            _ => {
+                let (job, session) = (who.job.clone(), who.session);
+                Err(Refused::NoSuchSession { job, session })
+            }
         }
     }
 }
@@ -260,8 +272,7 @@ struct Session {
     /// The term in which this node leads: a new one is a new beginning.
     term: u64,
     role: watch::Receiver<Role>,
-    job: JobName,
-    id: SessionId,
+    who: Who,
     seat: Seat,
     subscription: Subscription,
     /// How often to speak, as the task was last told.
@@ -288,36 +299,34 @@ enum End {
 }
 
 impl Session {
-    #[allow(clippy::too_many_arguments)] // the parts of a connection, put together in one place
     fn new(
         inner: Arc<Inner>,
         term: u64,
         role: watch::Receiver<Role>,
-        job: JobName,
-        id: SessionId,
+        who: Who,
         subscription: Subscription,
         seat: Seat,
         spec: &JobSpec,
     ) -> Self {
-        let attached = attached(id, spec);
+        let attached = attached(who.session, spec);
+        let stuck_at = Instant::now() + inner.read_patience;
         Self {
             inner,
             term,
             role,
-            job,
-            id,
+            who,
             seat,
             subscription,
             waiting: VecDeque::from([Reply::Attached(attached)]),
             attached,
-            stuck_at: Instant::now() + READ_PATIENCE,
+            stuck_at,
             draining: None,
             ending: None,
         }
     }
 
     async fn run(mut self, mut asked: Streaming<pb::SessionRequest>, replies: Replies) {
-        let (job, session) = (self.job.clone(), self.id);
+        let Who { job, session, .. } = self.who.clone();
         tracing::info!(%job, %session, "session attached");
         self.inner.node.tell(Event::Attached { job: job.clone(), session }).await;
         self.look_again();
@@ -335,7 +344,7 @@ impl Session {
                     Ok(permit) => {
                         let reply = self.waiting.pop_front();
                         permit.send(Ok(pb::SessionReply { reply }));
-                        self.stuck_at = Instant::now() + READ_PATIENCE;
+                        self.stuck_at = Instant::now() + self.inner.read_patience;
                     }
                     Err(_) => break End::Broken,
                 },
@@ -357,7 +366,7 @@ impl Session {
 
     /// Takes in what the task says.
     async fn hear(&mut self, message: pb::SessionRequest) {
-        let (job, session) = (self.job.clone(), self.id);
+        let Who { job, session, .. } = self.who.clone();
         match message.request {
             Some(Asked::Heartbeat(heartbeat)) => {
                 self.inner.node.tell(Event::Heard { job, session }).await;
@@ -383,19 +392,19 @@ impl Session {
     }
 
     fn grant(&mut self, request: u64) {
-        let newest = self.inner.hub.get(&self.job).map(|newest| newest.generation.into());
+        let newest = self.inner.hub.get(&self.who.job).map(|newest| newest.generation.into());
         // Only the newest grant means anything.
         self.waiting.retain(|reply| !matches!(reply, Reply::Grant(_)));
         self.say(Reply::Grant(pb::Grant { request, generation: newest }));
     }
 
     fn warn(&mut self, problem: &dyn std::fmt::Display) {
-        tracing::warn!(job = %self.job, session = %self.id, error = %problem, "a message was refused");
+        tracing::warn!(job = %self.who.job, session = %self.who.session, error = %problem, "a message was refused");
         self.say(Reply::Warning(problem.to_string()));
     }
 
     fn resync(&mut self) {
-        match self.inner.hub.subscribe(&self.job, None) {
+        match self.inner.hub.subscribe(&self.who.job, None) {
             Ok(fresh) => self.subscription = fresh,
             Err(error) => self.warn(&error),
         }
@@ -403,7 +412,7 @@ impl Session {
 
     fn say(&mut self, reply: Reply) {
         if self.waiting.is_empty() {
-            self.stuck_at = Instant::now() + READ_PATIENCE;
+            self.stuck_at = Instant::now() + self.inner.read_patience;
         }
         self.waiting.push_back(reply);
         if self.waiting.len() > WAITING_MAX {
@@ -449,27 +458,30 @@ impl Session {
     /// wait for. A task may come back to hear what it missed, so this looks at the state and not at events.
     fn look_again(&mut self) {
         let state = self.inner.consensus.state();
-        let Ok(job) = state.job(&self.job) else { return };
-        let attached = attached(self.id, &job.spec);
+        let Ok(job) = state.job(&self.who.job) else { return };
+        let attached = attached(self.who.session, &job.spec);
         if self.attached != attached {
             self.attached = attached;
             self.say(Reply::Attached(attached));
         }
-        let leaves =
-            job.assignment.tasks.get(&self.id).is_some_and(|task| task.phase == Phase::Draining);
-        if leaves && job.assignment.of(self.id).next().is_none() {
+        let leaves = job
+            .assignment
+            .tasks
+            .get(&self.who.session)
+            .is_some_and(|task| task.phase == Phase::Draining);
+        if leaves && job.assignment.of(self.who.session).next().is_none() {
             self.say(Reply::Drained(pb::Drained {}));
         }
     }
 
     fn end_if_over(&mut self) {
-        if let Err(why) = self.inner.look(&self.job, self.id) {
+        if let Err(why) = self.inner.look(&self.who) {
             self.end(End::Over, Some(refused(code_of(&why), why.to_string())));
         }
     }
 
     async fn finish(self, end: End, replies: &Replies) {
-        let Self { inner, job, id: session, seat, .. } = self;
+        let Self { inner, who: Who { job, session, .. }, seat, .. } = self;
         match end {
             End::Left => {
                 let (job, reason) = (job.clone(), EndReason::Left);
@@ -480,7 +492,7 @@ impl Session {
                 }
             }
             End::Stuck => {
-                let message = format!("the task did not read for {READ_PATIENCE:?}");
+                let message = format!("the task did not read for {:?}", inner.read_patience);
                 // Where even this does not fit, the end of the stream says enough.
                 drop(replies.try_send(Err(Status::resource_exhausted(message))));
             }
@@ -498,5 +510,96 @@ async fn settled<F: Future + Unpin>(under_way: &mut Option<F>) -> F::Output {
     match under_way {
         Some(future) => future.await,
         None => pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mandoline_core::key::SliceKey;
+    use mandoline_core::load::Load;
+    use mandoline_core::plan::{Edit, Plan};
+    use mandoline_core::spec::Ratio;
+    use mandoline_proto::pb::tasks_client::TasksClient;
+    use tokio_stream::wrappers::TcpListenerStream;
+
+    use super::*;
+    use crate::node::{Changes, listener};
+    use crate::raft::config::{Config, FirstStart, Snapshots, Timings, Transport};
+    use crate::raft::disk::Storage;
+    use crate::raft::types::Member;
+
+    #[tokio::test]
+    async fn a_task_that_does_not_read_is_cut_off() {
+        let data = tempfile::tempdir().unwrap();
+        let socket = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap().to_string();
+        let config = Config {
+            storage: Storage::Dir(data.path().to_owned()),
+            member: Member { client: address.clone(), peer: "127.0.0.1:1".to_owned() },
+            first: FirstStart::Alone,
+            timings: Timings::default(),
+            snapshots: Snapshots::default(),
+            transport: Transport::plain(),
+        };
+        let (hub, changes, stop) = (Hub::new(), Changes::default(), CancellationToken::new());
+        let told = listener(hub.clone(), changes.clone());
+        let consensus = Consensus::start(config, told, stop.clone()).await.unwrap();
+        consensus.role().wait_for(|role| term_of(role).is_some()).await.unwrap();
+        let (sessions, streams) = (Sessions::default(), TaskTracker::new());
+        let (node, leads) = Node::new(consensus.clone(), sessions.clone(), changes);
+        let leads = tokio::spawn(leads.run(stop.clone()));
+        let inner = Inner {
+            consensus: consensus.clone(),
+            hub,
+            node,
+            sessions: sessions.clone(),
+            streams: streams.clone(),
+            stop: stop.clone(),
+            read_patience: Duration::from_millis(200),
+        };
+        let service = TasksServer::new(TaskService { inner: Arc::new(inner) });
+        let stopped = stop.clone().cancelled_owned();
+        let server = tonic::transport::Server::builder().add_service(service);
+        let server = server.serve_with_incoming_shutdown(TcpListenerStream::new(socket), stopped);
+        let server = tokio::spawn(server);
+
+        // An assignment that no window of HTTP/2 takes in whole, and a task that may be silent for an hour.
+        let job: JobName = "kv".parse().unwrap();
+        let heartbeat = Duration::from_secs(3_600);
+        let spec = JobSpec { heartbeat, ..JobSpec::new(job.clone()) };
+        consensus.propose(Command::ApplyJob { spec, if_version: None }).await.unwrap();
+        let base = consensus.state().job(&job).unwrap().assignment.generation;
+        let split = |nth: u64| Edit::Split { at: SliceKey(nth << 48), low: Load::ZERO };
+        let (edits, none) = ((1..20_000).map(split).collect(), Ratio::from_millionths(0));
+        let plan = Plan { base, edits, imbalance: (none, none), total: Load::ZERO };
+        consensus.propose(Command::Change { job, plan }).await.unwrap();
+
+        let (requests, queue) = mpsc::channel(64);
+        let info = pb::TaskInfo {
+            name: "t".to_owned(),
+            address: "h:1".to_owned(),
+            ..pb::TaskInfo::default()
+        };
+        let register =
+            pb::Register { job: "kv".to_owned(), info: Some(info), ..pb::Register::default() };
+        let say = |asked| requests.try_send(pb::SessionRequest { request: Some(asked) }).unwrap();
+        say(Asked::Register(register));
+        let mut client = TasksClient::connect(format!("http://{address}")).await.unwrap();
+        let unread = client.session(ReceiverStream::new(queue)).await.unwrap();
+        let cut_off = async {
+            streams.close();
+            // Each time it asks there is more that it does not read.
+            while !streams.is_empty() {
+                let resync = Some(Asked::Resync(pb::Resync {}));
+                drop(requests.try_send(pb::SessionRequest { request: resync }));
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(20), cut_off).await.expect("the stream was never cut off");
+        assert_eq!(sessions.count(), 0);
+        drop((unread, client));
+        stop.cancel();
+        timeout(Duration::from_secs(20), leads).await.expect("the loop never stopped").unwrap();
+        server.abort();
     }
 }

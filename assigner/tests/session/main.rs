@@ -28,12 +28,16 @@ async fn a_first_message_that_makes_no_sense_is_refused_by_field() {
     let cases = [
         (None, "request: is missing"),
         (Some(Asked::Drain(pb::Drain {})), "request: must begin with register or attach"),
-        (Some(attach(0)), "attach.session: is zero"),
+        (Some(attach(0, 1)), "attach.session: is zero"),
         (Some(register(info("t/1", 1, "h:1"))), "register.info.name: "),
         (Some(register(info("t", 1, "h"))), "register.info.address: "),
         (Some(Asked::Register(pb::Register::default())), "register.info: is missing"),
         (
-            Some(Asked::Attach(pb::Attach { job: "x".repeat(64), session: 1, known: None })),
+            Some(Asked::Attach(pb::Attach {
+                job: "x".repeat(64),
+                session: 1,
+                ..Default::default()
+            })),
             "attach.job: the name is 64 bytes long",
         ),
     ];
@@ -56,7 +60,7 @@ async fn a_task_that_registers_twice_keeps_its_session_and_the_newest_stream() {
     assert_eq!(second.session().await, session);
     while let Ok(Some(_)) = first.next().await {}
     second.granted(1).await;
-    let mut third = Raw::open(address, Some(attach(session))).await.unwrap();
+    let mut third = Raw::open(address, Some(attach(session, 7))).await.unwrap();
     assert_eq!(third.session().await, session);
     third.granted(1).await;
     assert_eq!(cluster.assignment().await.tasks.len(), 1);
@@ -70,10 +74,11 @@ async fn refusals_have_names() {
     assert_eq!(refused(register(info("t", 1, "h:1"))).await, pb::RefusedCode::NoSuchJob);
     cluster.propose(Command::ApplyJob { spec: quick(), if_version: None }).await;
     let mut task = Raw::open(address, Some(register(info("t", 1, "h:1")))).await.unwrap();
-    task.session().await;
+    let session = task.session().await;
+    assert_eq!(refused(attach(session, 2)).await, pb::RefusedCode::NoSuchSession);
     assert_eq!(refused(register(info("t", 2, "h:2"))).await, pb::RefusedCode::NameTaken);
     assert_eq!(refused(register(info("u", 2, "h:1"))).await, pb::RefusedCode::AddressTaken);
-    assert_eq!(refused(attach(99)).await, pb::RefusedCode::NoSuchSession);
+    assert_eq!(refused(attach(99, 1)).await, pb::RefusedCode::NoSuchSession);
 }
 
 #[tokio::test]
@@ -100,7 +105,7 @@ async fn a_bad_message_is_answered_and_costs_no_session() {
             Asked::Report(pb::Report { window_ms: 9, ..Default::default() }),
             "generation: is missing",
         ),
-        (attach(1), "request: this stream has a session already"),
+        (attach(1, 1), "request: this stream has a session already"),
     ];
     for (message, expected) in cases {
         task.say(message).await;
@@ -132,7 +137,7 @@ async fn a_broken_connection_ends_the_session_unless_the_task_comes_back() {
     let mut task = Raw::open(address, Some(register(info("t", 1, "h:1")))).await.unwrap();
     let session = task.session().await;
     drop(task);
-    let mut back = Raw::open(address, Some(attach(session))).await.unwrap();
+    let mut back = Raw::open(address, Some(attach(session, 1))).await.unwrap();
     assert_eq!(back.session().await, session);
     for beat in 1..20 {
         back.granted(beat).await;

@@ -25,8 +25,8 @@ pub(crate) fn register(info: pb::TaskInfo) -> Asked {
     Asked::Register(pb::Register { job, info: Some(info), ..Default::default() })
 }
 
-pub(crate) fn attach(session: u64) -> Asked {
-    Asked::Attach(pb::Attach { job: "kv".to_owned(), session, known: None })
+pub(crate) fn attach(session: u64, incarnation: u64) -> Asked {
+    Asked::Attach(pb::Attach { job: "kv".to_owned(), session, known: None, incarnation })
 }
 
 impl Raw {

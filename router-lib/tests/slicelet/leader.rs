@@ -12,7 +12,7 @@ use mandoline_core::plan::{Edit, Move, Plan, Reason};
 use mandoline_core::slice::Slice;
 use mandoline_core::spec::{JobSpec, Ratio};
 use mandoline_core::state::{Outcome, Refused, State};
-use mandoline_core::task::SessionId;
+use mandoline_core::task::{SessionId, Task};
 use mandoline_distributor::hub::Hub;
 use mandoline_proto::pb;
 use mandoline_proto::pb::session_reply::Reply;
@@ -144,6 +144,13 @@ impl Leader {
         self.inner.hub.publish(assignment, None);
     }
 
+    /// Forgets everything but the job's name, as if its data had been deleted.
+    pub(crate) fn begin_anew(&self) {
+        *self.inner.state.lock().unwrap() = State::default();
+        self.inner.hub.forget(&kv());
+        self.apply(Command::ApplyJob { spec: quick(), if_version: None }).unwrap();
+    }
+
     pub(crate) fn apply(&self, command: Command) -> Result<Outcome, Refused> {
         let mut state = self.inner.state.lock().unwrap();
         let applied = state.apply(command)?;
@@ -238,7 +245,9 @@ impl Leader {
             }
             Asked::Attach(attach) => {
                 let (job, session) = (attach.job.parse().unwrap(), SessionId(attach.session));
-                if !self.sessions().contains(&session) {
+                let tasks = self.inner.state.lock().unwrap().jobs[&kv()].assignment.tasks.clone();
+                let same = |task: &Arc<Task>| task.info.incarnation == attach.incarnation;
+                if !tasks.get(&session).is_some_and(same) {
                     return Err(refused(Refused::NoSuchSession { job, session }));
                 }
                 Ok((job, session, attach.known.map(Into::into)))

@@ -207,6 +207,29 @@ async fn a_session_that_ended_while_away_begins_anew_with_nothing() {
 }
 
 #[tokio::test]
+async fn a_cluster_that_begins_anew_is_believed() {
+    let old = Leader::start().await;
+    let (slicelet, heard) = noting(&[&old]);
+    let session = ready(&slicelet).await;
+    let (low, high) = half();
+    old.give(low, session);
+    old.give(high, session);
+    comes_to(&slicelet, "given both", |task| task.owned() == 2).await;
+    let known = slicelet.generation();
+    old.begin_anew();
+    assert_eq!(other(&old), session, "sessions are counted anew");
+    old.cut();
+    let anew = |task: &Slicelet| task.owned() == 0 && task.generation() < known;
+    comes_to(&slicelet, "in the new cluster", anew).await;
+    let anew = ready(&slicelet).await;
+    assert_ne!(anew, session);
+    old.give(Slice::FULL, anew);
+    comes_to(&slicelet, "given everything", |task| task.owned() == 1).await;
+    let last = heard.lock().unwrap().last().cloned();
+    assert_eq!(last, Some(format!("added {}", Slice::FULL)));
+}
+
+#[tokio::test]
 async fn a_leader_that_grants_nothing_is_left_for_another() {
     let (mute, other) = (Leader::start().await, Leader::start_empty().await);
     let slicelet = task(&[&mute, &other]).start().unwrap();
