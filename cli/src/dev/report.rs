@@ -24,12 +24,10 @@ pub(crate) struct Report {
     churn_before: Churn,
     totals: Totals,
     right_before: (u64, u64),
-    /// The newest seconds, for the line.
-    recent: VecDeque<Window>,
-    /// The seconds of the window under way, for the sums.
-    gathered: Vec<Window>,
-    /// The fewest tasks that served while the window was under way.
-    tasks: usize,
+    /// The newest seconds, for the line: the load of each, and how many tasks served.
+    recent: VecDeque<(Window, usize)>,
+    /// The same of the window under way, for the sums.
+    gathered: Vec<(Window, usize)>,
     imbalances: Vec<f64>,
     best: Vec<f64>,
 }
@@ -44,7 +42,6 @@ impl Report {
             right_before: (0, 0),
             recent: VecDeque::new(),
             gathered: vec![],
-            tasks: usize::MAX,
             imbalances: vec![],
             best: vec![],
         }
@@ -58,12 +55,11 @@ impl Report {
         let totals = driver.totals();
         let window = driver.window();
         self.gather(&window, tasks);
-        self.recent.push_back(window);
+        self.recent.push_back((window, tasks));
         if self.recent.len() > WINDOW_SECONDS {
             self.recent.pop_front();
         }
-        let mut recent = Window::default();
-        self.recent.iter().for_each(|window| recent.add(window));
+        let (recent, tasks) = joined(&self.recent);
         let (all, right) = town.first_tries();
         let (all_before, right_before) = std::mem::replace(&mut self.right_before, (all, right));
         let churn = since(town.churn(), self.churn_before);
@@ -72,7 +68,7 @@ impl Report {
             self.seconds,
             totals.requests - self.totals.requests,
             percent(right - right_before, all - all_before),
-            recent.imbalance(tasks.max(1)),
+            recent.imbalance(tasks),
             newest.as_ref().map_or(0, |newest| newest.slices.count()),
             churn.moves,
             churn.load as f64 / 1e4,
@@ -89,14 +85,12 @@ impl Report {
         if self.seconds <= SETTLE_SECONDS {
             return;
         }
-        self.tasks = self.tasks.min(tasks);
-        self.gathered.push(second.clone());
+        self.gathered.push((second.clone(), tasks));
         if self.gathered.len() < WINDOW_SECONDS {
             return;
         }
-        let mut window = Window::default();
-        self.gathered.drain(..).for_each(|second| window.add(&second));
-        let tasks = std::mem::replace(&mut self.tasks, usize::MAX).max(1);
+        let (window, tasks) = joined(&self.gathered);
+        self.gathered.clear();
         self.imbalances.push(window.imbalance(tasks));
         self.best.push(window.best_imbalance(tasks));
     }
@@ -126,6 +120,17 @@ impl Report {
             "generation": town.newest().map(|newest: Arc<Assignment>| newest.generation.to_string()),
         })
     }
+}
+
+/// Makes one window of several seconds. Where a task came or went meanwhile the greater number counts: that shows the
+/// imbalance greater than it was, never smaller.
+fn joined<'a>(seconds: impl IntoIterator<Item = &'a (Window, usize)>) -> (Window, usize) {
+    let (mut window, mut tasks) = (Window::default(), 1);
+    for (second, serving) in seconds {
+        window.add(second);
+        tasks = tasks.max(*serving);
+    }
+    (window, tasks)
 }
 
 fn serving(assignment: &Assignment) -> usize {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use mandoline::clerk::Clerk;
 use mandoline_core::assignment::Assignment;
 use mandoline_core::extract::Extract;
+use mandoline_core::generation::Generation;
 use mandoline_core::name::JobName;
 use mandoline_core::spec::JobSpec;
 use mandoline_core::state::Churn;
@@ -90,9 +91,10 @@ impl Town {
             .named("dev")
             .start()
             .map_err(|error| Failure::new("the clerk did not start").caused_by(&error))?;
-        let ready = tokio::time::timeout(START_WITHIN, clerk.ready());
-        ready.await.map_err(|_| {
-            Failure::new("the proxy was told nothing of the job").because("no assigner answered")
+        // The node that it asks may lag behind the one that says what is newest.
+        let generation = newest.get().map_or(Generation::ZERO, |newest| newest.generation);
+        clerk.wait_for(generation, START_WITHIN).await.map_err(|error| {
+            Failure::new("the proxy was not told who serves the job").caused_by(&error)
         })?;
         let tally = Arc::new(Tally::default());
         let config = ProxyConfig {
