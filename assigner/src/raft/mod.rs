@@ -489,7 +489,10 @@ impl Consensus {
         self.changed(node, || raft.change_membership(change.clone(), false)).await
     }
 
-    /// Removes a member for good: its id is never given again. A leader that removes itself steps down.
+    /// Removes a member for good: its id is never given again.
+    ///
+    /// A leader that is to remove itself hands over first, and says whom to ask: else it would be gone before it heard
+    /// whether it may go.
     pub async fn remove(&self, node: NodeId) -> Result<(), MemberError> {
         self.must_know(node)?;
         let raft = self.running()?;
@@ -502,6 +505,14 @@ impl Consensus {
         } else {
             ChangeMembers::RemoveVoters(gone)
         };
+        if node.0 == *raft.node_id() && raft.is_leader() {
+            abdicate(raft, HAND_OVER_WITHIN).await;
+            let metrics = raft.metrics().borrow_watched().clone();
+            let leader = metrics.current_leader.filter(|leader| *leader != node.0);
+            return Err(MemberError::NotLeader {
+                leader: leader.and_then(|id| found_in(&metrics, id)),
+            });
+        }
         self.changed(node, || raft.change_membership(change.clone(), false)).await
     }
 
@@ -705,14 +716,16 @@ async fn watch_role(
     });
 }
 
+/// Says where a member is found, as one that leads.
+fn found_in(metrics: &RaftMetrics<Types>, id: u64) -> Option<Leader> {
+    let member = metrics.membership_config.get_node(&id)?;
+    Some(Leader { node: NodeId(id), client: member.client.clone() })
+}
+
 fn role_of(metrics: &RaftMetrics<Types>, quorum_within: Duration) -> Role {
     let leader = metrics.current_leader;
     if leader != Some(metrics.id) {
-        let found = leader
-            .and_then(|id| Some((id, metrics.membership_config.get_node(&id)?.client.clone())));
-        return Role::Follower {
-            leader: found.map(|(id, client)| Leader { node: NodeId(id), client }),
-        };
+        return Role::Follower { leader: leader.and_then(|id| found_in(metrics, id)) };
     }
     let term = metrics.vote.leader_id;
     let caught_up = metrics.state.is_leader()

@@ -78,12 +78,16 @@ async fn a_learner_listens_before_it_votes_and_the_last_voter_stays() {
         .await;
     cluster.nodes.push(Some(node));
     cluster.all_have("a", 1).await;
-    // The leader may remove itself: the other one leads.
+    // A leader that is to go hands over first, and the other one lets it go.
     let leader = cluster.leader().await;
-    let gone = NodeId(leader as u64 + 1);
-    cluster.node(leader).consensus.remove(gone).await.unwrap();
-    let other = 1 - leader;
+    let (gone, other) = (NodeId(leader as u64 + 1), 1 - leader);
+    let asked = cluster.node(leader).consensus.remove(gone).await;
+    let Err(MemberError::NotLeader { leader: Some(told) }) = asked else { panic!("{asked:?}") };
+    assert_eq!(told.node, NodeId(other as u64 + 1));
     until("the other one to lead", || cluster.node(other).leads()).await;
+    cluster.node(other).consensus.remove(gone).await.unwrap();
+    let left: Vec<_> = cluster.node(other).consensus.status().members;
+    assert_eq!(left.iter().map(|member| member.node).collect::<Vec<_>>(), [told.node]);
     cluster.node(other).propose(apply("a")).await.unwrap();
 }
 
