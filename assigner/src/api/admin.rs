@@ -411,13 +411,16 @@ struct Search<'a> {
     deadline: Instant,
     // Why the last one asked was the wrong one.
     missed: Option<String>,
+    // How long to wait after the next that was.
+    pause: Duration,
 }
 
 impl<'a> Search<'a> {
     fn new<R>(inner: &'a Inner, request: &Request<R>) -> Self {
         let role = inner.consensus.role();
         let was_forwarded = request.metadata().contains_key(FORWARDED);
-        Self { inner, role, was_forwarded, deadline: Instant::now() + LEADER_WITHIN, missed: None }
+        let deadline = Instant::now() + LEADER_WITHIN;
+        Self { inner, role, was_forwarded, deadline, missed: None, pause: RETRY_FIRST }
     }
 
     /// Finds whose turn it is; waits for a leader while there is none, and after one that was not.
@@ -425,7 +428,8 @@ impl<'a> Search<'a> {
         loop {
             if let Some(why) = self.missed.take() {
                 // News of who leads, or a moment: a leader that was just asked may have to learn it first.
-                let until = self.deadline.min(Instant::now() + RETRY_EVERY);
+                let until = self.deadline.min(Instant::now() + self.pause);
+                self.pause = (2 * self.pause).min(RETRY_MOST);
                 let gone = matches!(timeout_at(until, self.role.changed()).await, Ok(Err(_)));
                 if gone || Instant::now() >= self.deadline {
                     return Err(Status::unavailable(format!(
@@ -453,8 +457,10 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Between two tries to find who leads.
-const RETRY_EVERY: Duration = Duration::from_millis(50);
+/// Between two tries to find who leads: the first is short, since whoever was just elected leads once it has committed an
+/// entry of its own, milliseconds later; the others are longer each time, up to a tenth of an election.
+const RETRY_FIRST: Duration = Duration::from_millis(3);
+const RETRY_MOST: Duration = Duration::from_millis(50);
 
 /// Why the leader did not carry something out.
 enum Problem {
