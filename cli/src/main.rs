@@ -24,6 +24,7 @@ mod bench;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mandoline_assigner::raft::LOG_TARGET;
 
 use crate::failure::Failure;
 use crate::log::LogFormat;
@@ -67,13 +68,13 @@ enum DemoCommand {
 
 impl Command {
     /// How much is logged unless asked for: a server says what it does, a command only what it cannot do.
-    const fn usual_log(&self) -> &'static str {
-        match self {
-            // openraft tells every step of an election at this level.
-            Self::Assigner(_) | Self::Proxy(_) | Self::Demo(_) => "info,openraft=warn",
-            // In one process all nodes stop at once, which openraft laments.
-            _ => "warn,openraft=off",
-        }
+    fn usual_log(&self) -> String {
+        let (ours, raft) = match self {
+            Self::Assigner(_) | Self::Proxy(_) | Self::Demo(_) => ("info", "warn"),
+            // In one process all nodes stop at once, which Raft laments.
+            _ => ("warn", "off"),
+        };
+        format!("{ours},{LOG_TARGET}={raft}")
     }
 }
 
@@ -90,7 +91,7 @@ fn main() -> ExitCode {
 }
 
 fn start(cli: Cli) -> Result<ExitCode, Failure> {
-    log::start(cli.log_format, cli.command.usual_log())?;
+    log::start(cli.log_format, &cli.command.usual_log())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -60,6 +60,8 @@ use crate::raft::writer::Writer;
 
 /// The largest command, encoded: a plan that touches a million slices weighs half of it.
 pub const COMMAND_BYTES_MAX: usize = 64 << 20;
+/// The name under which the implementation below logs, for filters: it tells every step of an election.
+pub const LOG_TARGET: &str = "openraft";
 /// How long a leader that stops waits for another to lead: a transfer takes milliseconds, and an election comes anyway.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(1);
 /// How long a snapshot may take: a state of gigabytes is beyond the limits of a cluster.

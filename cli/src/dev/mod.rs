@@ -3,8 +3,8 @@
 
 mod nodes;
 mod newest;
-mod report;
 mod town;
+mod report;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
