@@ -75,6 +75,11 @@ impl Node {
         drop(self.asks.send(Ask::Event(event)).await);
     }
 
+    /// Waits for room to tell the loop something; nothing where there is no loop any more.
+    pub async fn room(&self) -> Option<Room<'_>> {
+        self.asks.reserve().await.ok().map(Room)
+    }
+
     /// Asks what the leader knows of a job's tasks; nothing where this node does not lead.
     pub async fn measure(&self, job: JobName) -> BTreeMap<SessionId, Measure> {
         let (answer, answered) = oneshot::channel();
@@ -82,6 +87,17 @@ impl Node {
             return BTreeMap::new();
         }
         answered.await.unwrap_or_default()
+    }
+}
+
+/// Room for one event.
+#[derive(Debug)]
+pub struct Room<'a>(mpsc::Permit<'a, Ask>);
+
+impl Room<'_> {
+    /// Tells the loop what happened, without waiting.
+    pub fn tell(self, event: Event) {
+        self.0.send(Ask::Event(event));
     }
 }
 

@@ -76,21 +76,29 @@ impl Sessions {
 }
 
 impl Seat {
-    /// Gives the connection up, and says whether it was still the newest of its session.
-    pub fn leave(self) -> bool {
-        self.is_newest()
+    /// Gives the connection up. If it was still the newest of its session, `if_newest` is called before another can take
+    /// the session: so what it says is heard before anything that the next connection says.
+    pub fn leave(self, if_newest: impl FnOnce()) {
+        let mut open = self.sessions.lock();
+        if open.is_newest(&self) {
+            open.by_session.remove(&self.key);
+            if_newest();
+        }
+        drop(open);
     }
+}
 
-    fn is_newest(&self) -> bool {
-        let open = self.sessions.lock();
-        open.by_session.get(&self.key).is_some_and(|entry| entry.connection == self.connection)
+impl Open {
+    fn is_newest(&self, seat: &Seat) -> bool {
+        let entry = self.by_session.get(&seat.key);
+        entry.is_some_and(|entry| entry.connection == seat.connection)
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
         let mut open = self.sessions.lock();
-        if open.by_session.get(&self.key).is_some_and(|entry| entry.connection == self.connection) {
+        if open.is_newest(self) {
             open.by_session.remove(&self.key);
         }
     }
@@ -106,9 +114,10 @@ mod tests {
         let first = sessions.take(&job, SessionId(1));
         let second = sessions.take(&job, SessionId(1));
         assert!(first.replaced.is_cancelled() && !second.replaced.is_cancelled());
-        assert!(!first.leave(), "the session is the second's");
+        first.leave(|| panic!("the session is the second's"));
         assert_eq!(sessions.count(), 1);
-        assert!(second.leave());
-        assert_eq!(sessions.count(), 0);
+        let mut told = false;
+        second.leave(|| told = true);
+        assert_eq!((sessions.count(), told), (0, true));
     }
 }

@@ -336,7 +336,6 @@ impl Session {
             }
             let goes_on = self.ending.is_none();
             tokio::select! {
-                biased;
                 () = self.inner.stop.cancelled(), if goes_on => self.unseat().await,
                 changed = self.role.changed(), if goes_on => self.role_changed(changed.is_ok()).await,
                 () = self.seat.replaced.cancelled(), if goes_on => self.ending = Some(End::Over),
@@ -499,8 +498,8 @@ impl Session {
             End::Broken | End::Over | End::Unseated => {}
         }
         tracing::info!(%job, %session, "session detached");
-        if seat.leave() {
-            inner.node.tell(Event::Broken { job, session }).await;
+        if let Some(room) = inner.node.room().await {
+            seat.leave(|| room.tell(Event::Broken { job, session }));
         }
     }
 }
