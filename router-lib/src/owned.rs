@@ -449,6 +449,20 @@ mod tests {
     }
 
     #[test]
+    fn taking_a_request_in_allocates_nothing() {
+        let (owned, _) = owned();
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (1 << 63, 2, 2)]));
+        let take_in = || {
+            assert!(owned.view().claim(SliceKey::MIN, 1_000));
+            assert!(!owned.view().owns(SliceKey::MAX));
+            assert!(owned.view().other_owner(SliceKey::MAX).is_some());
+        };
+        // The first time a thread is given its lane.
+        take_in();
+        assert_eq!(allocation_counter::measure(take_in).count_total, 0);
+    }
+
+    #[test]
     fn a_report_of_too_many_slices_joins_neighbours() {
         let slices = (0..10).map(|n| (slice(n * 10, n * 10 + 9), Load::from_milli(n))).collect();
         let fewer = thinned(slices, 3);
