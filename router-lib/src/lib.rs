@@ -73,4 +73,5 @@ pub use mandoline_core::task::{Address, SessionId, Task};
 pub use mandoline_distributor::connect::Connector;
 pub use mandoline_distributor::hub::Hub;
 pub use mandoline_distributor::serve::WatchService;
+pub use slicelet::{Claim, Slicelet};
 pub use snapshot::{NoTask, Target};
