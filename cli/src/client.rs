@@ -87,13 +87,17 @@ impl Client {
         }
         Err(Failure::new("no assigner could answer")
             .because(silent.join("; "))
-            .try_this("start one with `mandoline dev` or `mandoline assigner`, or say where by --assigners HOST:PORT"))
+            .try_this(
+                "start one (`mandoline dev`), say where one is (--assigners HOST:PORT), or by whom it is vouched for \
+                 if it speaks TLS (--tls-ca FILE)",
+            ))
     }
 }
 
-/// Whether another node may know better.
+/// Whether nobody answered, so that another node may: what has a source came about on this side of the wire.
 fn is_silence(status: &Status) -> bool {
-    matches!(status.code(), Code::Unavailable | Code::Unknown | Code::DeadlineExceeded)
+    std::error::Error::source(status).is_some()
+        || matches!(status.code(), Code::Unavailable | Code::Unknown | Code::DeadlineExceeded)
 }
 
 fn refused(address: &Address, status: &Status) -> Failure {
@@ -108,7 +112,14 @@ fn refused(address: &Address, status: &Status) -> Failure {
     }
 }
 
-/// What a status says, down to the cause where it is only `transport error`.
+/// What a status says, and the cause at the very bottom: between lie names of layers that no operator knows.
 fn plain(status: &Status) -> String {
-    crate::failure::chain(status).replace("code: 'The service is currently unavailable', ", "")
+    let mut cause = std::error::Error::source(status);
+    while let Some(below) = cause.and_then(std::error::Error::source) {
+        cause = Some(below);
+    }
+    match cause.map(ToString::to_string) {
+        Some(cause) if cause != status.message() => format!("{}: {cause}", status.message()),
+        _ => status.message().to_owned(),
+    }
 }

@@ -4,7 +4,9 @@
 
 mod kit;
 mod slips;
+mod examples;
 mod dev;
 mod cluster;
 mod outage;
 mod bad_calls;
+mod secure;
