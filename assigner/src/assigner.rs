@@ -9,6 +9,7 @@ use mandoline_core::task::Address;
 use mandoline_distributor::hub::Hub;
 use mandoline_distributor::serve::WatchService;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
@@ -171,7 +172,11 @@ impl Assigner {
             failure = consensus.failed() => Some(RunError::Raft(failure)),
             ended = &mut callers => Some(broken(ended)),
             ended = &mut peers => Some(broken(ended)),
-            ended = &mut leader => ended.err().map(|_| RunError::Panicked),
+            // It ends with the role that it follows, a moment before the node says why that has ended.
+            ended = &mut leader => Some(match timeout(END_WITHIN, consensus.failed()).await {
+                Ok(failure) if ended.is_ok() => RunError::Raft(failure),
+                Ok(_) | Err(_) => RunError::Panicked,
+            }),
         };
         info!("Stopping");
         consensus.stop().await;
@@ -188,7 +193,7 @@ impl Assigner {
                 drop(leader.await);
             }
         };
-        if tokio::time::timeout(END_WITHIN, ended).await.is_err() {
+        if timeout(END_WITHIN, ended).await.is_err() {
             warn!("Some calls did not end in time and are cut off");
         }
         info!("Stopped");
