@@ -3,6 +3,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod kit;
+#[allow(dead_code)] // `bench` uses the rest of it
+#[path = "../../cli/src/bench/processes.rs"]
+mod processes;
+mod callers;
 mod slips;
 mod examples;
 mod dev;
@@ -10,3 +14,8 @@ mod cluster;
 mod outage;
 mod bad_calls;
 mod secure;
+mod failover;
+mod task_loss;
+mod away;
+mod durability;
+mod disk_full;

@@ -94,6 +94,8 @@ async fn measure(args: &FailoverArgs) -> anyhow::Result<Findings> {
         .map(|index| cluster.start_task(&format!("kv-{index}")))
         .collect::<Result<_, _>>()?;
     cluster.served("kv", tasks.len(), CHANGE_WITHIN).await?;
+    // Whichever node the proxy asks, it knows this much.
+    cluster.settled(SETTLE_WITHIN).await?;
     let proxy = cluster.start_proxy("proxy", ProxyKnows::default()).await?;
     let clerk =
         Clerk::builder("kv".parse()?).sources(cluster.addresses()).named("bench").start()?;

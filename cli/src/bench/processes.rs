@@ -14,6 +14,8 @@ use anyhow::{Context, anyhow, bail};
 use mandoline_core::task::Address;
 use mandoline_proto::pb;
 use mandoline_proto::pb::admin_client::AdminClient;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
@@ -157,7 +159,7 @@ pub(crate) struct Leader {
     pub(crate) term: u64,
 }
 
-/// The assigner nodes, and how to start what goes with them.
+/// The assigner nodes, and how to start what goes with them. `MANDOLINE_KEEP=1` keeps their logs and data.
 #[derive(Debug)]
 pub(crate) struct Cluster {
     program: PathBuf,
@@ -179,7 +181,11 @@ impl Cluster {
 
     /// Chooses places for nodes; none of them runs yet.
     pub(crate) fn describe(program: &Path, count: usize) -> anyhow::Result<Self> {
-        let dir = tempfile::tempdir().context("cannot make a temporary directory")?;
+        let mut dir = tempfile::tempdir().context("cannot make a temporary directory")?;
+        if std::env::var_os("MANDOLINE_KEEP").is_some_and(|keep| keep == "1") {
+            dir.disable_cleanup(true);
+            eprintln!("logs and data are kept in {}", dir.path().display());
+        }
         let node = |index: usize| -> anyhow::Result<Node> {
             let (client, peer) = (free_port()?, free_port()?);
             let endpoint = Endpoint::from_shared(format!("http://{client}"))?;
@@ -285,17 +291,17 @@ impl Cluster {
     /// Waits until one node leads, and every other that runs follows it and has applied what the leader had.
     pub(crate) async fn settled(&self, within: Duration) -> anyhow::Result<Leader> {
         let look = async |cluster: &Self| {
-            let mut all = vec![];
+            let leader = cluster.leader(CALL_WITHIN).await.ok()?;
+            let known = cluster.status(leader.index).await.ok()?;
+            // Asked after the leader was, so that changes that go on meanwhile do not matter.
             for index in cluster.running() {
-                all.push((index, cluster.status(index).await.ok()?));
+                let status = cluster.status(index).await.ok()?;
+                let same = status.leader == known.node && status.term == leader.term;
+                if !same || status.applied < known.applied {
+                    return None;
+                }
             }
-            let (index, leader) = all.iter().find(|(_, s)| s.leader != 0 && s.leader == s.node)?;
-            let agreed = all.iter().all(|(_, status)| {
-                status.leader == leader.node
-                    && status.term == leader.term
-                    && status.applied >= leader.applied
-            });
-            agreed.then_some(Leader { index: *index, term: leader.term })
+            Some(leader)
         };
         self.until("all nodes that run to follow one leader and have its log", within, look).await
     }
@@ -363,7 +369,7 @@ impl Cluster {
         Ok(Task { name: name.to_owned(), address, watch, process })
     }
 
-    /// Starts a proxy for job `kv`, and waits until it lets requests in.
+    /// Starts a proxy for job `kv`, and waits until it is ready: it knows the job's assignment.
     pub(crate) async fn start_proxy(&self, name: &str, knows: ProxyKnows) -> anyhow::Result<Proxy> {
         let (listen, admin, watch) = (free_port()?, free_port()?, free_port()?);
         let mut args = words("proxy --workers 1");
@@ -381,11 +387,11 @@ impl Cluster {
         let process = Process::start(&self.program, name, &args, self.dir.path())?;
         let mut proxy = Proxy { address: listen, admin, watch, process };
         let end = Instant::now() + START_WITHIN;
-        while tokio::net::TcpStream::connect(listen).await.is_err() {
+        while !is_ready(admin).await {
             let ended = proxy.process.ended();
             if ended.is_some() || Instant::now() >= end {
                 bail!(
-                    "{name} does not listen at {listen}, ended: {ended:?}\n{}",
+                    "{name} is not ready at {listen}, ended: {ended:?}\n{}",
                     proxy.process.log_tail()
                 );
             }
@@ -426,6 +432,19 @@ impl Cluster {
         };
         self.nodes.iter().enumerate().map(of_node).collect()
     }
+}
+
+/// Whether the page for that says yes.
+async fn is_ready(admin: SocketAddr) -> bool {
+    let asked = async {
+        let mut stream = TcpStream::connect(admin).await.ok()?;
+        let request = "GET /readyz HTTP/1.1\r\nhost: proxy\r\nconnection: close\r\n\r\n";
+        stream.write_all(request.as_bytes()).await.ok()?;
+        let mut answer = vec![];
+        stream.read_to_end(&mut answer).await.ok()?;
+        Some(answer.starts_with(b"HTTP/1.1 200"))
+    };
+    timeout(CALL_WITHIN, asked).await.ok().flatten() == Some(true)
 }
 
 /// Gives an address as the wire has it.
