@@ -63,8 +63,9 @@ impl Exchange {
         self.last = Some(target.session());
     }
 
-    pub(crate) const fn first_try_was_right(&mut self) {
-        self.first_try_right = true;
+    /// The task that was tried last takes the request.
+    pub(crate) const fn is_taken(&mut self) {
+        self.first_try_right = !self.retried;
     }
 
     /// The head of the answer goes out; until the rest has, it counts as abandoned.

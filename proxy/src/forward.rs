@@ -1,4 +1,5 @@
-//! From a target to an answer: one try, and a second on the fresh owner where the first may be repeated.
+//! From a target to an answer: one try, and a second on the fresh owner where the first may be repeated. An owner that has
+//! not heard yet that it is one is given a moment.
 //!
 //! A request may be sent again when no task has acted on it: the task could not be reached, the connection was closed
 //! before the request was written, or the task answered 421, which says so. After a connection that broke off before the
@@ -16,7 +17,7 @@ use http::{Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
 use crate::exchange::Exchange;
@@ -43,47 +44,65 @@ enum Setback {
     Final(Refusal),
 }
 
+/// How long a task that lags behind the proxy is given to hear that it owns the key, before it is asked again, and again.
+/// News reach tasks and proxies at the same moment, so the first pause does nearly always; the sum is longer than a busy
+/// machine keeps a thread waiting, and still no hang.
+const LAG_PAUSES_MS: [u64; 5] = [5, 10, 20, 40, 80];
+
 /// Sends a request to its task, and once more to the fresh owner if it may be repeated.
+///
+/// An owner, fresh or not, that answers by an older assignment than the proxy's is asked again after a pause: in a move the
+/// old owner, the proxy and the new owner hear of it in any order.
 pub(crate) async fn forward(
     worker: &Worker,
     key: SliceKey,
-    target: Target,
+    mut target: Target,
     head: &Parts,
     tape: &Tape,
     exchange: &mut Exchange,
 ) -> Result<Answer, Refusal> {
-    exchange.tries(&target);
-    let setback = match attempt(worker, &target, head, tape, exchange).await {
-        Ok(answer) => {
-            if answer.0.status() != StatusCode::SERVICE_UNAVAILABLE {
-                exchange.first_try_was_right();
+    let mut pauses = LAG_PAUSES_MS.into_iter().map(Duration::from_millis);
+    let mut is_fresh = false;
+    loop {
+        exchange.tries(&target);
+        let setback = match attempt(worker, &target, head, tape, exchange).await {
+            Ok(answer) => {
+                if answer.0.status() != StatusCode::SERVICE_UNAVAILABLE {
+                    exchange.is_taken();
+                }
+                tape.settle();
+                return Ok(answer);
             }
-            tape.settle();
-            return Ok(answer);
+            Err(setback) => setback,
+        };
+        let may_be_repeated = match setback {
+            Setback::Misdirected(_) | Setback::Unreached => tape.is_whole(),
+            Setback::Broken => tape.is_whole() && head.method.is_idempotent(),
+            Setback::Final(_) => false,
+        };
+        let told = if let Setback::Misdirected(told) = &setback { *told } else { None };
+        let lags = told.is_some_and(|told| told < target.generation);
+        let pause = if lags { pauses.next() } else { None };
+        let next = match pause {
+            _ if !may_be_repeated => return Err(refusal(setback, head)),
+            Some(pause) => {
+                sleep(pause).await;
+                worker.lookup.route(key, &worker.pool)
+            }
+            None if lags || is_fresh => return Err(refusal(setback, head)),
+            None => {
+                is_fresh = true;
+                worker.lookup.fresh(key, &worker.pool, &target, told).await
+            }
+        };
+        let Some(next) = next else { return Err(Refusal::Unserved) };
+        // Only a task that was heard may say something else a moment later.
+        if next.session() == target.session() && !matches!(setback, Setback::Misdirected(_)) {
+            return Err(refusal(setback, head));
         }
-        Err(setback) => setback,
-    };
-    let told = match &setback {
-        Setback::Misdirected(told) => *told,
-        Setback::Unreached => None,
-        Setback::Broken if head.method.is_idempotent() => None,
-        Setback::Broken | Setback::Final(_) => return Err(refusal(setback, head)),
-    };
-    if !tape.is_whole() {
-        return Err(refusal(setback, head));
+        debug!(%key, from = %target.session(), to = %next.session(), "Request is tried again");
+        target = next;
     }
-    let Some(fresh) = worker.lookup.fresh(key, &worker.pool, &target, told).await else {
-        return Err(Refusal::Unserved);
-    };
-    // Only a task that was heard may say something else a moment later.
-    if fresh.session() == target.session() && !matches!(setback, Setback::Misdirected(_)) {
-        return Err(refusal(setback, head));
-    }
-    debug!(%key, from = %target.session(), to = %fresh.session(), "Request is tried again");
-    exchange.tries(&fresh);
-    let answer = attempt(worker, &fresh, head, tape, exchange).await;
-    tape.settle();
-    answer.map_err(|setback| refusal(setback, head))
 }
 
 /// What the client is told of a setback that ends its request.

@@ -5,16 +5,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use mandoline::{Clerk, Generation, SessionId, SliceKey};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use crate::pool::{Pool, Upstream};
 
 /// How long a request waits for a newer assignment before its second try. A move is announced to tasks and callers at the
 /// same moment, so a caller lags by a round trip; 200 ms is many of those, and still no hang.
 const FRESH_WAIT: Duration = Duration::from_millis(200);
-
-/// How long a request waits for a task that lags behind the proxy to learn that it owns the key.
-const LAG_WAIT: Duration = Duration::from_millis(25);
 
 /// What all workers route by: the clerk of the job that the proxy serves.
 #[derive(Clone, Debug)]
@@ -76,18 +73,10 @@ impl Lookup {
         told: Option<Generation>,
     ) -> Option<Target> {
         let deadline = Instant::now() + FRESH_WAIT;
-        let least = match told {
-            Some(told) if told < tried.generation => {
-                // The task lags, not we: it is about to hear what we know.
-                sleep(LAG_WAIT).await;
-                return self.route(key, pool);
-            }
-            Some(told) => {
-                self.clerk.refresh(told);
-                told
-            }
-            None => tried.generation,
-        };
+        if let Some(told) = told {
+            self.clerk.refresh(told);
+        }
+        let least = told.unwrap_or(tried.generation);
         let mut changes = self.clerk.changes();
         loop {
             let known = changes.borrow_and_update().as_ref().map(|known| known.generation);

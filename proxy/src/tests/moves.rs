@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
 
 use mandoline_core::extract::{Extract, Parts};
 use mandoline_core::generation::Generation;
@@ -17,6 +18,8 @@ const TASKS: usize = 3;
 const CLIENTS: usize = 8;
 const MOVES: u64 = 30;
 const REQUESTS_BETWEEN_MOVES: u64 = 60;
+/// Few, for all parties must hear of a move before those who wait for it give up.
+const REQUESTS_BETWEEN_NEWS: u64 = 4;
 
 /// What one task believes: the generation, and the parts of the key space, by their first key, that are its own.
 type Belief = (Generation, BTreeMap<u64, bool>);
@@ -78,7 +81,9 @@ async fn keys_that_move_under_load_fail_no_request() {
     }
     let mut prng = Prng::new(17);
     for number in 2..2 + MOVES {
-        owners[prng.below(8) as usize] = prng.below(TASKS as u64) as usize;
+        // Not the same keys twice in a row: those who wait go to one fresh owner, and no further.
+        let eighth = &mut owners[number as usize % 8];
+        *eighth = (*eighth + 1) % TASKS;
         // The proxy, the old owner and the new one hear of it in any order.
         let mut order = [0, 1, 2, 3];
         for last in (1..order.len()).rev() {
@@ -89,9 +94,11 @@ async fn keys_that_move_under_load_fail_no_request() {
                 Some(tell) => drop(tell.send_replace(belief(number, &owners, hears))),
                 None => stage.owners.give(number, &runs(&owners)).await,
             }
+            // Unless all clients wait for this move.
+            let some = go_on(&done, REQUESTS_BETWEEN_NEWS);
+            drop(tokio::time::timeout(Duration::from_millis(5), some).await);
         }
-        let so_far = done.load(SeqCst);
-        until("requests to go on", || done.load(SeqCst) >= so_far + REQUESTS_BETWEEN_MOVES).await;
+        go_on(&done, REQUESTS_BETWEEN_MOVES).await;
     }
     stop.store(true, SeqCst);
     let mut sent = 0;
@@ -105,6 +112,12 @@ async fn keys_that_move_under_load_fail_no_request() {
     assert!(stats.retried > 0 && stats.first_try_right == sent - stats.retried, "{stats:?}");
 }
 
+/// Waits until so many more requests were carried out.
+async fn go_on(done: &AtomicU64, more: u64) {
+    let goal = done.load(SeqCst) + more;
+    until("requests to go on", || done.load(SeqCst) >= goal).await;
+}
+
 /// Sends requests with and without a body, one after the other, until told to stop, and counts them.
 async fn requests(client: usize, wire: &mut Wire, stop: &AtomicBool) -> u64 {
     let mut count = 0;
@@ -114,9 +127,10 @@ async fn requests(client: usize, wire: &mut Wire, stop: &AtomicBool) -> u64 {
         let head = format!(
             "{method} /kv/{client}-{count} HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n"
         );
+        let began = tokio::time::Instant::now();
         wire.send(format!("{head}{body}")).await;
         let answer = wire.head().await;
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer} after {:?}", began.elapsed());
         wire.read_to(&format!("[{body}]")).await;
         count += 1;
     }

@@ -97,6 +97,41 @@ async fn a_task_that_lags_behind_is_asked_again() {
 }
 
 #[tokio::test]
+async fn a_task_that_never_catches_up_ends_in_a_503() {
+    let (backend, asked, _) = misdirecting(1).await;
+    let stage = Stage::new(Owners::none());
+    stage.owners.give(5, &[(0, 1, backend.address)]).await;
+    let answer = stage.talk(GET).await;
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("moving"), "{answer}");
+    // Once, and once more after each of five pauses.
+    assert_eq!(asked.load(SeqCst), 6);
+    let stats = stage.stats();
+    assert_eq!((stats.requests, stats.failed, stats.retried), (1, 1, 1));
+}
+
+#[tokio::test]
+async fn a_fresh_owner_that_lags_behind_is_asked_again() {
+    let (old, _, told) = misdirecting(2).await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let new = Backend::serve(move |_| {
+        let lags = count.fetch_add(1, SeqCst) < 2;
+        async move {
+            if lags { status(421, &[("mandoline-generation", "1.1")]) } else { text("mine now") }
+        }
+    })
+    .await;
+    let stage = Stage::new(Owners::all(old.address).await);
+    let moves = async {
+        within("the old owner to be asked", told.notified()).await;
+        stage.owners.give(2, &[(0, 2, new.address)]).await;
+    };
+    let (answer, ()) = tokio::join!(stage.talk(GET), moves);
+    assert!(answer.ends_with("mine now"), "{answer}");
+    assert_eq!((asked.load(SeqCst), stage.stats().retried), (3, 1));
+}
+
+#[tokio::test]
 async fn two_tasks_that_both_refuse_end_in_a_503_and_not_in_a_loop() {
     let ((old, old_asked, _), (new, new_asked, _)) = (misdirecting(2).await, misdirecting(2).await);
     let stage = Stage::new(Owners::all(old.address).await);
