@@ -68,12 +68,12 @@ impl Roster {
 
     /// Notes that a session opened a connection.
     pub fn attached(&mut self, now: Time, session: SessionId) {
-        self.note(now, session, |_| Link::Open);
+        self.note(now, session);
     }
 
     /// Notes a sign of life.
     pub fn heard(&mut self, now: Time, session: SessionId) {
-        self.note(now, session, |link| if link == Link::Unseen { Link::Open } else { link });
+        self.note(now, session);
     }
 
     /// Notes that a session's connection broke.
@@ -85,11 +85,12 @@ impl Roster {
         }
     }
 
-    fn note(&mut self, now: Time, session: SessionId, link: impl Fn(Link) -> Link) {
+    /// Whatever comes from a session after its connection broke came over a newer one.
+    fn note(&mut self, now: Time, session: SessionId) {
         if let Some(life) = self.lives.get_mut(&session)
             && life.link != Link::Judged
         {
-            *life = Life { heard: now, link: link(life.link) };
+            *life = Life { heard: now, link: Link::Open };
         }
     }
 

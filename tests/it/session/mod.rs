@@ -1,6 +1,5 @@
 //! Task sessions with real nodes over real sockets: first word for word, then by slicelets.
 
-#![allow(clippy::unwrap_used)] // helpers are outside of test functions, where clippy does not know them for tests
 
 mod cluster;
 mod raw;
@@ -8,7 +7,7 @@ mod raw;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use cluster::{Cluster, PATIENCE, eventually, kv, quick};
+use self::cluster::{Cluster, PATIENCE, eventually, kv, quick};
 use mandoline::slicelet::{Builder, NotReady, Shutdown, Slicelet, State, Why};
 use mandoline_core::command::Command;
 use mandoline_core::key::SliceKey;
@@ -17,7 +16,7 @@ use mandoline_core::task::SessionId;
 use mandoline_proto::pb;
 use mandoline_proto::pb::session_reply::Reply;
 use mandoline_proto::pb::session_request::Request as Asked;
-use raw::{Raw, attach, info, register};
+use self::raw::{Raw, attach, info, register};
 use tokio::time::timeout;
 use tonic::Code;
 

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use crate::cluster::PATIENCE;
+use crate::session::cluster::PATIENCE;
 
 pub(crate) struct Raw {
     requests: mpsc::Sender<pb::SessionRequest>,

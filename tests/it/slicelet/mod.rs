@@ -1,13 +1,12 @@
 //! A slicelet against a leader over real sockets: what a task keeps, whatever happens to its connection.
 
-#![allow(clippy::unwrap_used)] // helpers are outside of test functions, where clippy does not know them for tests
 
 mod leader;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use leader::{Leader, kv, quick};
+use self::leader::{Leader, kv, quick};
 use mandoline::slicelet::{Claim, NotReady, Shutdown, Slicelet, StartError, State, Why};
 use mandoline_core::command::Command;
 use mandoline_core::key::SliceKey;
