@@ -2,12 +2,16 @@
 // Helpers of tests are tests: what cannot fail may be unwrapped.
 #![allow(clippy::unwrap_used)]
 
+#[path = "../tidy.rs"]
+mod tidy;
 mod kit;
 #[allow(dead_code)] // `bench` uses the rest of it
 #[path = "../../cli/src/bench/processes.rs"]
 mod processes;
 mod callers;
 mod slips;
+mod slicelet;
+mod session;
 mod examples;
 mod dev;
 mod cluster;
