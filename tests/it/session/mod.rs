@@ -1,6 +1,5 @@
 //! Task sessions with real nodes over real sockets: first word for word, then by slicelets.
 
-
 mod cluster;
 mod raw;
 
@@ -8,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use self::cluster::{Cluster, PATIENCE, eventually, kv, quick};
+use self::raw::{Raw, attach, info, register};
 use mandoline::slicelet::{Builder, NotReady, Shutdown, Slicelet, State, Why};
 use mandoline_core::command::Command;
 use mandoline_core::key::SliceKey;
@@ -16,7 +16,6 @@ use mandoline_core::task::SessionId;
 use mandoline_proto::pb;
 use mandoline_proto::pb::session_reply::Reply;
 use mandoline_proto::pb::session_request::Request as Asked;
-use self::raw::{Raw, attach, info, register};
 use tokio::time::timeout;
 use tonic::Code;
 

@@ -1,6 +1,5 @@
 //! A slicelet against a leader over real sockets: what a task keeps, whatever happens to its connection.
 
-
 mod leader;
 
 use std::sync::{Arc, Mutex};
