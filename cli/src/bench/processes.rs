@@ -273,12 +273,10 @@ impl Cluster {
         let asked = self.running().into_iter().map(|index| {
             let look = async move {
                 while Instant::now() < end {
-                    match self.status(index).await {
-                        Ok(status) if status.leader != 0 && status.leader == status.node => {
-                            return Ok(Leader { index, term: status.term });
-                        }
-                        Ok(_) | Err(_) => sleep(POLL_EVERY).await,
+                    if let Some(term) = self.term_led(index).await {
+                        return Ok(Leader { index, term });
                     }
+                    sleep(POLL_EVERY).await;
                 }
                 Err(anyhow!("waited {within:?} for a leader{}", self.logs()))
             };
@@ -286,6 +284,13 @@ impl Cluster {
         });
         let (leader, _) = futures_util::future::select_ok(asked).await?;
         Ok(leader)
+    }
+
+    /// The term in which a node says that it leads: by its page, which costs it far less than `Status`.
+    async fn term_led(&self, index: usize) -> Option<u64> {
+        let page = page(self.nodes[index].client, "/readyz?verbose").await?;
+        let (_, term) = page.split_once("this node leads, term ")?;
+        term.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
     }
 
     /// Waits until one node leads, and every other that runs follows it and has applied what the leader had.
@@ -436,15 +441,21 @@ impl Cluster {
 
 /// Whether the page for that says yes.
 async fn is_ready(admin: SocketAddr) -> bool {
+    page(admin, "/readyz").await.is_some_and(|page| page.starts_with("HTTP/1.1 200"))
+}
+
+/// Asks for a page, and gives the answer with its head.
+async fn page(address: SocketAddr, path: &str) -> Option<String> {
     let asked = async {
-        let mut stream = TcpStream::connect(admin).await.ok()?;
-        let request = "GET /readyz HTTP/1.1\r\nhost: proxy\r\nconnection: close\r\n\r\n";
+        let mut stream = TcpStream::connect(address).await.ok()?;
+        let request =
+            format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.ok()?;
         let mut answer = vec![];
         stream.read_to_end(&mut answer).await.ok()?;
-        Some(answer.starts_with(b"HTTP/1.1 200"))
+        String::from_utf8(answer).ok()
     };
-    timeout(CALL_WITHIN, asked).await.ok().flatten() == Some(true)
+    timeout(CALL_WITHIN, asked).await.ok().flatten()
 }
 
 /// Gives an address as the wire has it.
