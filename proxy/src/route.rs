@@ -13,6 +13,11 @@ use crate::pool::{Pool, Upstream};
 /// same moment, so a caller lags by a round trip; 200 ms is many of those, and still no hang.
 const FRESH_WAIT: Duration = Duration::from_millis(200);
 
+/// The same, where a task has named a newer assignment: that one exists, and comes as soon as the clerk's source has it. A
+/// clerk whose source has just died, or lags itself, needs a new connection for that: longer on a busy machine than the wait
+/// above, and the request's one chance.
+const NEWS_WAIT: Duration = Duration::from_secs(1);
+
 /// What all workers route by: the clerk of the job that the proxy serves.
 #[derive(Clone, Debug)]
 pub struct Router {
@@ -64,7 +69,7 @@ impl Lookup {
     }
 
     /// Finds the owner for a second try, after `tried` could not be reached or said that it does not own the key, by an
-    /// assignment of generation `told` if it said so. Waits at most `FRESH_WAIT`.
+    /// assignment of generation `told` if it said so. Waits at most `FRESH_WAIT`, or `NEWS_WAIT` where there are news.
     pub(crate) async fn fresh(
         &self,
         key: SliceKey,
@@ -72,7 +77,8 @@ impl Lookup {
         tried: &Target,
         told: Option<Generation>,
     ) -> Option<Target> {
-        let deadline = Instant::now() + FRESH_WAIT;
+        let has_news = told.is_some_and(|told| told > tried.generation);
+        let deadline = Instant::now() + if has_news { NEWS_WAIT } else { FRESH_WAIT };
         if let Some(told) = told {
             self.clerk.refresh(told);
         }
