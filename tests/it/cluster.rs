@@ -1,7 +1,13 @@
 //! A cluster of processes, as on many machines: three assigners, two tasks, a proxy, and an operator at work.
 
+use mandoline_core::spec::JobSpec;
+use mandoline_proto::pb;
+use mandoline_proto::pb::admin_client::AdminClient;
 use serde_json::Value;
 use tempfile::TempDir;
+use tonic::metadata::MetadataValue;
+use tonic::transport::Endpoint;
+use tonic::{Code, Request};
 
 use crate::kit::{Process, ask, free_ports, json, local, run, run_with, text, until};
 
@@ -147,12 +153,12 @@ fn a_cluster_of_processes_does_the_main_job() {
     // Leadership goes where it is told to, and a leader that is stopped hands it over.
     let before = cluster.status();
     let heir = before["nodes"].as_array().unwrap().iter().find(|node| node["leader"] == false);
-    let heir = heir.unwrap()["node"].to_string();
-    let moved = run(&[&["cluster", "transfer", &heir], &to_all[..]].concat());
+    let heir = heir.unwrap()["node"].as_u64().unwrap();
+    let moved = run(&[&["cluster", "transfer", &heir.to_string()], &to_all[..]].concat());
     assert!(moved.status.success(), "{}", text(&moved.stderr));
     let leader = until("the heir to lead", || {
         let status = cluster.status();
-        (status["leader"].to_string() == heir).then(|| heir.parse::<usize>().unwrap())
+        (status["leader"] == heir).then_some(heir as usize)
     });
     let mut stopped = cluster.nodes[leader - 1].take().expect("it runs");
     stopped.signal("TERM");
@@ -219,4 +225,23 @@ fn a_token_is_asked_for_and_a_member_joins_with_it() {
         &token,
     ]);
     assert_eq!(status["nodes"].as_array().unwrap().len(), 1, "{status}");
+}
+
+#[tokio::test]
+async fn a_call_that_was_passed_on_is_not_passed_on_again() {
+    let cluster = Cluster::start(3);
+    let endpoint = Endpoint::from_shared(format!("http://{}", cluster.follower())).unwrap();
+    let mut admin = AdminClient::new(endpoint.connect().await.unwrap());
+    let spec = JobSpec::new("kv".parse().unwrap());
+    let apply =
+        || Request::new(pb::ApplyJobRequest { spec: Some((&spec).into()), if_version: None });
+    let mut passed_on = apply();
+    passed_on.metadata_mut().insert("mandoline-forwarded-by", MetadataValue::from_static("9"));
+    let refusal = admin.apply_job(passed_on).await.unwrap_err();
+    assert_eq!(refusal.code(), Code::Unavailable, "{refusal}");
+    assert!(refusal.message().contains("does not lead"), "{refusal}");
+    assert_eq!(admin.apply_job(apply()).await.unwrap().into_inner().version, 1);
+    // The node that passed it on has it too by now.
+    let job = admin.get_job(pb::GetJobRequest { name: "kv".to_owned() }).await.unwrap();
+    assert_eq!(job.into_inner().version, 1);
 }

@@ -233,7 +233,10 @@ impl Inner {
                 false => Command::Drain { job, session },
             };
             self.consensus.propose(command).await?;
-            info!(%task, undrain, "Task drains, or not any more");
+            match undrain {
+                true => info!(%task, "Task may have slices again"),
+                false => info!(%task, "Task drains"),
+            }
             Ok(pb::DrainTaskReply {})
         })
     }
