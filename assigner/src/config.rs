@@ -178,11 +178,6 @@ pub enum ConfigError {
         "{0} can be reached by others, and {1} is missing: give it, listen on 127.0.0.1, or say --insecure"
     )]
     Open(SocketAddr, &'static str),
-    /// The node would be nobody.
-    #[error(
-        "the node's peer address {0} is not in the list of peers: the list is the same at each node, itself among them"
-    )]
-    NotListed(Address),
     /// A list names a node twice.
     #[error("the list of peers names {0} twice")]
     Twice(Address),
