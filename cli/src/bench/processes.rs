@@ -50,12 +50,13 @@ impl Process {
             .open(&log)
             .with_context(|| format!("cannot write {}", log.display()))?;
         for (variable, _) in std::env::vars_os() {
-            if variable.to_string_lossy().starts_with("MANDOLINE_") {
+            // How much is logged may be asked for from outside.
+            let ours = variable.to_string_lossy().starts_with("MANDOLINE_");
+            if ours && variable != "MANDOLINE_LOG" {
                 command.env_remove(variable);
             }
         }
         let child = command
-            .env("MANDOLINE_LOG", std::env::var_os("MANDOLINE_LOG").unwrap_or_else(|| LOG.into()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(file)
@@ -494,7 +495,5 @@ const CALL_WITHIN: Duration = Duration::from_secs(2);
 const POLL_EVERY: Duration = Duration::from_millis(5);
 /// Between two tries of a change: short against an election, long against a call.
 const RETRY_EVERY: Duration = Duration::from_millis(2);
-/// How much is logged, unless `MANDOLINE_LOG` says.
-const LOG: &str = "info,openraft=warn";
 /// How much of a log is shown.
 const LOG_LINES: usize = 12;
