@@ -14,9 +14,8 @@ use crate::pool::{Pool, Upstream};
 const FRESH_WAIT: Duration = Duration::from_millis(200);
 
 /// The same, where a task has named a newer assignment: that one exists, and comes as soon as the clerk's source has it. A
-/// clerk whose source has just died, or lags itself, needs a new connection for that: longer on a busy machine than the wait
-/// above, and the request's one chance.
-const NEWS_WAIT: Duration = Duration::from_secs(1);
+/// clerk leaves a source that lags after half a second, and the next one that lags too after a second more.
+const NEWS_WAIT: Duration = Duration::from_secs(2);
 
 /// What all workers route by: the clerk of the job that the proxy serves.
 #[derive(Clone, Debug)]
