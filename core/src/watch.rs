@@ -351,6 +351,11 @@ impl Watcher {
         if self.count > 1 && Some(generation) > self.generation().max(sought) {
             self.wanted = Some((generation, self.count));
             self.expect(now);
+            // Someone is there who tells of changes, so whoever is waited for may be back too. Once for each generation.
+            if let Phase::Waiting { until } = &mut self.phase {
+                self.failures = 0;
+                *until = (*until).min(now + self.prng.jitter(BACKOFF_FIRST));
+            }
         }
     }
 
@@ -758,6 +763,27 @@ mod tests {
             alone.step(step);
         }
         assert_eq!(alone.watcher.deadline(), None, "another stream would say the same");
+    }
+
+    #[test]
+    fn news_from_elsewhere_end_a_long_pause() {
+        let mut play = Play::new(3, 0, Some(5), 1);
+        for _ in 0..30 {
+            play.step("wait");
+            play.step("fail");
+        }
+        let pause = |play: &Play| play.watcher.deadline().expect("it tries again").since(play.now);
+        assert!(pause(&play) >= BACKOFF_MAX / 2);
+        play.step("seen 1.5");
+        assert!(pause(&play) >= BACKOFF_MAX / 2, "this is known");
+        play.step("seen 1.6");
+        assert!(pause(&play) <= BACKOFF_FIRST * 2);
+        for _ in 0..30 {
+            play.step("wait");
+            play.step("fail");
+            play.step("seen 1.6");
+        }
+        assert!(pause(&play) >= BACKOFF_MAX / 2, "the same news twice are none");
     }
 
     #[test]
