@@ -373,6 +373,6 @@ async fn waiting_for_a_newer_assignment_has_an_end() {
     let before = tokio::time::Instant::now();
     assert!(stage.talk(GET).await.starts_with("HTTP/1.1 503"));
     let took = before.elapsed();
-    assert!((Duration::from_millis(190)..Duration::from_millis(2_000)).contains(&took), "{took:?}");
+    assert!((Duration::from_millis(190)..Duration::from_secs(10)).contains(&took), "{took:?}");
     assert_eq!(asked.load(SeqCst), 2);
 }
