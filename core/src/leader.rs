@@ -281,7 +281,10 @@ impl Lead {
             }
         }
         if self.busy.is_none() {
-            self.plan(now, spec, assignment, true, out);
+            // A task whose connection is not open hears late of what it is given, if ever: evening out can wait for it.
+            let mut serving = assignment.tasks.values().filter(|task| task.phase == Phase::Serving);
+            let all_hear = serving.all(|task| self.roster.connected(task.session));
+            self.plan(now, spec, assignment, all_hear, out);
         }
     }
 
@@ -522,6 +525,35 @@ mod tests {
         assert!((0.01..0.06).contains(&scene.keys_of(newcomer)), "{}", scene.keys_of(newcomer));
         scene.pass(100, &[], even);
         assert!(scene.keys_of(newcomer) > 0.25, "{}", scene.keys_of(newcomer));
+    }
+
+    /// How many moves a new leader makes in its first round, when one of two tasks reports nearly all load.
+    fn moves_of_a_new_leader(with_away: bool) -> u64 {
+        let mut scene = Scene::new();
+        let (hot, away) = (scene.register(1), scene.register(2));
+        scene.leader = Leader::new(scene.now, &scene.state);
+        for session in [hot, away].into_iter().take(if with_away { 2 } else { 1 }) {
+            scene.happen(Event::Attached { job: kv(), session });
+        }
+        let assignment = Arc::clone(&scene.state.jobs[&kv()].assignment);
+        for (session, milli) in [(hot, 900_000), (away, 100)] {
+            let slices = assignment.of(session).map(|(slice, _)| (slice, Load::from_milli(milli)));
+            let (generation, window) = (assignment.generation, Duration::from_secs(5));
+            let report = Report { session, generation, window, slices: slices.collect() };
+            scene.happen(Event::Reported { job: kv(), report });
+        }
+        let before = scene.state.jobs[&kv()].churn.moves;
+        scene.now += Duration::from_secs(10);
+        let mut out = Vec::new();
+        scene.leader.tick(scene.now, &scene.state, &mut out);
+        scene.carry_out(out);
+        scene.state.jobs[&kv()].churn.moves - before
+    }
+
+    #[test]
+    fn load_is_not_evened_out_while_a_task_cannot_hear_of_it() {
+        assert!(moves_of_a_new_leader(true) > 0);
+        assert_eq!(moves_of_a_new_leader(false), 0);
     }
 
     #[test]
