@@ -59,6 +59,9 @@ pub enum Command {
         id: ClusterId,
         /// The greatest node id that the first members took; fresh ones begin above it.
         nodes: u64,
+        /// The first incarnation, greater than that of any cluster before: seconds since 1970. A cluster whose disks were
+        /// wiped and that is founded anew is newer for all who outlived it.
+        incarnation: u64,
     },
     /// Mints an id for a node that wants to join.
     MintNode,

@@ -16,6 +16,8 @@ use crate::task::SessionId;
 pub struct Forecast {
     estimate: SliceMap<Load>,
     error: Ratio,
+    /// Whether there ever was any load.
+    measured: bool,
 }
 
 /// The weight of a new measurement that lies within counting noise of the estimate. From a study on twelve traces: less
@@ -27,10 +29,9 @@ const NEWS_SIGMAS: u64 = 3;
 impl Forecast {
     /// Starts from the loads that are stored with the assignment.
     pub fn new(assignment: &Assignment) -> Self {
-        Self {
-            estimate: assignment.slices.map(|_, assigned| assigned.load),
-            error: Ratio::from_millionths(0),
-        }
+        let estimate = assignment.slices.map(|_, assigned| assigned.load);
+        let measured = any(&estimate);
+        Self { estimate, error: Ratio::from_millionths(0), measured }
     }
 
     /// Takes in what was measured since the last round, and gives the load of each slice of `assignment`, in order.
@@ -48,6 +49,7 @@ impl Forecast {
             }
             if replicas.is_empty() { old } else { sum }
         });
+        self.measured |= any(&estimate);
         self.estimate = estimate;
         self.error = off.blend_into(self.error);
         self.estimate.iter().map(|(_, load)| *load).collect()
@@ -60,10 +62,19 @@ impl Forecast {
         parts.map(|(part, load)| load.share(common(part), part.width())).sum()
     }
 
+    /// Says whether there never was any load to measure.
+    pub const fn is_fresh(&self) -> bool {
+        !self.measured
+    }
+
     /// Gives how far off the estimates of tasks' loads lately were, in relation to the mean task load.
     pub const fn error(&self) -> Ratio {
         self.error
     }
+}
+
+fn any(estimate: &SliceMap<Load>) -> bool {
+    estimate.iter().any(|(_, load)| *load > Load::ZERO)
 }
 
 /// Moves an estimate towards a measurement: a little if the difference may be chance, all the way if it is news.

@@ -29,6 +29,9 @@ const STORE_EVERY: Duration = Duration::from_secs(60);
 /// How long after a change came to nothing the next one is planned: soon, yet no busy loop if it is refused for ever.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
+/// How many rounds wait for a task to come back: one that flaps must not keep the others from being evened out for ever.
+const HELD_ROUNDS: u32 = 3;
+
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -202,6 +205,8 @@ struct Lead {
     next_store: Time,
     /// What is under way, so that nothing else of this job is.
     busy: Option<Busy>,
+    /// Rounds in a row that evened nothing out, since a task could not hear of it.
+    held: u32,
     /// Leaving tasks that were told that they have nothing left.
     told: BTreeSet<SessionId>,
 }
@@ -223,9 +228,11 @@ impl Lead {
             table: LoadTable::default(),
             forecast: Forecast::new(assignment),
             loads: BTreeMap::new(),
-            next_round: now + spec.balance_every,
+            // What the leader before could not finish cannot wait for a round.
+            next_round: if is_urgent(assignment) { now } else { now + spec.balance_every },
             next_store: now + STORE_EVERY,
             busy: None,
+            held: 0,
             told: BTreeSet::new(),
         }
     }
@@ -284,7 +291,8 @@ impl Lead {
             // A task whose connection is not open hears late of what it is given, if ever: evening out can wait for it.
             let mut serving = assignment.tasks.values().filter(|task| task.phase == Phase::Serving);
             let all_hear = serving.all(|task| self.roster.connected(task.session));
-            self.plan(now, spec, assignment, all_hear, out);
+            self.held = if all_hear { 0 } else { self.held + 1 };
+            self.plan(now, spec, assignment, all_hear || self.held > HELD_ROUNDS, out);
         }
     }
 
@@ -302,12 +310,13 @@ impl Lead {
         let loads: Vec<Load> =
             of.slices.iter().map(|(slice, _)| self.forecast.load_of(slice)).collect();
         // Before anything was measured nothing is lost by moving it: a job that just began becomes even at once.
-        let fresh = loads.iter().all(|load| *load == Load::ZERO);
+        let fresh = self.forecast.is_fresh();
         let round = Round {
             now,
             assignment: Arc::clone(of),
             loads,
             forecast_error: self.forecast.error(),
+            fresh,
             policy: Policy::from(spec),
         };
         self.busy = Some(Busy::Planning(of.generation));
@@ -588,6 +597,20 @@ mod tests {
             &mut out,
         );
         assert!(matches!(out.as_slice(), [Action::Plan(_)]), "{out:?}");
+    }
+
+    #[test]
+    fn a_new_leader_finishes_what_cannot_wait() {
+        let mut scene = Scene::new();
+        let (gone, other) = (scene.register(1), scene.register(2));
+        // The leader died after the end was agreed on and before anyone planned for it.
+        scene
+            .state
+            .apply(Command::End { job: kv(), session: gone, reason: EndReason::Lost })
+            .unwrap();
+        scene.leader = Leader::new(scene.now, &scene.state);
+        scene.pass(1, &[], |_| 0);
+        assert_eq!(scene.keys_of(other), 1.0);
     }
 
     #[test]

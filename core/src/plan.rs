@@ -11,6 +11,9 @@ use crate::slice_map::SliceMap;
 use crate::spec::Ratio;
 use crate::task::SessionId;
 
+/// The most slices of a job.
+pub const SLICES_MAX: usize = 1_000_000;
+
 /// Why a slice changed hands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {

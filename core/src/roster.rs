@@ -91,7 +91,20 @@ impl Roster {
             && life.link != Link::Judged
         {
             *life = Life { heard: now, link: Link::Open };
+            if self.doubt.is_some() && !self.mostly_quiet(now) {
+                self.doubt = None;
+            }
         }
+    }
+
+    /// More than half have gone quiet.
+    fn mostly_quiet(&self, now: Time) -> bool {
+        let quiet = |life: &&Life| {
+            matches!(life.link, Link::Broken(_) | Link::Judged)
+                || now.since(life.heard) > self.heartbeat * 2
+        };
+        let quiet = self.lives.values().filter(quiet).count();
+        self.lives.len() >= BLIND_FROM_TASKS && quiet * 2 > self.lives.len()
     }
 
     /// Takes a judgement back: nothing came of it.
@@ -158,12 +171,7 @@ impl Roster {
 
     /// More than half have gone quiet within the time that one of them needs to be judged.
     fn seems_blind(&mut self, now: Time) -> bool {
-        let quiet = |life: &&Life| {
-            matches!(life.link, Link::Broken(_) | Link::Judged)
-                || now.since(life.heard) > self.heartbeat * 2
-        };
-        let quiet = self.lives.values().filter(quiet).count();
-        if self.lives.len() < BLIND_FROM_TASKS || quiet * 2 <= self.lives.len() {
+        if !self.mostly_quiet(now) {
             self.doubt = None;
             return false;
         }
@@ -251,6 +259,19 @@ mod tests {
             lost.extend(roster.tick(at(second * 1_000 + 100)));
         }
         assert_eq!(lost, [A, B, SessionId(3)], "but not for ever");
+    }
+
+    #[test]
+    fn each_time_most_tasks_vanish_it_is_doubted_anew() {
+        let mut roster = roster(4);
+        for blip in [0, 100_000] {
+            let all = (1..=4).map(SessionId);
+            all.clone().for_each(|session| roster.attached(at(blip), session));
+            all.clone().for_each(|session| roster.broken(at(blip + 100), session));
+            assert_eq!(roster.tick(at(blip + 1_100)), [], "blip at {blip}");
+            all.for_each(|session| roster.attached(at(blip + 1_200), session));
+            assert_eq!(roster.tick(at(blip + 2_000)), [], "blip at {blip}");
+        }
     }
 
     #[test]

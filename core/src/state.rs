@@ -12,7 +12,7 @@ use crate::delta::{Delta, TaskChange};
 use crate::generation::Generation;
 use crate::load::Load;
 use crate::name::{JobName, TaskName};
-use crate::plan::{Edit, EditError, Move, Plan};
+use crate::plan::{Edit, EditError, Move, Plan, SLICES_MAX};
 use crate::slice::Slice;
 use crate::spec::{JobSpec, SpecError};
 use crate::task::{Address, Phase, SessionId, Task, TaskInfo, TaskInfoError};
@@ -21,8 +21,6 @@ use crate::task::{Address, Phase, SessionId, Task, TaskInfo, TaskInfoError};
 pub const JOBS_MAX: usize = 1_000;
 /// The most tasks of a job.
 pub const TASKS_MAX: usize = 10_000;
-/// The most slices of a job.
-pub const SLICES_MAX: usize = 1_000_000;
 /// How many moves of a job are remembered, the newest: an hour at a move every four seconds.
 pub const HISTORY_MAX: usize = 1_000;
 
@@ -196,7 +194,7 @@ impl State {
     /// Carries a command out, or refuses it and leaves everything as it was.
     pub fn apply(&mut self, command: Command) -> Result<Applied, Refused> {
         match command {
-            Command::FoundCluster { id, nodes } => self.found(id, nodes),
+            Command::FoundCluster { id, nodes, incarnation } => self.found(id, nodes, incarnation),
             Command::MintNode => {
                 self.last_node += 1;
                 Ok(Outcome::Node(NodeId(self.last_node)).into())
@@ -217,12 +215,13 @@ impl State {
         }
     }
 
-    fn found(&mut self, id: ClusterId, nodes: u64) -> Result<Applied, Refused> {
+    fn found(&mut self, id: ClusterId, nodes: u64, incarnation: u64) -> Result<Applied, Refused> {
         if let Some(known) = self.cluster {
             return Err(Refused::Founded(known));
         }
         self.cluster = Some(id);
         self.last_node = self.last_node.max(nodes);
+        self.incarnation = self.incarnation.max(incarnation);
         Ok(Outcome::Done.into())
     }
 
@@ -261,6 +260,9 @@ impl State {
         {
             return Ok(Outcome::Session(same.session).into());
         }
+        // Only a predecessor may be said to have stopped: whoever bore this name.
+        let same_name = |session| job.task(session).is_ok_and(|task| task.info.name == info.name);
+        let stopped = stopped.filter(|session| same_name(*session));
         let in_the_way = |task: &&Task| Some(task.session) != stopped;
         if let Some(other) = job.find(|task| task.info.name == info.name).filter(in_the_way) {
             let (session, address) = (other.session, other.info.address.clone());
@@ -538,6 +540,16 @@ mod tests {
     }
 
     #[test]
+    fn nobody_can_say_that_another_task_has_stopped() {
+        let mut state = with_job();
+        let other = register(&mut state, info("a", 1, 1)).unwrap();
+        state
+            .apply(Command::Register { job: kv(), info: info("b", 2, 2), stopped: Some(other) })
+            .unwrap();
+        assert!(state.jobs[&kv()].assignment.tasks.contains_key(&other));
+    }
+
+    #[test]
     fn a_plan_applies_to_the_assignment_that_it_was_made_for_and_no_other() {
         let mut state = with_job();
         let session = register(&mut state, info("a", 1, 1)).unwrap();
@@ -620,9 +632,15 @@ mod tests {
     #[test]
     fn a_cluster_is_founded_once_and_its_nodes_never_share_an_id() {
         let mut state = State::default();
-        state.apply(Command::FoundCluster { id: ClusterId(7), nodes: 3 }).unwrap();
-        let again = Command::FoundCluster { id: ClusterId(8), nodes: 3 };
+        state
+            .apply(Command::FoundCluster { id: ClusterId(7), nodes: 3, incarnation: 1_700_000_000 })
+            .unwrap();
+        let again =
+            Command::FoundCluster { id: ClusterId(8), nodes: 3, incarnation: 1_800_000_000 };
         assert_eq!(refuse(&mut state, again), Refused::Founded(ClusterId(7)));
+        state.apply(Command::ApplyJob { spec: JobSpec::new(kv()), if_version: None }).unwrap();
+        let first = Generation { incarnation: 1_700_000_000, number: 1 };
+        assert_eq!(state.jobs[&kv()].assignment.generation, first);
         assert_eq!(state.apply(Command::MintNode).unwrap().outcome, Outcome::Node(NodeId(4)));
         assert_eq!(state.apply(Command::MintNode).unwrap().outcome, Outcome::Node(NodeId(5)));
     }

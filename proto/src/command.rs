@@ -20,8 +20,12 @@ impl From<&Command> for pb::Command {
             session: session.0,
         };
         let command = match command {
-            Command::FoundCluster { id, nodes } => {
-                Kind::FoundCluster(pb::FoundCluster { id: cluster_bytes(*id), nodes: *nodes })
+            Command::FoundCluster { id, nodes, incarnation } => {
+                Kind::FoundCluster(pb::FoundCluster {
+                    id: cluster_bytes(*id),
+                    nodes: *nodes,
+                    incarnation: *incarnation,
+                })
             }
             Command::MintNode => Kind::MintNode(pb::MintNode {}),
             Command::ApplyJob { spec, if_version } => {
@@ -57,9 +61,11 @@ impl TryFrom<pb::Command> for Command {
 
     fn try_from(command: pb::Command) -> Result<Self, WireError> {
         Ok(match need(command.command, "command")? {
-            Kind::FoundCluster(found) => {
-                Self::FoundCluster { id: cluster_id(&found.id)?, nodes: found.nodes }
-            }
+            Kind::FoundCluster(found) => Self::FoundCluster {
+                id: cluster_id(&found.id)?,
+                nodes: found.nodes,
+                incarnation: found.incarnation,
+            },
             Kind::MintNode(pb::MintNode {}) => Self::MintNode,
             Kind::ApplyJob(apply) => Self::ApplyJob {
                 spec: need(apply.spec, "spec")?.try_into()?,

@@ -84,7 +84,7 @@ fn commands() -> Vec<Command> {
     let plan = Plan { base: NOW, edits, imbalance, total: Load::from_milli(77) };
     let loads = vec![Load::ZERO, Load::from_milli(u64::MAX)];
     vec![
-        Command::FoundCluster { id: ClusterId(u128::MAX - 5), nodes: 3 },
+        Command::FoundCluster { id: ClusterId(u128::MAX - 5), nodes: 3, incarnation: 7 },
         Command::MintNode,
         Command::ApplyJob { spec: JobSpec::new(job.clone()), if_version: Some(0) },
         Command::ApplyJob { spec: JobSpec::new(job.clone()), if_version: None },

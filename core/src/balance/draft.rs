@@ -112,7 +112,7 @@ impl<'a> Draft<'a> {
             };
         let parts: Vec<Part> = assignment.slices.iter().zip(&round.loads).map(part).collect();
         let total = parts.iter().map(|part| part.weight).sum();
-        let free = measured == 0 && round.policy.churn_budget.millionths() > 0;
+        let free = round.fresh && round.policy.churn_budget.millionths() > 0;
         let mut draft = Self {
             round,
             capacity: holders

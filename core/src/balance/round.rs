@@ -35,6 +35,9 @@ pub struct Round {
     pub loads: Vec<Load>,
     /// How far off task loads' forecasts lately were, in relation to the mean: widens the band.
     pub forecast_error: Ratio,
+    /// Whether the job's load was never measured: then moving costs nothing, and even is even in keys. A job that is
+    /// idle for a while is not fresh.
+    pub fresh: bool,
     /// What the spec asks.
     pub policy: Policy,
 }

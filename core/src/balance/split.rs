@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, BinaryHeap};
 
 use crate::balance::draft::Draft;
+use crate::plan::SLICES_MAX;
 
 /// Slices a task from the start. Slicer keeps 50 to 150 and Dicer 32 to 64 without having measured it; a study on twelve
 /// traces found no gain above 30.
@@ -15,12 +16,15 @@ const WORTH_SPLITTING: u64 = 16;
 /// Splits the heaviest slices until there are enough, and those that are too heavy to move off a task that has too much.
 pub(in crate::balance) fn split(draft: &mut Draft<'_>) {
     even(draft);
-    hot(draft);
+    // What cannot be moved anyway need not be split: emergencies come several at a time.
+    if draft.budget() > 0 {
+        hot(draft);
+    }
     draft.sort();
 }
 
 fn even(draft: &mut Draft<'_>) {
-    let wanted = SLICES_A_TASK * draft.serving();
+    let wanted = (SLICES_A_TASK * draft.serving()).min(SLICES_MAX);
     if draft.parts.len() >= wanted {
         return;
     }
@@ -39,7 +43,7 @@ fn even(draft: &mut Draft<'_>) {
 }
 
 fn hot(draft: &mut Draft<'_>) {
-    let most = SLICES_A_TASK_MAX * draft.serving();
+    let most = (SLICES_A_TASK_MAX * draft.serving()).min(SLICES_MAX);
     let limit = draft.limit();
     let worth = draft.mean() / WORTH_SPLITTING;
     let pressed: Vec<usize> =

@@ -59,7 +59,15 @@ fn round(text: &str) -> Round {
     }
     let loads = assignment.slices.iter().map(|(_, assigned)| assigned.load).collect();
     let none = Ratio::from_millionths(0);
-    Round { now: Time::ZERO, assignment: Arc::new(assignment), loads, forecast_error: none, policy }
+    let fresh = assignment.slices.iter().all(|(_, assigned)| assigned.load == Load::ZERO);
+    Round {
+        now: Time::ZERO,
+        assignment: Arc::new(assignment),
+        loads,
+        forecast_error: none,
+        fresh,
+        policy,
+    }
 }
 
 fn session(name: &str) -> SessionId {
@@ -248,6 +256,14 @@ fn cold_neighbours_of_one_task_are_merged_when_there_are_too_many() {
 }
 
 #[test]
+fn an_idle_job_stays_as_it_is() {
+    let mut idle = round("task a b\n 0000..0fff a 0\n 1000..ffff b 0");
+    assert!(plan(&idle).moves().count() > 0, "a fresh one becomes even in keys");
+    idle.fresh = false;
+    assert_eq!(plan(&idle).moves().count(), 0);
+}
+
+#[test]
 fn plans_fit_the_state_that_they_are_made_for() {
     // Random jobs: whatever the plan says applies, serves every slice, and is the same when planned again.
     for seed in 0..300 {
@@ -283,7 +299,14 @@ fn plans_fit_the_state_that_they_are_made_for() {
                 churn_budget: Ratio::percent(prng.below(50) as u32),
                 ..Policy::from(&spec)
             };
-            let round = Round { now: Time::ZERO, assignment, loads, forecast_error: none, policy };
+            let round = Round {
+                now: Time::ZERO,
+                assignment,
+                loads,
+                forecast_error: none,
+                fresh: false,
+                policy,
+            };
             let found = plan(&round);
             assert_eq!(found, plan(&round), "seed {seed}: the same round gives the same plan");
             let evened = |step: &&Move| step.reason == Reason::Load;
