@@ -91,8 +91,9 @@ impl View {
 /// What a task owns right now.
 pub(crate) struct Owned {
     view: ArcSwap<View>,
-    // Views that were replaced while a thread was about to count in them. A thread holds one for one lookup, so there
-    // is rarely more than one, and each goes with the next report.
+    // Views that were replaced while a thread was about to count in them. What they counted goes into the next view, and
+    // they go with the next assignment or report at which nobody holds them: a thread holds one for one lookup, so there
+    // are no more of them than threads.
     retired: Mutex<Vec<Arc<View>>>,
     added: Callback,
     removed: Callback,
@@ -125,8 +126,9 @@ impl Owned {
         }
         {
             let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
-            self.view.store(new);
+            self.view.store(Arc::clone(&new));
             retired.push(old);
+            settle(&mut retired, &new);
         }
         if !change.removed.is_empty() {
             announce(&self.removed, &change.removed, "removed");
@@ -137,22 +139,34 @@ impl Owned {
     fn fold(&self) -> (Arc<View>, Vec<u64>) {
         let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.view.load_full();
-        let slices = &now.assignment().slices;
-        let mut counted: Vec<u64> =
-            (0..slices.count()).map(|index| now.tally.take(index)).collect();
-        retired.retain(|old| {
-            // Asked before it is drained: nobody can take hold of it anew, so what it counts afterwards is nothing.
-            let in_use = Arc::strong_count(old) > 1;
-            for (index, (slice, _)) in old.assignment().slices.iter().enumerate() {
-                let late = old.tally.take(index);
-                if late > 0 {
-                    spread(late, slice, slices, &mut counted);
-                }
-            }
-            in_use
-        });
+        settle(&mut retired, &now);
         drop(retired);
+        let slices = now.assignment().slices.count();
+        let counted = (0..slices).map(|index| now.tally.take(index)).collect();
         (now, counted)
+    }
+}
+
+/// Moves what views that were replaced have counted into the one that holds now, and lets go of those that nobody holds.
+fn settle(retired: &mut Vec<Arc<View>>, now: &View) {
+    if retired.is_empty() {
+        return;
+    }
+    let slices = &now.assignment().slices;
+    let mut counted = vec![0; slices.count()];
+    retired.retain(|old| {
+        // Asked before it is drained: nobody can take hold of it anew, so what it counts afterwards is nothing.
+        let in_use = Arc::strong_count(old) > 1;
+        for (index, (slice, _)) in old.assignment().slices.iter().enumerate() {
+            let late = old.tally.take(index);
+            if late > 0 {
+                spread(late, slice, slices, &mut counted);
+            }
+        }
+        in_use
+    });
+    for (index, late) in counted.into_iter().enumerate().filter(|(_, late)| *late > 0) {
+        now.tally.add(index, late);
     }
 }
 
@@ -446,6 +460,21 @@ mod tests {
         assert_eq!(report.generation, number(3));
         assert_eq!(report.slices.iter().map(|(_, load)| load.milli()).sum::<u64>(), 8_000);
         assert!(owned.retired.lock().unwrap().is_empty(), "nobody can count there any more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn views_that_nobody_holds_go_before_any_report() {
+        let (owned, _) = owned();
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]));
+        let mut window = Window::begin(&owned, Instant::now());
+        for generation in 3..50 {
+            owned.view().claim(SliceKey(7), 1_000);
+            owned.install(Some(SessionId(1)), assignment(generation, &[(0, 1, 2)]));
+            assert!(owned.retired.lock().unwrap().is_empty(), "generation {generation}");
+        }
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let report = window.close(&owned, Instant::now()).unwrap();
+        assert_eq!(report.slices, [(Slice::FULL, Load::from_milli(47_000))], "nothing is lost");
     }
 
     #[test]
