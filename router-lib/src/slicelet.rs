@@ -52,6 +52,8 @@ pub use crate::session::{State, Why};
 const GOODBYE: Duration = Duration::from_secs(1);
 /// How long a shutdown waits for slices to move away, unless told: Kubernetes kills after 30 s.
 const GRACE: Duration = Duration::from_secs(25);
+/// How long a shutdown waits after that for the last callbacks and the goodbye: with `GRACE`, within those 30 s.
+const END_WITHIN: Duration = Duration::from_secs(2);
 
 /// What a task knows of the slices that it owns.
 ///
@@ -265,14 +267,19 @@ impl Slicelet {
     }
 
     /// Leaves in good order: serves until the last slice has moved to another task or the grace period ends, then ends
-    /// the session. Call it on SIGTERM, and stop taking requests when it returns.
+    /// the session. Call it on SIGTERM, and stop taking requests when it returns: two seconds after the grace period at the
+    /// latest. A callback that still blocks then is left behind, and the leader finds the task lost.
     pub async fn shutdown(&self) -> Shutdown {
         // The queue is full only if it was asked before.
         let _queued = self.orders.try_send(Order::Drain);
         let drained = tokio::time::timeout(self.grace, self.stopped()).await.is_ok();
         let slices = self.owned();
         self.stop.cancel();
-        self.stopped().await;
+        if tokio::time::timeout(END_WITHIN, self.stopped()).await.is_err() {
+            tracing::error!(
+                "the session has not ended within {END_WITHIN:?}: on_added or on_removed blocks; leaving it behind"
+            );
+        }
         if drained || slices == 0 { Shutdown::Drained } else { Shutdown::GraceOver { slices } }
     }
 

@@ -293,6 +293,41 @@ async fn a_task_whose_slices_nobody_takes_leaves_after_its_grace() {
 }
 
 #[tokio::test]
+async fn a_callback_that_blocks_does_not_hold_a_shutdown() {
+    let leader = Leader::start().await;
+    // Each blocks until the test is over.
+    for blocks_on_added in [true, false] {
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let held = Mutex::new(held);
+        let (entered, mut is_entered) = tokio::sync::mpsc::channel(1);
+        let block = move |_: &[Slice]| {
+            entered.blocking_send(()).unwrap();
+            held.lock().unwrap().recv().unwrap_err();
+        };
+        let builder = task(&[&leader]).grace(Duration::from_millis(100));
+        let builder =
+            if blocks_on_added { builder.on_added(block) } else { builder.on_removed(block) };
+        let slicelet = builder.start().unwrap();
+        let session = ready(&slicelet).await;
+        leader.give(Slice::FULL, session);
+        if blocks_on_added {
+            timeout(Duration::from_secs(10), is_entered.recv()).await.expect("it is called");
+        } else {
+            comes_to(&slicelet, "given everything", |task| task.owns(b"x")).await;
+        }
+        let outcome = timeout(Duration::from_secs(5), slicelet.shutdown()).await;
+        let expected =
+            if blocks_on_added { Shutdown::Drained } else { Shutdown::GraceOver { slices: 1 } };
+        assert_eq!(outcome.expect("the shutdown ends"), expected);
+        // What was blocked ends in the background, and with it the session.
+        drop(release);
+        leader.hears("a goodbye", |asked| matches!(asked, Asked::Leave(_)).then_some(())).await;
+        leader.forget_heard();
+        comes_to(&slicelet, "stopped", |task| task.state() == State::Stopped).await;
+    }
+}
+
+#[tokio::test]
 async fn a_task_that_never_found_a_leader_leaves_at_once() {
     let leader = Leader::start().await;
     leader.stop();
