@@ -190,6 +190,9 @@ pub(crate) async fn run(mut args: TaskArgs) -> Result<ExitCode, Failure> {
     };
     let listen = args.listen.map_or_else(|| SocketAddr::from(([127, 0, 0, 1], 9000)), |t| t.0);
     let access = args.access.load()?;
+    if let Some(Text(address)) = args.watch_listen {
+        check_watch(address, access.insecure)?;
+    }
     let token = stop::on_signal()?;
     let setup = Setup {
         name,
@@ -223,6 +226,22 @@ pub(crate) async fn run(mut args: TaskArgs) -> Result<ExitCode, Failure> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Checks that no stranger can watch: a task serves its watch plain, whatever certificate and token it has for its calls.
+fn check_watch(address: SocketAddr, insecure: bool) -> Result<(), Failure> {
+    if address.ip().is_loopback() {
+        return Ok(());
+    }
+    if !insecure {
+        return Err(Failure::new(format!("the watch address {address} is open to strangers"))
+            .because("a task's watch is plain so far: no TLS, and it asks for no token")
+            .try_this(
+                "listen on 127.0.0.1, have proxies serve watches (`mandoline proxy --watch-listen`), or say --insecure",
+            ));
+    }
+    eprintln!("warning: --insecure: whoever reaches {address} reads where the job's tasks are");
+    Ok(())
 }
 
 /// The job of the sample service.
