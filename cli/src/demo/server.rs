@@ -21,6 +21,7 @@ use mandoline::slicelet::{Claim, CostError, Owner, Slicelet};
 use mandoline_core::extract::{Extract, Headers, Miss, Parts};
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::TaskName;
+use mandoline_proxy::names::{GENERATION, OWNER};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -280,8 +281,6 @@ fn empty(status: StatusCode) -> Reply {
 pub(crate) const COST: HeaderName = HeaderName::from_static("mandoline-cost");
 /// Says which task answered.
 pub(crate) const TASK: HeaderName = HeaderName::from_static("mandoline-task");
-const GENERATION: HeaderName = HeaderName::from_static("mandoline-generation");
-const OWNER: HeaderName = HeaderName::from_static("mandoline-owner");
 /// A value may be 1 MiB: with `CONNECTIONS_MAX` of them on their way, memory stays within some gigabytes at worst.
 const VALUE_MAX_BYTES: usize = 1024 * 1024;
 /// Twice what the driver has in flight by default, four times over for other callers.
