@@ -46,12 +46,32 @@ fn a_restart_finds_everything_again() {
     let base = free_row(22).to_string();
     let data = ["--data-dir", dir.path().to_str().unwrap(), "--port-base", &base];
     let run = || sums(&[&data[..], &["--for", "1s", "--listen", "127.0.0.1:0"]].concat());
-    let number = |sums: &Value| -> u64 {
+    let generation = |sums: &Value| -> (u64, u64) {
         let generation = sums["generation"].as_str().expect("there is a generation");
-        generation.strip_prefix("1.").expect("nothing was restored").parse().unwrap()
+        let (incarnation, number) = generation.split_once('.').expect("it has two parts");
+        (incarnation.parse().unwrap(), number.parse().unwrap())
     };
     let (before, after) = (run(), run());
-    assert!(number(&after) > number(&before), "{before} {after}");
+    let (old, new) = (generation(&before), generation(&after));
+    assert!(new.0 == old.0 && new.1 > old.1, "nothing was founded anew: {before} {after}");
+}
+
+#[test]
+fn a_restart_with_other_assigners_is_refused_and_harms_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = free_row(22).to_string();
+    let data = dir.path().to_str().unwrap();
+    let rest = ["--data-dir", data, "--port-base", &base, "--for", "1s", "--listen", "127.0.0.1:0"];
+    let with = |assigners| [&rest[..], &["--assigners", assigners]].concat();
+    sums(&with("3"));
+    for other in ["1", "2", "5"] {
+        let output = run(&[&["dev"], &with(other)[..]].concat());
+        let err = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{err}");
+        let what = format!("{data} holds a cluster of 3, and {other} were asked for");
+        assert!(err.contains(&what) && err.contains("--assigners 3"), "{err}");
+    }
+    sums(&with("3"));
 }
 
 fn sums(args: &[&str]) -> Value {

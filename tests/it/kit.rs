@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -196,13 +197,15 @@ pub(crate) fn free_ports(count: usize) -> Vec<u16> {
     ports
 }
 
-/// The first of `count` ports in a row that were free a moment ago.
+/// The first of `count` ports in a row that were free a moment ago. Each is given once in this process.
 pub(crate) fn free_row(count: u16) -> u16 {
     // Below where the system hands out ports by itself, and not the same for two runs at the same time.
     let first = 20_000 + (std::process::id() % 1_000) as u16 * 10;
+    static GIVEN: AtomicU16 = AtomicU16::new(0);
     let free =
         |base: &u16| (*base..base + count).all(|port| TcpListener::bind(local(port)).is_ok());
-    (0..100).map(|step| first + step * count).find(free).expect("a hundred rows are not all taken")
+    let mut rows = (0..100).map(|_| first + GIVEN.fetch_add(count, Ordering::Relaxed));
+    rows.find(free).expect("a hundred rows are not all taken")
 }
 
 pub(crate) fn local(port: u16) -> SocketAddr {

@@ -1,5 +1,6 @@
 //! Assigner nodes, each on a thread and a runtime of its own, so that one can die as a process would.
 
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::thread::JoinHandle;
@@ -28,6 +29,7 @@ pub(crate) struct Node {
 
 /// Starts nodes that found a cluster together, or find the one that they were.
 pub(crate) async fn start(count: u16, base: u16, data: &Path) -> Result<Vec<Node>, Failure> {
+    check_founded(count, data)?;
     let mut sockets = vec![];
     for index in 0..count {
         sockets.push(listeners(index, base)?);
@@ -42,7 +44,7 @@ pub(crate) async fn start(count: u16, base: u16, data: &Path) -> Result<Vec<Node
             listen: local(&listeners.client)?,
             peer_listen: local(&listeners.peer)?,
             advertise: None,
-            data: data.join(format!("node-{}", index + 1)),
+            data: data.join(format!("{NODE}{}", index + 1)),
             start: Start::Peers(seats.clone()),
             access: Access::default(),
         };
@@ -54,6 +56,41 @@ pub(crate) async fn start(count: u16, base: u16, data: &Path) -> Result<Vec<Node
     }
     Ok(nodes)
 }
+
+/// Checks that as many nodes start as have founded the cluster in `data`: without some of them there may be no quorum, and
+/// nobody has let more of them in.
+fn check_founded(count: u16, data: &Path) -> Result<(), Failure> {
+    let unread =
+        |error: io::Error| Failure::new(format!("cannot read {}", data.display())).because(error);
+    let entries = match std::fs::read_dir(data) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(unread(error)),
+    };
+    let mut founded: u16 = 0;
+    for entry in entries {
+        let entry = entry.map_err(unread)?;
+        let name = entry.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix(NODE)?.parse::<u16>().ok());
+        // An empty directory is a start that came to nothing.
+        let begun =
+            || std::fs::read_dir(entry.path()).is_ok_and(|mut files| files.next().is_some());
+        founded += u16::from(number.is_some() && begun());
+    }
+    if founded == 0 || founded == count {
+        return Ok(());
+    }
+    let what =
+        format!("{} holds a cluster of {founded}, and {count} were asked for", data.display());
+    Err(Failure::new(what)
+        .because("a cluster that is found again has the assigners that it was made with")
+        .try_this(format!(
+            "--assigners {founded}, another --data-dir, or remove that one to begin anew"
+        )))
+}
+
+/// A node's directory begins so, and ends with its number.
+const NODE: &str = "node-";
 
 fn listeners(index: u16, base: u16) -> Result<Listeners, Failure> {
     let port = |offset: u16| -> Result<SocketAddr, Failure> {
