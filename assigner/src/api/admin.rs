@@ -46,7 +46,7 @@ const CATCH_UP_WITHIN: Duration = Duration::from_secs(1);
 /// The node that passed a call on.
 const FORWARDED: &str = "mandoline-forwarded-by";
 /// In a refusal: nothing was done, for this node does not lead.
-const NOT_LEADER: &str = "mandoline-not-leader";
+pub const NOT_LEADER: &str = "mandoline-not-leader";
 
 type Client = AdminClient<InterceptedService<Channel, Authorize>>;
 
@@ -435,7 +435,7 @@ impl<'a> Search<'a> {
                 self.pause = (2 * self.pause).min(RETRY_MOST);
                 let gone = matches!(timeout_at(until, self.role.changed()).await, Ok(Err(_)));
                 if gone || Instant::now() >= self.deadline {
-                    return Err(Status::unavailable(format!(
+                    return Err(nothing_done(format!(
                         "no leader within {} s: {why}; check that more than half of the nodes run",
                         LEADER_WITHIN.as_secs(),
                     )));
@@ -540,8 +540,12 @@ fn some_node(node: u64) -> Result<NodeId, Status> {
 }
 
 fn not_leader() -> Status {
-    let mut status =
-        Status::unavailable("this node does not lead, though another took it for the leader");
+    nothing_done("this node does not lead, though another took it for the leader")
+}
+
+/// A refusal after which the same call may be made elsewhere.
+fn nothing_done(why: impl Into<String>) -> Status {
+    let mut status = Status::unavailable(why);
     status.metadata_mut().insert(NOT_LEADER, MetadataValue::from_static("1"));
     status
 }
