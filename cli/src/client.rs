@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use mandoline_assigner::access::{MESSAGE_MAX_BYTES, connector};
+use mandoline_assigner::api::admin::NOT_LEADER;
 use mandoline_core::task::Address;
 use mandoline_distributor::connect::{Authorize, Connector};
 use mandoline_proto::pb::admin_client::AdminClient;
@@ -11,7 +12,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
 use crate::access_args::AccessArgs;
-use crate::failure::Failure;
+use crate::failure::{Failure, chain};
 use crate::text::Text;
 use crate::units::Span;
 
@@ -42,7 +43,8 @@ pub(crate) struct Client {
     timeout: Duration,
 }
 
-type Admin = AdminClient<InterceptedService<Channel, Authorize>>;
+/// What makes the calls.
+pub(crate) type Admin = AdminClient<InterceptedService<Channel, Authorize>>;
 
 impl Client {
     /// Gets ready; nothing is sent yet.
@@ -63,34 +65,80 @@ impl Client {
         request: R,
         call: impl AsyncFn(Admin, Request<R>) -> Result<Response<T>, Status>,
     ) -> Result<T, Failure> {
+        self.first_answer(request, None, call).await
+    }
+
+    /// Has something changed. Asks the next assigner only where the one before surely did nothing: the same change twice is
+    /// another thing than once. `look` is the command that shows whether it was carried out.
+    pub(crate) async fn change<R: Clone, T>(
+        &self,
+        request: R,
+        look: &str,
+        call: impl AsyncFn(Admin, Request<R>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Failure> {
+        self.first_answer(request, Some(look), call).await
+    }
+
+    async fn first_answer<R: Clone, T>(
+        &self,
+        request: R,
+        look: Option<&str>,
+        call: impl AsyncFn(Admin, Request<R>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Failure> {
         let mut silent: Vec<String> = vec![];
+        // Whether any of them is there, though it could not answer.
+        let mut met = false;
         for address in &self.addresses {
-            let endpoint = self.connector.endpoint(address).map_err(|error| {
-                Failure::new(format!("cannot call {address}")).caused_by(&error)
-            })?;
-            let client =
-                AdminClient::with_interceptor(endpoint.connect_lazy(), self.connector.authorize())
-                    .max_decoding_message_size(MESSAGE_MAX_BYTES);
+            let channel = match self.connect(address).await? {
+                Ok(channel) => channel,
+                Err(why) => {
+                    silent.push(format!("{address}: {why}"));
+                    continue;
+                }
+            };
+            let client = AdminClient::with_interceptor(channel, self.connector.authorize())
+                .max_decoding_message_size(MESSAGE_MAX_BYTES);
             let mut request = Request::new(request.clone());
             request.set_timeout(self.timeout);
             let answer = tokio::time::timeout(self.timeout, call(client, request)).await;
-            match answer {
+            let (why, nothing_done) = match answer {
                 Ok(Ok(response)) => return Ok(response.into_inner()),
                 Ok(Err(status)) if is_silence(&status) => {
-                    silent.push(format!("{address}: {}", plain(&status)));
+                    // Without a source it came by the wire.
+                    met |= std::error::Error::source(&status).is_none();
+                    (plain(&status), status.metadata().contains_key(NOT_LEADER))
                 }
                 Ok(Err(status)) => return Err(refused(address, &status)),
-                Err(_) => {
-                    silent.push(format!("{address}: no answer within {}", Span(self.timeout)));
-                }
+                Err(_) => (format!("no answer within {}", Span(self.timeout)), false),
+            };
+            let why = format!("{address}: {why}");
+            if let Some(look) = look.filter(|_| !nothing_done) {
+                return Err(Failure::new("it may have been carried out, or may yet be")
+                    .because(why)
+                    .try_this(format!("look with `{look}` before you try again")));
             }
+            silent.push(why);
         }
-        Err(Failure::new("no assigner could answer")
-            .because(silent.join("; "))
-            .try_this(
-                "start one (`mandoline dev`), say where one is (--assigners HOST:PORT), or by whom it is vouched for \
-                 if it speaks TLS (--tls-ca FILE)",
-            ))
+        let failure = Failure::new("no assigner could answer").because(silent.join("; "));
+        Err(failure.try_this(if met {
+            "check that more than half of the assigners run and reach each other (`mandoline cluster status`, or \
+             /readyz?verbose of each)"
+        } else {
+            "start one (`mandoline dev`), say where one is (--assigners HOST:PORT), or by whom it is vouched for if it \
+             speaks TLS (--tls-ca FILE)"
+        }))
+    }
+
+    /// Connects, before anything is sent; gives why not if nobody is there.
+    async fn connect(&self, address: &Address) -> Result<Result<Channel, String>, Failure> {
+        let endpoint = self
+            .connector
+            .endpoint(address)
+            .map_err(|error| Failure::new(format!("cannot call {address}")).caused_by(&error))?;
+        Ok(match tokio::time::timeout(self.timeout, endpoint.connect()).await {
+            Ok(connected) => connected.map_err(|error| chain(&error)),
+            Err(_) => Err(format!("no connection within {}", Span(self.timeout))),
+        })
     }
 }
 

@@ -13,7 +13,7 @@ use mandoline_proto::pb;
 use serde_json::json;
 use tokio::time::Instant;
 
-use crate::client::{Client, ClientArgs};
+use crate::client::{Admin, Client, ClientArgs};
 use crate::failure::Failure;
 use crate::job_file;
 use crate::show::{self, Format};
@@ -187,8 +187,9 @@ pub(crate) async fn job(command: JobCommand) -> Result<ExitCode, Failure> {
             let spec = job_file::parse(&text, &name)?;
             let request = pb::ApplyJobRequest { spec: Some((&spec).into()), if_version };
             let client = Client::new(&ask.client)?;
-            let reply =
-                client.ask(request, async |mut admin, request| admin.apply_job(request).await);
+            let look = format!("mandoline job get {}", spec.name);
+            let call = async |mut admin: Admin, request| admin.apply_job(request).await;
+            let reply = client.change(request, &look, call);
             let version = reply.await?.version;
             let json = json!({ "name": spec.name.as_str(), "version": version });
             ask.output.print(&json, format!("job {} is at version {version}\n", spec.name));
@@ -276,30 +277,32 @@ pub(crate) async fn cluster(command: ClusterCommand) -> Result<ExitCode, Failure
                 peer_address: seat.0.peer.to_string(),
             };
             let client = Client::new(&ask.client)?;
-            let reply =
-                client.ask(request, async |mut admin, request| admin.add_member(request).await);
+            let call = async |mut admin: Admin, request| admin.add_member(request).await;
+            let reply = client.change(request, LOOK_AT_NODES, call);
             let node = reply.await?.node;
             ask.output.print(&json!({ "node": node }), format!("node n{node} is a member\n"));
         }
         ClusterCommand::Remove { node, ask } => {
             let client = Client::new(&ask.client)?;
             let request = pb::RemoveMemberRequest { node };
-            client
-                .ask(request, async |mut admin, request| admin.remove_member(request).await)
-                .await?;
+            let call = async |mut admin: Admin, request| admin.remove_member(request).await;
+            client.change(request, LOOK_AT_NODES, call).await?;
             ask.output.print(&json!({ "node": node }), format!("node n{node} is no member now\n"));
         }
         ClusterCommand::Transfer { node, ask } => {
             let client = Client::new(&ask.client)?;
             let request = pb::TransferRequest { node: node.unwrap_or_default() };
-            let reply =
-                client.ask(request, async |mut admin, request| admin.transfer(request).await);
+            let call = async |mut admin: Admin, request| admin.transfer(request).await;
+            let reply = client.change(request, LOOK_AT_NODES, call);
             let leader = reply.await?.leader;
             ask.output.print(&json!({ "leader": leader }), format!("node n{leader} leads\n"));
         }
     }
     Ok(ExitCode::SUCCESS)
 }
+
+/// What shows whether a change of the cluster was carried out.
+const LOOK_AT_NODES: &str = "mandoline cluster status";
 
 async fn fetch(client: &Client) -> Result<pb::StatusReply, Failure> {
     client.ask(pb::StatusRequest {}, async |mut admin, request| admin.status(request).await).await
@@ -318,7 +321,9 @@ async fn set_phase(client: &Client, which: &TaskOf, undrain: bool) -> Result<Str
         None => job_of(client, name).await?,
     };
     let request = pb::DrainTaskRequest { job: job.clone(), task: name.to_owned(), undrain };
-    client.ask(request, async |mut admin, request| admin.drain_task(request).await).await?;
+    let look = format!("mandoline task list --job {job}");
+    let call = async |mut admin: Admin, request| admin.drain_task(request).await;
+    client.change(request, &look, call).await?;
     Ok(job)
 }
 

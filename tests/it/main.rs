@@ -17,6 +17,7 @@ mod dev;
 mod cluster;
 mod outage;
 mod bad_calls;
+mod fate;
 mod secure;
 mod failover;
 mod task_loss;

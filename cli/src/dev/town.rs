@@ -19,7 +19,7 @@ use mandoline_proxy::proxy::Proxy;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::Client;
+use crate::client::{Admin, Client};
 use crate::dev::DevArgs;
 use crate::dev::newest::{Newest, Tally};
 use crate::dev::nodes::{self, Node};
@@ -229,7 +229,9 @@ async fn apply_job(args: &DevArgs, job: &JobName, assigners: &[Address]) -> Resu
         return Ok(());
     }
     let request = pb::ApplyJobRequest { spec: Some(spec), if_version: None };
-    client.ask(request, async |mut admin, request| admin.apply_job(request).await).await?;
+    let look = format!("mandoline job get {job}");
+    let call = async |mut admin: Admin, request| admin.apply_job(request).await;
+    client.change(request, &look, call).await?;
     Ok(())
 }
 
