@@ -9,6 +9,8 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Endpoint;
 use tonic::{Code, Request};
 
+use rustix::process::Signal;
+
 use crate::kit::{Process, ask, free_ports, json, local, run, run_with, text, until};
 
 struct Cluster {
@@ -144,7 +146,7 @@ fn a_cluster_of_processes_does_the_main_job() {
         let get = proxied("GET", &key.to_string(), "").expect("the proxy answers");
         assert!(matches!(get.status, 200 | 404), "{get:?}");
     }
-    tasks[0].signal("TERM");
+    tasks[0].signal(Signal::TERM);
     assert_eq!(tasks[0].ended(), Some(0), "{}", tasks[0].stderr());
     let list_of = |args: &[&str]| json(&[args, &["-o", "json"], &to_all[..]].concat());
     let left = list_of(&["task", "list", "--job", "kv"]);
@@ -161,7 +163,7 @@ fn a_cluster_of_processes_does_the_main_job() {
         (status["leader"] == heir).then_some(heir as usize)
     });
     let mut stopped = cluster.nodes[leader - 1].take().expect("it runs");
-    stopped.signal("TERM");
+    stopped.signal(Signal::TERM);
     assert_eq!(stopped.ended(), Some(0), "{}", stopped.stderr());
     until("another to lead", || {
         let status = cluster.status();
@@ -173,7 +175,7 @@ fn a_cluster_of_processes_does_the_main_job() {
     assert!(matches!(get.status, 200 | 404), "{get:?}");
 
     // Everything ends when told to.
-    proxy.signal("TERM");
+    proxy.signal(Signal::TERM);
     assert_eq!(proxy.ended(), Some(0), "{}", proxy.stderr());
 }
 

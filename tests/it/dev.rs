@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::kit::{Process, ask, free_row, run, text};
@@ -23,7 +24,7 @@ fn dev_prints_what_works_and_stops_on_ctrl_c() {
     let metrics = ask(node, "GET", "/metrics", "").expect("the node answers");
     assert!(metrics.body.contains("mandoline_assigner_job_tasks{job=\"kv\"} 2"), "{metrics:?}");
 
-    dev.signal("INT");
+    dev.signal(Signal::INT);
     assert_eq!(dev.ended(), Some(0), "{}", dev.stderr());
     assert!(dev.stdout().contains("stopped in"), "{}", dev.stdout());
 }

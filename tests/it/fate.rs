@@ -3,6 +3,8 @@
 
 use std::net::TcpListener;
 
+use rustix::process::Signal;
+
 use crate::kit::{Process, ask, free_ports, json, local, run, run_with, text, until};
 
 /// Two nodes that lead together, or not at all.
@@ -53,7 +55,7 @@ fn a_change_is_asked_for_again_only_where_it_came_to_nothing() {
     assert!(applied.status.success(), "{}", text(&applied.stderr));
 
     // Nobody leads alone.
-    first.signal("KILL");
+    first.signal(Signal::KILL);
     first.ended();
     let both = format!("{at_first},{at_second}");
     let led_by_nobody = || {

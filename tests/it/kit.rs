@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -102,11 +103,10 @@ impl Process {
         }
     }
 
-    /// Sends it a signal, such as `INT`.
-    pub(crate) fn signal(&self, signal: &str) {
-        let pid = self.child.id().to_string();
-        let kill = Command::new("kill").args([&format!("-{signal}"), &pid]).status();
-        assert!(kill.expect("kill is there").success(), "the process is there");
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        kill_process(pid.expect("a child has a number"), signal).expect("the process is there");
     }
 
     /// Waits for its end, and gives its exit code.

@@ -1,5 +1,7 @@
 //! The control plane away: what runs goes on, and what is started new begins from whoever still knows.
 
+use rustix::process::Signal;
+
 use crate::kit::{Process, ask, free_ports, json, local, run_with, text, until};
 
 #[test]
@@ -61,7 +63,7 @@ fn routing_goes_on_without_any_assigner_and_can_even_begin() {
     routes(&first);
     until("the assignment to be on disk", || std::path::Path::new(&cache).exists().then_some(()));
 
-    assigner.signal("KILL");
+    assigner.signal(Signal::KILL);
     assigner.ended();
     for key in 0..32 {
         let put = ask(at(&first), "PUT", &format!("/kv/{key}"), "v").expect("the proxy answers");
