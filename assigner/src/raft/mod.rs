@@ -28,7 +28,7 @@ mod tests;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt;
 use mandoline_core::command::{ClusterId, Command, NodeId};
@@ -763,7 +763,11 @@ async fn name_cluster(node: Arc<Node>, mut role: watch::Receiver<Role>) {
             .map(|(id, _)| *id)
             .max()
             .unwrap_or(0);
-        let command = Arc::new(Command::FoundCluster { id: identity.cluster, nodes });
+        // Newer than whatever was founded here before: callers outlive a cluster whose disks were wiped.
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let incarnation = since_1970.map_or(1, |time| time.as_secs().max(1));
+        let id = identity.cluster;
+        let command = Arc::new(Command::FoundCluster { id, nodes, incarnation });
         if let Err(error) = raft.client_write(command).await {
             tracing::debug!(%error, "The cluster is named by the next leader");
             tokio::time::sleep(RETRY_EVERY).await;
