@@ -35,7 +35,7 @@ use crate::access::MESSAGE_MAX_BYTES;
 use crate::metrics::{CallLabels, Code as CodeLabel, Metrics};
 use crate::node::{Measure, Node};
 use crate::raft::types::Member;
-use crate::raft::{Consensus, Leader, MemberError, ProposeError, Role};
+use crate::raft::{ADD_WITHIN, Consensus, Leader, MemberError, ProposeError, Role};
 
 /// How long a call waits for someone to lead: an election takes half a second to a second, and may have to be repeated.
 const LEADER_WITHIN: Duration = Duration::from_secs(5);
@@ -313,8 +313,7 @@ impl Inner {
         }
         let member = Member { client: client_address.clone(), peer: peer_address.clone() };
         at_leader!(self, request, add_member, async {
-            self.consensus.add_learner(node, member.clone()).await?;
-            self.consensus.promote(node).await?;
+            self.consensus.add(node, member.clone(), ADD_WITHIN).await?;
             info!(%node, "Node added");
             Ok(pb::AddMemberReply { node: node.0 })
         })
@@ -503,9 +502,9 @@ impl From<MemberError> for Problem {
         Self::Final(match error {
             MemberError::NotLeader { .. } => return Self::NotLeader(text),
             MemberError::NoSuchMember(_) => Status::not_found(text),
-            MemberError::NotMinted(_) | MemberError::LastVoter(_) => {
-                Status::failed_precondition(text)
-            }
+            MemberError::NotMinted(_)
+            | MemberError::LastVoter(_)
+            | MemberError::NotCaughtUp { .. } => Status::failed_precondition(text),
             MemberError::InProgress => Status::aborted(text),
             MemberError::Unknown => Status::deadline_exceeded(text),
             MemberError::Stopped => Status::unavailable(text),

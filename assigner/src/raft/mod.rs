@@ -51,7 +51,7 @@ use crate::raft::config::{Config, Timings};
 use crate::raft::disk::{Disk, DiskError};
 use crate::raft::log::{Grown, Log};
 use crate::raft::machine::{Keeper, Listener, Machine, Shown};
-use crate::raft::node::{Node, Raft, Unborn};
+use crate::raft::node::{Node, Raft, Unborn, caught_up};
 use crate::raft::peer::{Dialer, Known};
 use crate::raft::service::Service;
 use crate::raft::start::StartError;
@@ -64,6 +64,8 @@ pub const COMMAND_BYTES_MAX: usize = 64 << 20;
 pub const LOG_TARGET: &str = "openraft";
 /// How long a leader that stops waits for another to lead: a transfer takes milliseconds, and an election comes anyway.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(1);
+/// How long a node that an operator adds may take to catch up: less than the ten seconds that operators wait for an answer.
+pub const ADD_WITHIN: Duration = Duration::from_secs(8);
 /// How long a snapshot may take: a state of gigabytes is beyond the limits of a cluster.
 const SNAPSHOT_WITHIN: Duration = Duration::from_secs(60);
 /// Between two tries of a proposal that found no leader.
@@ -155,6 +157,19 @@ pub enum MemberError {
     /// The last voter cannot go: nobody would be left to agree.
     #[error("{0} is the last voter: add another first, or stop the node for good")]
     LastVoter(NodeId),
+    /// The node that was to be added has not caught up in time, and so does not vote.
+    #[error(
+        "{node} has not caught up within {} s, so it was not added: check that it runs and is reached at {peer}, then \
+         add it again", .within.as_secs()
+    )]
+    NotCaughtUp {
+        /// Which node.
+        node: NodeId,
+        /// Where it was looked for.
+        peer: String,
+        /// How long it had.
+        within: Duration,
+    },
     /// Another change is under way.
     #[error("another change of the members is under way: try again when it is done")]
     InProgress,
@@ -474,13 +489,49 @@ impl Consensus {
         status
     }
 
-    /// Lets a node listen that has its id from the log. Returns once that is agreed on, not once it has caught up.
-    pub async fn add_learner(&self, node: NodeId, member: Member) -> Result<(), MemberError> {
+    /// Adds a node that has its id from the log: it listens until it has caught up, then votes.
+    ///
+    /// A node that does not catch up `within` that time never votes, for it would count against every quorum; it is taken
+    /// out again, unless it was a member before.
+    pub async fn add(
+        &self,
+        node: NodeId,
+        member: Member,
+        within: Duration,
+    ) -> Result<(), MemberError> {
+        let is_new = self.must_know(node).is_err();
+        let index = self.add_learner(node, member.clone()).await?;
+        let raft = self.running()?;
+        if raft.voter_ids().any(|voter| voter == node.0) {
+            return Ok(());
+        }
+        if caught_up(raft, node.0, index, within).await {
+            return self.promote(node).await;
+        }
+        if !raft.is_leader() {
+            return Err(MemberError::NotLeader { leader: self.leader() });
+        }
+        if is_new {
+            // Openraft refuses this for a voter: it may have asked for its admission itself, and been let in.
+            let change = ChangeMembers::RemoveNodes(BTreeSet::from([node.0]));
+            let removed =
+                self.changed(node, || raft.change_membership(change.clone(), false)).await;
+            if let Err(error) = removed {
+                tracing::warn!(%node, %error, "A node that has not caught up is a member, though without a vote");
+            }
+        }
+        Err(MemberError::NotCaughtUp { node, peer: member.peer, within })
+    }
+
+    /// Lets a node listen that has its id from the log. Returns once that is agreed on, not once it has caught up, and
+    /// gives the index of the entry that says so.
+    pub async fn add_learner(&self, node: NodeId, member: Member) -> Result<u64, MemberError> {
         if node.0 == 0 || node.0 > self.state().last_node {
             return Err(MemberError::NotMinted(node));
         }
         let raft = self.running()?;
-        self.changed(node, || raft.add_learner(node.0, member.clone(), false)).await
+        let added = self.changed(node, || raft.add_learner(node.0, member.clone(), false)).await;
+        added.map(|written| written.log_id.index)
     }
 
     /// Lets a member vote that has listened until now.
@@ -488,7 +539,7 @@ impl Consensus {
         self.must_know(node)?;
         let change = ChangeMembers::AddVoterIds(BTreeSet::from([node.0]));
         let raft = self.running()?;
-        self.changed(node, || raft.change_membership(change.clone(), false)).await
+        self.changed(node, || raft.change_membership(change.clone(), false)).await.map(drop)
     }
 
     /// Removes a member for good: its id is never given again.
@@ -515,7 +566,7 @@ impl Consensus {
                 leader: leader.and_then(|id| found_in(&metrics, id)),
             });
         }
-        self.changed(node, || raft.change_membership(change.clone(), false)).await
+        self.changed(node, || raft.change_membership(change.clone(), false)).await.map(drop)
     }
 
     /// Hands the lead to another voter, and returns once this node does not lead any more.
@@ -573,7 +624,7 @@ impl Consensus {
     }
 
     /// Changes the members, and waits a while for a change that is under way.
-    async fn changed<T, F>(&self, node: NodeId, change: impl Fn() -> F) -> Result<(), MemberError>
+    async fn changed<T, F>(&self, node: NodeId, change: impl Fn() -> F) -> Result<T, MemberError>
     where
         F: Future<Output = Result<T, RaftError<Types, ClientWriteError<Types>>>>,
     {
@@ -583,7 +634,7 @@ impl Consensus {
                 return Err(MemberError::Unknown);
             };
             return match result {
-                Ok(_) => Ok(()),
+                Ok(changed) => Ok(changed),
                 Err(RaftError::Fatal(_)) => Err(MemberError::Stopped),
                 Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
                     Err(MemberError::NotLeader { leader: self.other(&forward) })

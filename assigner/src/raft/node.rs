@@ -5,6 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mandoline_core::command::NodeId;
 use openraft::Config as RaftConfig;
@@ -124,4 +125,23 @@ impl Node {
     pub(crate) fn id(&self) -> Option<NodeId> {
         self.known.get().map(|identity| identity.node)
     }
+}
+
+/// Waits until a member has the log up to `index` on disk; false if it has not in time, or this node ceases to lead.
+///
+/// Openraft's own waiting is of no use for that: it lets a learner pass that lags by less than thousands of entries, in a
+/// young cluster even one that is not there.
+pub(crate) async fn caught_up(raft: &Raft, node: u64, index: u64, within: Duration) -> bool {
+    let wait = raft.wait(Some(within));
+    let waited = wait.metrics(
+        |now| match &now.replication {
+            None => true,
+            Some(known) => {
+                let matched = known.get(&node).copied().flatten();
+                matched.is_some_and(|matched| matched.index >= index)
+            }
+        },
+        "a learner to catch up",
+    );
+    node == *raft.node_id() || waited.await.is_ok_and(|now| now.replication.is_some())
 }

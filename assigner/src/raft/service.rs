@@ -24,7 +24,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::raft::config::FirstStart;
 use crate::raft::machine::examine;
-use crate::raft::node::{BirthError, Node, Raft};
+use crate::raft::node::{BirthError, Node, Raft, caught_up};
 use crate::raft::peer::{Refusal, check_protocol};
 use crate::raft::types::{Snapshot, Types};
 use crate::raft::wire;
@@ -33,6 +33,8 @@ use crate::raft::wire;
 const WHOLE_BYTES_MAX: usize = 1 << 30;
 /// How long a new node may take to catch up before its admission is asked for again.
 const CATCH_UP_WITHIN: Duration = Duration::from_secs(60);
+/// How long its admission may take in all, which is agreed on twice besides.
+const ADMIT_WITHIN: Duration = Duration::from_secs(65);
 
 /// What a node answers its peers: the service of the peer port.
 #[derive(Clone)]
@@ -249,15 +251,21 @@ impl Peer for Service {
         let admitted = async {
             if moved {
                 let change = ChangeMembers::SetNodes([(node, member)].into());
-                return raft.change_membership(change, true).await;
+                return raft.change_membership(change, true).await.map(Some);
             }
-            raft.add_learner(node, member, true).await?;
-            raft.change_membership(ChangeMembers::AddVoterIds(BTreeSet::from([node])), false).await
+            let added = raft.add_learner(node, member, false).await?;
+            // Without this, a node that goes away again at once would have a vote that it cannot cast.
+            if !caught_up(raft, node, added.log_id.index, CATCH_UP_WITHIN).await {
+                return Ok(None);
+            }
+            let change = ChangeMembers::AddVoterIds(BTreeSet::from([node]));
+            raft.change_membership(change, false).await.map(Some)
         };
-        let admitted = tokio::time::timeout(CATCH_UP_WITHIN, admitted).await;
-        let admitted =
-            admitted.map_err(|_| Status::deadline_exceeded("the node has not caught up yet"))?;
-        admitted.map_err(|error| change_failed(raft, &error))?;
+        let admitted = tokio::time::timeout(ADMIT_WITHIN, admitted).await.unwrap_or(Ok(None));
+        let admitted = admitted.map_err(|error| change_failed(raft, &error))?;
+        if admitted.is_none() {
+            return Err(Status::deadline_exceeded("the node has not caught up yet"));
+        }
         Ok(Response::new(pb::RaftAdmitReply {}))
     }
 

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
-use mandoline_core::command::{ClusterId, NodeId};
+use mandoline_core::command::{ClusterId, Command, NodeId};
 use mandoline_proto::pb;
 use tonic::Status;
 
-use super::kit::{Cluster, Options, Place, Running, apply, start, until};
+use super::kit::{Cluster, Options, Place, Running, apply, start, until, version};
 use crate::raft::book::Book;
 use crate::raft::config::{FirstStart, Snapshots, Transport};
 use crate::raft::peer::{Dialer, FOREIGN, Known, refusal};
@@ -89,6 +90,29 @@ async fn a_learner_listens_before_it_votes_and_the_last_voter_stays() {
     let left: Vec<_> = cluster.node(other).consensus.status().members;
     assert_eq!(left.iter().map(|member| member.node).collect::<Vec<_>>(), [told.node]);
     cluster.node(other).propose(apply("a")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_node_that_is_not_there_is_not_added_and_costs_no_quorum() {
+    let cluster = Cluster::start(1, Snapshots::default()).await;
+    let named = || cluster.node(0).consensus.state().cluster.is_some();
+    until("a cluster with a name", named).await;
+    cluster.propose(Command::MintNode).await;
+    // Nobody serves there.
+    let dead = Place::new(cluster.dir.path(), "n2").member;
+    let consensus = cluster.node(0).consensus.clone();
+    let within = Duration::from_secs(1);
+    let (adder, member) = (consensus.clone(), dead.clone());
+    let added = cluster.node(0).spawn(async move { adder.add(NodeId(2), member, within).await });
+    let expected = MemberError::NotCaughtUp { node: NodeId(2), peer: dead.peer.clone(), within };
+    assert!(expected.to_string().contains(&dead.peer), "{expected}");
+    assert_eq!(added.await, Err(expected));
+    let members: Vec<_> = consensus.status().members.iter().map(|m| m.node.0).collect();
+    assert_eq!(members, [1]);
+    assert_eq!(version(&cluster.propose(apply("a")).await), 1);
+    // One that votes may be added again, at no risk.
+    let me = cluster.places[0].member.clone();
+    assert_eq!(consensus.add(NodeId(1), me, within).await, Ok(()));
 }
 
 #[tokio::test]
