@@ -365,6 +365,7 @@ impl Consensus {
         loop {
             let error = match self.node.raft.get() {
                 None => ForwardToLeader::empty(),
+                Some(raft) if self.is_unnamed(raft) => ForwardToLeader::empty(),
                 Some(raft) => {
                     match tokio::time::timeout_at(deadline, raft.client_write(command.clone()))
                         .await
@@ -392,6 +393,14 @@ impl Consensus {
             }
             tokio::time::sleep(RETRY_EVERY).await;
         }
+    }
+
+    /// Says whether the cluster is yet to be named, which comes before all else: generations begin with its incarnation.
+    fn is_unnamed(&self, raft: &Raft) -> bool {
+        let metrics = raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let led_elsewhere = metrics.current_leader.is_some_and(|leader| leader != metrics.id);
+        !led_elsewhere && self.node.shown.state().cluster.is_none()
     }
 
     /// Confirms with a quorum that this node leads now, since the call. The state is then no older than the call.

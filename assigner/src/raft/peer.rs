@@ -69,6 +69,12 @@ pub enum Refusal {
     /// Only the leader can do this.
     #[error("this node does not lead; the leader's peer address is {0:?}")]
     NotLeader(String),
+    /// The node was a member once.
+    #[error(
+        "{0} was removed from the cluster for good: empty its data directory and it joins as a new node, by \
+         `mandoline assigner --join`"
+    )]
+    Removed(NodeId),
     /// The node was asked to found a cluster that it cannot be a member of.
     #[error("{0}")]
     Pledge(String),
@@ -82,6 +88,7 @@ impl Refusal {
             Self::OtherNode { .. } => "other-node",
             Self::NoCluster => "no-cluster",
             Self::NotLeader(_) => "not-leader",
+            Self::Removed(_) => REMOVED,
             Self::Pledge(_) => PLEDGE,
         }
     }
@@ -89,6 +96,8 @@ impl Refusal {
 
 /// The call came from, or went to, another cluster.
 pub(crate) const FOREIGN: &str = "foreign-cluster";
+/// The node was removed from the cluster.
+pub(crate) const REMOVED: &str = "removed";
 /// The node cannot be a member of the cluster that is being founded.
 pub(crate) const PLEDGE: &str = "pledge";
 

@@ -16,10 +16,10 @@ use mandoline_proto::command::cluster_bytes;
 use mandoline_proto::error::{WireError, decode, need};
 use mandoline_proto::pb;
 use mandoline_proto::pb::peer_server::Peer;
-use openraft::ChangeMembers;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::raft::AppendEntriesRequest;
+use openraft::{ChangeMembers, ReadPolicy};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::raft::config::FirstStart;
@@ -237,17 +237,33 @@ impl Peer for Service {
         request: Request<pb::RaftAdmit>,
     ) -> Result<Response<pb::RaftAdmitReply>, Status> {
         let raft = Self::admit(self, &request)?;
-        let pb::RaftAdmit { node, member } = request.into_inner();
+        let pb::RaftAdmit { node, member, fresh } = request.into_inner();
         let member = wire::member(need(member, "member").map_err(malformed)?);
         let minted = self.0.shown.state().last_node;
         if node == 0 || node > minted {
             return Err(Status::invalid_argument(format!("{} was never minted", NodeId(node))));
         }
-        let moved = {
+        let listed = || {
             let metrics = raft.metrics();
-            let known = metrics.borrow_watched().membership_config.get_node(&node).cloned();
-            known.is_some_and(|known| known != member)
+            let metrics = metrics.borrow_watched();
+            metrics.membership_config.get_node(&node).cloned()
         };
+        let mut known = listed();
+        if known.is_none() && !fresh {
+            // Only a leader for sure may say so: one that was replaced may not have heard of the newest members.
+            let confirmed = raft.ensure_linearizable(ReadPolicy::ReadIndex).await;
+            confirmed.map_err(|_| Refusal::NotLeader(leader_address(raft)))?;
+            known = listed();
+            // A node that ended between getting its id and being fed is fresh, and is let in: it has promised nothing.
+            if known.is_none() {
+                return Err(Refusal::Removed(NodeId(node)).into());
+            }
+        }
+        let votes = known.is_some() && raft.voter_ids().any(|voter| voter == node);
+        let moved = known.as_ref().is_some_and(|known| *known != member);
+        if votes && !moved && raft.is_leader() {
+            return Ok(Response::new(pb::RaftAdmitReply {}));
+        }
         let admitted = async {
             if moved {
                 let change = ChangeMembers::SetNodes([(node, member)].into());

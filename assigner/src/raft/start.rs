@@ -26,7 +26,7 @@ use tonic::Status;
 use crate::raft::config::FirstStart;
 use crate::raft::disk::DiskError;
 use crate::raft::node::{BirthError, Node, Raft};
-use crate::raft::peer::{self, FOREIGN, PLEDGE};
+use crate::raft::peer::{self, FOREIGN, PLEDGE, REMOVED};
 use crate::raft::types::Member;
 use crate::raft::wire::{self, Identity};
 
@@ -84,6 +84,17 @@ pub enum StartError {
         /// What it says.
         problem: String,
     },
+    /// The node was taken out of its cluster, and has come back with what it had.
+    #[error(
+        "{node} was removed from the cluster for good, as {peer} says: empty its data directory and it joins as a new \
+         node, by `mandoline assigner --join {peer}`"
+    )]
+    Removed {
+        /// Who it was.
+        node: NodeId,
+        /// Who says so, by its peer address.
+        peer: String,
+    },
     /// The system gave no thread, or the identity could not be written.
     #[error("cannot start: {0}")]
     Io(#[from] io::Error),
@@ -130,10 +141,9 @@ pub(crate) async fn begin(node: Arc<Node>) -> Result<(), StartError> {
                 found(&node, &identity).await?;
             }
             if let FirstStart::Join(via) = &node.first {
-                be_admitted(&node, via).await;
+                be_admitted(&node, via).await?;
             }
-            tell_address(&node).await;
-            Ok(())
+            tell_address(&node).await
         }
     }
 }
@@ -170,8 +180,7 @@ async fn begin_new(node: &Node) -> Result<(), StartError> {
             let identity = ask_for_id(node, via).await;
             tracing::info!(node = %identity.node, cluster = %identity.cluster, "Joins the cluster");
             node.become_one(identity).await?;
-            be_admitted(node, via).await;
-            Ok(())
+            be_admitted(node, via).await
         }
     }
 }
@@ -259,6 +268,11 @@ impl<'a> Asked<'a> {
         peer
     }
 
+    /// Whether each has been asked, and a leader that the last one named.
+    const fn been_around(&self) -> bool {
+        self.next >= self.via.len() && self.leader.is_none()
+    }
+
     async fn refused(&mut self, peer: &str, status: &Status) {
         self.leader = peer::leader(status).map(str::to_owned);
         if self.leader.is_none() {
@@ -290,20 +304,25 @@ async fn ask_for_id(node: &Node, via: &[String]) -> Identity {
 }
 
 /// Asks to be fed and to vote, until the log says so.
-async fn be_admitted(node: &Node, via: &[String]) {
+///
+/// A node whose own log says so already asks once around all the same: if it was removed, its log may not know of it.
+async fn be_admitted(node: &Node, via: &[String]) -> Result<(), StartError> {
     let raft = node.raft.get().expect("a node that joins is someone");
     let mut asked = Asked::new(via);
-    while !votes(raft) {
+    let mut sure = false;
+    while !votes(raft) || !(sure || asked.been_around()) {
         let (Some(peer), Some(id)) = (asked.next(), node.id()) else {
-            return;
+            return Ok(());
         };
         let admitted = async {
             let mut client = node.dialer.client(&peer)?;
-            let message = pb::RaftAdmit { node: id.0, member: Some(wire::pb_member(&node.member)) };
+            let (fresh, member) = (!node.founded().await, Some(wire::pb_member(&node.member)));
+            let message = pb::RaftAdmit { node: id.0, member, fresh };
             within(ADMISSION_WITHIN, client.admit(node.dialer.request(None, message))).await
         };
         match admitted.await {
             Ok(_) => {
+                sure = true;
                 // The log tells this node too, a moment later.
                 let wait = raft.wait(Some(ANSWER_WITHIN));
                 let told = wait.metrics(
@@ -311,6 +330,9 @@ async fn be_admitted(node: &Node, via: &[String]) {
                     "admission",
                 );
                 drop(told.await);
+            }
+            Err(status) if peer::refusal(&status) == Some(REMOVED) => {
+                return Err(StartError::Removed { node: id, peer });
             }
             Err(status) if peer::refusal(&status) == Some(FOREIGN) => {
                 tracing::error!(
@@ -323,24 +345,25 @@ async fn be_admitted(node: &Node, via: &[String]) {
             Err(status) => asked.refused(&peer, &status).await,
         }
     }
+    Ok(())
 }
 
 /// Has the leader write down where this node is now, if it has moved since it was last here.
-async fn tell_address(node: &Node) {
+async fn tell_address(node: &Node) -> Result<(), StartError> {
     let raft = node.raft.get().expect("a node that starts again is someone");
     let me = *raft.node_id();
     loop {
         // Once there is a leader, this node soon knows the newest members.
         let led = raft.wait(None).metrics(|now| now.current_leader.is_some(), "a leader").await;
         let Ok(now) = led else {
-            return;
+            return Ok(());
         };
         let (Some(leader), Some(known)) = (now.current_leader, now.membership_config.get_node(&me))
         else {
-            return;
+            return Ok(());
         };
         if *known == node.member {
-            return;
+            return Ok(());
         }
         let given = now.membership_config.get_node(&leader).map_or("", |member| &member.peer);
         let peer = if leader == me {
@@ -350,12 +373,16 @@ async fn tell_address(node: &Node) {
         };
         let told = async {
             let mut client = node.dialer.client(&peer)?;
-            let message = pb::RaftAdmit { node: me, member: Some(wire::pb_member(&node.member)) };
+            let member = Some(wire::pb_member(&node.member));
+            let message = pb::RaftAdmit { node: me, member, fresh: false };
             within(ANSWER_WITHIN, client.admit(node.dialer.request(None, message))).await
         };
         match told.await {
             Ok(_) => {
                 tracing::info!(peer = %node.member.peer, "The cluster knows where this node is now");
+            }
+            Err(status) if peer::refusal(&status) == Some(REMOVED) => {
+                return Err(StartError::Removed { node: NodeId(me), peer });
             }
             Err(status) => tracing::info!(%peer, error = status.message(), "Asks again"),
         }

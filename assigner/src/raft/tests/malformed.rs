@@ -103,7 +103,11 @@ async fn malformed_messages_are_refused_and_the_node_goes_on() {
     let request = peer.request(pb::RaftTransfer::default());
     let voteless = peer.client.transfer(request).await.map(|_| ()).unwrap_err();
     assert_eq!(voteless.code(), Code::InvalidArgument, "{voteless}");
-    let request = peer.request(pb::RaftAdmit { node: 99, member: Some(pb::RaftMember::default()) });
+    let request = peer.request(pb::RaftAdmit {
+        node: 99,
+        member: Some(pb::RaftMember::default()),
+        fresh: true,
+    });
     let never = peer.client.admit(request).await.map(|_| ()).unwrap_err();
     assert!(never.message().contains("n99 was never minted"), "{never}");
     let identity =

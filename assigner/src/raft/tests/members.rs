@@ -116,6 +116,45 @@ async fn a_node_that_is_not_there_is_not_added_and_costs_no_quorum() {
 }
 
 #[tokio::test]
+async fn a_node_that_was_removed_is_refused_when_it_comes_back_with_its_old_disk() {
+    let mut cluster = Cluster::start(1, Snapshots::default()).await;
+    let consensus = cluster.node(0).consensus.clone();
+    let via = cluster.places[0].member.peer.clone();
+    let join = FirstStart::Join(vec![via.clone()]);
+    for n in [2, 3] {
+        let mut place = Place::new(cluster.dir.path(), &format!("n{n}"));
+        cluster.nodes.push(Some(start(&mut place, Options::new(join.clone())).await.unwrap()));
+        cluster.places.push(place);
+        let votes = || consensus.status().members.iter().any(|m| m.node.0 == n && m.voter);
+        until("the new node to vote", votes).await;
+    }
+    cluster.kill(2);
+    let leader = cluster.leader().await;
+    cluster.node(leader).consensus.remove(NodeId(3)).await.unwrap();
+    // Its own log says that it votes.
+    let again = start(&mut cluster.places[2], Options::new(join.clone())).await.unwrap();
+    let Failure::Start(error) = again.consensus.failed().await else { panic!("it started") };
+    assert!(matches!(&*error, StartError::Removed { node: NodeId(3), .. }), "{error}");
+    assert!(error.to_string().contains("empty its data directory"), "{error}");
+    again.stop().await;
+    let members = |at| cluster.node(at).consensus.status().members;
+    assert!(members(leader).iter().all(|m| m.node.0 != 3), "{:?}", members(leader));
+    // As it was told to.
+    cluster.places[2].dir = cluster.dir.path().join("emptied");
+    cluster.nodes[2] =
+        Some(start(&mut cluster.places[2], Options::new(join.clone())).await.unwrap());
+    until("it to vote as n4", || {
+        consensus.status().members.iter().any(|m| m.node == NodeId(4) && m.voter)
+    })
+    .await;
+    // One that was not removed comes back as ever.
+    cluster.kill(1);
+    cluster.nodes[1] = Some(start(&mut cluster.places[1], Options::new(join)).await.unwrap());
+    cluster.propose(apply("a")).await;
+    cluster.all_have("a", 1).await;
+}
+
+#[tokio::test]
 async fn a_call_from_another_cluster_or_to_another_node_or_in_another_protocol_is_refused() {
     let cluster = Cluster::start(1, Snapshots::default()).await;
     let node = cluster.node(0);
