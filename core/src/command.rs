@@ -59,7 +59,7 @@ pub enum Command {
         id: ClusterId,
         /// The greatest node id that the first members took; fresh ones begin above it.
         nodes: u64,
-        /// The first incarnation, greater than that of any cluster before: seconds since 1970. A cluster whose disks were
+        /// The first incarnation, greater than that of any cluster before: milliseconds since 1970. A cluster whose disks were
         /// wiped and that is founded anew is newer for all who outlived it.
         incarnation: u64,
     },

@@ -16,6 +16,7 @@ mod examples;
 mod dev;
 mod cluster;
 mod outage;
+mod wiped;
 mod bad_calls;
 mod fate;
 mod secure;

@@ -825,7 +825,8 @@ async fn name_cluster(node: Arc<Node>, mut role: watch::Receiver<Role>) {
             .unwrap_or(0);
         // Newer than whatever was founded here before: callers outlive a cluster whose disks were wiped.
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let incarnation = since_1970.map_or(1, |time| time.as_secs().max(1));
+        let incarnation =
+            since_1970.map_or(1, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1));
         let id = identity.cluster;
         let command = Arc::new(Command::FoundCluster { id, nodes, incarnation });
         if let Err(error) = raft.client_write(command).await {
