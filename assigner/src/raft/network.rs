@@ -5,9 +5,10 @@
 //! to live. And a stream on which a request waits for its reply for too long is given up, so that a peer that hangs does
 //! not hang the leader.
 
+use std::collections::VecDeque;
 use std::future::{Future, ready};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -41,6 +42,10 @@ use crate::raft::wire;
 
 /// The least that a reply may take: a sync on a busy disk takes longer than three quarters of a heartbeat.
 const PATIENCE: Duration = Duration::from_millis(300);
+
+/// What more a reply may take for each MiB that it is the answer to, and that has to be carried, decoded and synced
+/// first: a command may have 64 of them. A heartbeat has none, and is missed as quickly as ever.
+const PATIENCE_PER_MIB: Duration = Duration::from_secs(1);
 
 /// How many refusals in a row are told of once.
 const REMIND_EVERY: u64 = 600;
@@ -173,37 +178,41 @@ impl Link {
         };
         let mut client = self.client()?;
         let within = option.soft_ttl().max(PATIENCE);
-        let sent = Arc::new(AtomicU64::new(0));
-        let count = sent.clone();
-        let outgoing = stream::once(ready(first)).chain(input).flat_map(move |request| {
-            count.fetch_add(1, Ordering::Relaxed);
-            stream::iter(parts(wire::pb_append(&request).encode_to_vec().into()))
+        let first: Bytes = wire::pb_append(&first).encode_to_vec().into();
+        // The answer's head may come only after the first request, if that fills the line.
+        let head_within = within + allowance(first.len());
+        let unanswered = Unanswered::default();
+        let noted = unanswered.clone();
+        let requests = stream::once(ready(first))
+            .chain(input.map(|request| wire::pb_append(&request).encode_to_vec().into()));
+        let outgoing = requests.flat_map(move |bytes| {
+            noted.sent(bytes.len());
+            stream::iter(parts(bytes))
         });
         let call = client.append(self.dialer.request(Some(self.target), outgoing));
-        let replies = self.call(RPCTypes::AppendEntries, within, call).await?;
-        let replies = stream::unfold((Some(replies), 0_u64), move |(replies, received)| {
-            let sent = sent.clone();
+        let replies = self.call(RPCTypes::AppendEntries, head_within, call).await?;
+        let replies = stream::unfold(Some(replies), move |replies| {
+            let unanswered = unanswered.clone();
             async move {
                 let mut replies = replies?;
                 loop {
-                    let before = sent.load(Ordering::Relaxed);
+                    let awaited = unanswered.bytes();
+                    let within = within + allowance(awaited.unwrap_or_default());
                     match tokio::time::timeout(within, replies.message()).await {
                         Ok(Ok(Some(reply))) => {
+                            unanswered.answered();
                             let result = wire::append_reply(reply).map_err(|error| self.odd(error));
                             let more = matches!(result, Ok(Ok(_))).then_some(replies);
-                            return Some((result, (more, received + 1)));
+                            return Some((result, more));
                         }
                         Ok(Ok(None)) => return None,
                         Ok(Err(status)) => {
-                            return Some((Err(self.failed(&status)), (None, received)));
+                            return Some((Err(self.failed(&status)), None));
                         }
                         // Nothing was asked the whole time: silence is the right answer.
-                        Err(_) if before <= received => {}
+                        Err(_) if awaited.is_none() => {}
                         Err(_) => {
-                            return Some((
-                                Err(self.late(RPCTypes::AppendEntries, within)),
-                                (None, received),
-                            ));
+                            return Some((Err(self.late(RPCTypes::AppendEntries, within)), None));
                         }
                     }
                 }
@@ -211,6 +220,35 @@ impl Link {
         });
         Ok(replies.boxed())
     }
+}
+
+/// What was sent on a stream and has no reply yet, by size, in order. As many as openraft has under way at once.
+#[derive(Clone, Debug, Default)]
+struct Unanswered(Arc<Mutex<VecDeque<usize>>>);
+
+impl Unanswered {
+    fn sent(&self, bytes: usize) {
+        self.sizes().push_back(bytes);
+    }
+
+    fn answered(&self) {
+        self.sizes().pop_front();
+    }
+
+    /// Gives how much there is, or nothing if no reply is due.
+    fn bytes(&self) -> Option<usize> {
+        let sizes = self.sizes();
+        (!sizes.is_empty()).then(|| sizes.iter().sum())
+    }
+
+    fn sizes(&self) -> MutexGuard<'_, VecDeque<usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives how much longer the reply to so many bytes may take than one to nothing.
+fn allowance(bytes: usize) -> Duration {
+    PATIENCE_PER_MIB.mul_f64(bytes as f64 / f64::from(1 << 20))
 }
 
 /// Cuts bytes into parts.

@@ -3,9 +3,14 @@
 use std::time::Duration;
 
 use mandoline_core::command::Command;
+use mandoline_core::generation::Generation;
+use mandoline_core::load::Load;
 use mandoline_core::prng::Prng;
-use mandoline_core::state::State;
+use mandoline_core::state::{Refused, State};
 use mandoline_core::task::TaskInfo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::kit::{Cluster, Options, Place, Running, apply, job, start, until, version};
@@ -201,6 +206,55 @@ async fn a_large_snapshot_travels_in_parts() {
         Event::Applied { .. } => false,
     };
     assert!(node.events.lock().unwrap().iter().any(large), "by a snapshot of two megabytes");
+}
+
+/// A line that carries two MiB a second to whoever listens at `to`, and any number back; ends with its caller.
+async fn slow_line(to: String) -> (String, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let line = async move {
+        let mut under_way = JoinSet::new();
+        while let Ok((near, _)) = listener.accept().await {
+            let Ok(far) = TcpStream::connect(&to).await else { continue };
+            let (mut from, mut back) = near.into_split();
+            let (mut replies, mut on) = far.into_split();
+            under_way.spawn(async move { drop(tokio::io::copy(&mut replies, &mut back).await) });
+            under_way.spawn(async move {
+                let mut bytes = vec![0; 32 << 10];
+                let mut pace = tokio::time::interval(Duration::from_millis(16));
+                while let Ok(count @ 1..) = from.read(&mut bytes).await {
+                    pace.tick().await;
+                    if on.write_all(&bytes[..count]).await.is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    };
+    (address, tokio::spawn(line))
+}
+
+#[tokio::test]
+async fn a_command_of_several_megabytes_reaches_a_node_behind_a_slow_line() {
+    let cluster = Cluster::start(1, Snapshots::default()).await;
+    // Refused, since there is no such job; but by every node, once it has it.
+    let loads = vec![Load::from_milli(u64::MAX); 400_000];
+    let base = Generation { incarnation: 1, number: 1 };
+    let store = Command::StoreLoads { job: job("big"), base, loads };
+    let refused = cluster.node(0).propose(store).await;
+    assert!(matches!(refused, Err(ProposeError::Refused(Refused::NoSuchJob(_)))), "{refused:?}");
+    cluster.propose(apply("a")).await;
+
+    let mut place = Place::new(cluster.dir.path(), "n2");
+    let (address, line) = slow_line(place.member.peer.clone()).await;
+    place.member.peer = address;
+    let join = FirstStart::Join(vec![cluster.places[0].member.peer.clone()]);
+    let begun = Instant::now();
+    let node = start(&mut place, Options::new(join)).await.unwrap();
+    until("four megabytes to be carried", || node.consensus.state().jobs.contains_key(&job("a")))
+        .await;
+    assert!(begun.elapsed() > Duration::from_secs(1), "the line was not slow");
+    line.abort();
 }
 
 #[tokio::test]
