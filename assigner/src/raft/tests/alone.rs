@@ -28,17 +28,17 @@ async fn a_cluster_founded_anew_is_newer_than_the_one_whose_disk_was_wiped() {
     let mut founded = Vec::new();
     for disk in ["wiped", "new"] {
         place.dir = dir.path().join(disk);
-        let begun = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        // Seconds count: the next one must have begun.
+        let begun = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis();
+        // Milliseconds count: the next one must have begun.
         let newest = founded.last().copied().unwrap_or_default();
-        until("the next second", || {
+        until("the next millisecond", || {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-            now.as_secs() > newest
+            now.as_millis() > newest
         })
         .await;
         let node = start(&mut place, Options::new(FirstStart::Alone)).await.unwrap();
         until("a named cluster", || node.consensus.state().cluster.is_some()).await;
-        founded.push(node.consensus.state().incarnation);
+        founded.push(u128::from(node.consensus.state().incarnation));
         assert!(founded.last() >= Some(&begun), "{founded:?} since {begun}");
         node.stop().await;
     }
