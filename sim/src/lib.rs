@@ -14,3 +14,7 @@ pub mod lines;
 pub mod replay;
 pub mod workload;
 pub mod service;
+pub mod interval;
+pub mod fleet;
+pub mod layout;
+pub mod policy;
