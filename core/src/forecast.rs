@@ -142,7 +142,7 @@ mod tests {
         let mut table = LoadTable::default();
         let slices = vec![(Slice::FULL, Load::from_milli(milli))];
         let window = Duration::from_secs(10);
-        let report = Report { session: SessionId(1), generation: Generation::ZERO, window, slices };
+        let report = Report::new(SessionId(1), Generation::ZERO, window, slices);
         table.receive(report).unwrap();
         table
     }

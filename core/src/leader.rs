@@ -469,7 +469,7 @@ mod tests {
                         let (generation, window) = (assignment.generation, Duration::from_secs(5));
                         self.happen(Event::Reported {
                             job: kv(),
-                            report: Report { session, generation, window, slices },
+                            report: Report::new(session, generation, window, slices),
                         });
                     }
                 }
@@ -548,7 +548,7 @@ mod tests {
         for (session, milli) in [(hot, 900_000), (away, 100)] {
             let slices = assignment.of(session).map(|(slice, _)| (slice, Load::from_milli(milli)));
             let (generation, window) = (assignment.generation, Duration::from_secs(5));
-            let report = Report { session, generation, window, slices: slices.collect() };
+            let report = Report::new(session, generation, window, slices.collect());
             scene.happen(Event::Reported { job: kv(), report });
         }
         let before = scene.state.jobs[&kv()].churn.moves;

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
 use mandoline_core::name::TaskName;
-use mandoline_core::report::Report;
+use mandoline_core::report::{HotKey, Report, Size};
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{Address, Capacity, Phase, SessionId, Task, TaskInfo};
 
@@ -89,8 +90,51 @@ impl From<&Report> for pb::Report {
             generation: Some(report.generation.into()),
             window_ms: u64::try_from(report.window.as_millis()).unwrap_or(u64::MAX),
             slices: report.slices.iter().map(load).collect(),
+            hot: report.hot.iter().map(pb::HotKey::from).collect(),
+            sizes: report.sizes.iter().map(pb::Size::from).collect(),
         }
     }
+}
+
+impl From<&HotKey> for pb::HotKey {
+    fn from(hot: &HotKey) -> Self {
+        Self { key: hot.key.0, load: hot.load.units() }
+    }
+}
+
+impl TryFrom<pb::HotKey> for HotKey {
+    type Error = WireError;
+
+    fn try_from(hot: pb::HotKey) -> Result<Self, WireError> {
+        Ok(Self { key: SliceKey(hot.key), load: load(hot.load, "load")? })
+    }
+}
+
+impl From<&Size> for pb::Size {
+    fn from(size: &Size) -> Self {
+        Self {
+            slice: Some(size.slice.into()),
+            metrics: size.metrics.iter().map(|metric| metric.units()).collect(),
+            move_cost: size.move_cost,
+        }
+    }
+}
+
+impl TryFrom<pb::Size> for Size {
+    type Error = WireError;
+
+    fn try_from(size: pb::Size) -> Result<Self, WireError> {
+        let metrics = size.metrics.iter().map(|metric| load(*metric, "metrics"));
+        Ok(Self {
+            slice: need(size.slice, "slice")?.try_into()?,
+            metrics: metrics.collect::<Result<_, _>>()?,
+            move_cost: size.move_cost,
+        })
+    }
+}
+
+fn load(units: f64, field: &str) -> Result<Load, WireError> {
+    Load::from_units(units).map_err(|error| WireError::new(field, error))
 }
 
 struct SliceLoad(Slice, Load);
@@ -99,8 +143,7 @@ impl TryFrom<pb::SliceLoad> for SliceLoad {
     type Error = WireError;
 
     fn try_from(measured: pb::SliceLoad) -> Result<Self, WireError> {
-        let load =
-            Load::from_units(measured.load).map_err(|error| WireError::new("load", error))?;
+        let load = load(measured.load, "load")?;
         Ok(Self(need(measured.slice, "slice")?.try_into()?, load))
     }
 }
@@ -115,6 +158,8 @@ pub fn report(session: SessionId, report: pb::Report) -> Result<Report, WireErro
         generation: need(report.generation, "generation")?.into(),
         window: Duration::from_millis(report.window_ms),
         slices: slices.collect(),
+        hot: each(report.hot, "hot")?,
+        sizes: each(report.sizes, "sizes")?,
     };
     report.check().map_err(|error| WireError::new("report", error))?;
     Ok(report)

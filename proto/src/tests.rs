@@ -12,7 +12,7 @@ use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
 use mandoline_core::plan::{Edit, Move, Plan, Reason};
 use mandoline_core::prng::Prng;
-use mandoline_core::report::Report;
+use mandoline_core::report::{HotKey, Report, Size};
 use mandoline_core::slice::Slice;
 use mandoline_core::spec::{JobSpec, Ratio};
 use mandoline_core::state::{Churn, Job, State};
@@ -148,7 +148,15 @@ fn the_state_comes_back() {
 fn reports_come_back() {
     let slices = vec![(slice(0, 9), Load::from_milli(1_500)), (slice(10, u64::MAX), Load::ZERO)];
     let window = Duration::from_millis(5_000);
-    let report = Report { session: SessionId(4), generation: NOW, window, slices };
+    let hot = [(3, 1_200), (9, 300)];
+    let hot = hot.map(|(key, milli)| HotKey { key: SliceKey(key), load: Load::from_milli(milli) });
+    let metrics = vec![Load::from_milli(7), Load::ZERO];
+    let sizes = vec![
+        Size { slice: slice(0, 4), metrics, move_cost: Some(0) },
+        Size { slice: slice(5, 9), metrics: vec![], move_cost: None },
+    ];
+    let report =
+        Report { hot: hot.to_vec(), sizes, ..Report::new(SessionId(4), NOW, window, slices) };
     survives(&report, pb::Report::from(&report), |message| task::report(SessionId(4), message));
 }
 
@@ -188,7 +196,9 @@ fn fields_that_make_no_sense_are_named() {
 fn loads_that_are_no_numbers_are_refused() {
     let report = |load: f64, window_ms: u64| {
         let slices = vec![pb::SliceLoad { slice: Some(slice(0, 9).into()), load }];
-        task::report(SessionId(1), pb::Report { generation: Some(NOW.into()), window_ms, slices })
+        let generation = Some(NOW.into());
+        let report = pb::Report { generation, window_ms, slices, ..pb::Report::default() };
+        task::report(SessionId(1), report)
     };
     assert!(report(1.5, 1_000).is_ok());
     for bad in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
@@ -196,6 +206,36 @@ fn loads_that_are_no_numbers_are_refused() {
         assert_eq!(error.field, "slices[0].load", "{error}");
     }
     assert_eq!(report(1.0, 0).unwrap_err().field, "report");
+}
+
+#[test]
+fn hot_keys_and_sizes_that_make_no_sense_are_named() {
+    let report = |hot: &[(u64, f64)], metrics: Vec<f64>| {
+        let slice: pb::Slice = slice(0, 9).into();
+        let report = pb::Report {
+            generation: Some(NOW.into()),
+            window_ms: 1_000,
+            slices: vec![pb::SliceLoad { slice: Some(slice), load: 5.0 }],
+            hot: hot.iter().map(|&(key, load)| pb::HotKey { key, load }).collect(),
+            sizes: vec![pb::Size { slice: Some(slice), metrics, move_cost: None }],
+        };
+        task::report(SessionId(1), report).map_err(|error| error.to_string())
+    };
+    assert!(report(&[(1, 1.0), (9, 4.0)], vec![1.0]).is_ok());
+    let cases: [(&[(u64, f64)], Vec<f64>, &str); 6] = [
+        (&[(1, f64::NAN)], vec![], "hot[0].load: NaN is no load"),
+        (&[(1, 1.0), (2, 1e300)], vec![], "hot[1].load: "),
+        (&[(2, 1.0), (1, 1.0)], vec![], "hot keys are out of order or come twice at"),
+        (&[(10, 1.0)], vec![], "lies in none of its slices"),
+        (&[], vec![-1.0], "sizes[0].metrics: -1 is no load"),
+        (&[], vec![1.0; 9], "has 9 metrics"),
+    ];
+    for (hot, metrics, message) in cases {
+        let error = report(hot, metrics).unwrap_err();
+        assert!(error.contains(message), "{error}");
+    }
+    let many: Vec<(u64, f64)> = (0..257).map(|_| (1, 1.0)).collect();
+    assert!(report(&many, vec![]).unwrap_err().contains("names 257 hot keys"));
 }
 
 #[test]

@@ -274,7 +274,7 @@ impl Window {
                 (view.assignment().slices.slice_at(index), per_second(counted[index], window))
             })
             .collect();
-        Some(Report { session, generation, window, slices: thinned(slices, REPORT_MAX_SLICES) })
+        Some(Report::new(session, generation, window, thinned(slices, REPORT_MAX_SLICES)))
     }
 }
 

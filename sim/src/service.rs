@@ -160,7 +160,7 @@ impl Service {
             Load::from_units(units / window.as_secs_f64()).expect("counts are no NaN")
         };
         let slices = assignment.of(session).map(|(slice, _)| (slice, load(slice))).collect();
-        let report = Report { session, generation, window, slices };
+        let report = Report::new(session, generation, window, slices);
         self.happen(Event::Reported { job: self.job(), report });
     }
 
