@@ -69,6 +69,16 @@ impl fmt::Display for Workload {
 }
 
 impl Workload {
+    /// Gives the exponent: 0 where all keys are alike.
+    pub fn alpha(self) -> f64 {
+        self.alpha
+    }
+
+    /// Gives the number of keys.
+    pub fn keys(self) -> u64 {
+        self.keys
+    }
+
     /// Prepares to draw keys.
     pub fn sampler(self) -> Sampler {
         Sampler::new(self)

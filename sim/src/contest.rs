@@ -1,0 +1,295 @@
+//! Policies against each other on one scenario: each is run over the same intervals and judged by the same measures.
+//!
+//! Every policy makes the intervals anew from the seed, which costs less than keeping them: 60 intervals of a million keys are
+//! a gigabyte. Policies and seeds are spread over threads; who runs where changes nothing but the planning times.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crate::fleet::Member;
+use crate::interval::Interval;
+use crate::percentile::Percentiles;
+use crate::policy::{Policy, Round, Served};
+use crate::scenario::Scenario;
+
+/// A policy that takes part: what makes it, for a seed.
+pub type Entry<'a> = Box<dyn Fn(u64) -> Box<dyn Policy> + Sync + 'a>;
+
+/// Tells the CPU time of the thread that asks. Only differences mean anything.
+pub type Clock<'a> = &'a (dyn Fn() -> Duration + Sync);
+
+/// How one interval went.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Point {
+    /// The seed of the run.
+    pub seed: u64,
+    /// Which interval, from 0.
+    pub interval: usize,
+    /// How far above its due the busiest task was: the highest of load over capacity, over the same of all tasks together.
+    /// None if there was no load.
+    pub imbalance: Option<f64>,
+    /// The share of the load that landed on tasks that did not hold its keys before.
+    pub load_churn: f64,
+    /// The same by key range.
+    pub key_churn: f64,
+    /// Replicas that came, went or moved.
+    pub moves: u64,
+    /// What planning took of the thread's CPU time, in milliseconds.
+    pub plan_ms: f64,
+    /// How many slices there were.
+    pub slices: usize,
+    /// The share of the load that landed on nobody.
+    pub unserved: f64,
+}
+
+/// How a policy did, over all seeds, without the intervals for warming up.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// Its name.
+    pub policy: String,
+    /// Over the intervals with load; none if there was none.
+    pub imbalance: Option<Percentiles>,
+    /// A mean share an interval.
+    pub load_churn: f64,
+    /// A mean share an interval.
+    pub key_churn: f64,
+    /// All moves of all seeds.
+    pub moves: u64,
+    /// Over the intervals.
+    pub plan_ms: Option<Percentiles>,
+    /// At the end of the first seed's run.
+    pub slices: usize,
+    /// A mean share an interval.
+    pub unserved: f64,
+    /// Every interval, those for warming up too: all of the first seed, then all of the next.
+    pub series: Vec<Point>,
+}
+
+/// How far one run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Which policy, by its place in the list.
+    pub policy: usize,
+    /// The seed of the run.
+    pub seed: u64,
+    /// How many intervals are done.
+    pub done: usize,
+    /// Of how many.
+    pub of: usize,
+}
+
+/// What is to be run.
+pub struct Contest<'a> {
+    /// The load, and who lives when.
+    pub scenario: &'a Scenario,
+    /// Who takes part.
+    pub policies: &'a [Entry<'a>],
+    /// Each policy is run once with each; the outcomes are pooled.
+    pub seeds: &'a [u64],
+    /// How many runs at a time; 0 counts as 1.
+    pub threads: usize,
+    /// Times the planning.
+    pub clock: Clock<'a>,
+    /// Is told after each interval of each run, by whichever thread runs it.
+    pub progress: &'a (dyn Fn(Progress) + Sync),
+}
+
+impl Contest<'_> {
+    /// Runs every policy with every seed, and gives the outcomes in the order of the policies.
+    pub fn run(&self) -> Vec<Outcome> {
+        let jobs = self.policies.len() * self.seeds.len();
+        let next = AtomicUsize::new(0);
+        let results: Mutex<Vec<Option<Run>>> = Mutex::new(vec![None; jobs]);
+        std::thread::scope(|scope| {
+            for _ in 0..self.threads.clamp(1, jobs.max(1)) {
+                scope.spawn(|| {
+                    loop {
+                        let job = next.fetch_add(1, Ordering::Relaxed);
+                        if job >= jobs {
+                            break;
+                        }
+                        // Seed by seed, so that all policies of a scenario advance together.
+                        let (seed, policy) = (job / self.policies.len(), job % self.policies.len());
+                        let result = self.run_one(policy, self.seeds[seed]);
+                        let mut results = results.lock().expect("no thread dies with the lock");
+                        results[job] = Some(result);
+                    }
+                });
+            }
+        });
+        let results = results.into_inner().expect("no thread died with the lock");
+        let result = |policy: usize, seed: usize| {
+            let job = results.get(seed * self.policies.len() + policy);
+            job.and_then(Option::clone).expect("every job was done")
+        };
+        let outcome = |policy| {
+            let runs = (0..self.seeds.len()).map(|seed| result(policy, seed));
+            let (mut names, runs): (Vec<_>, Vec<_>) = runs.unzip();
+            judge(names.pop().unwrap_or_default(), runs.concat(), self.scenario.warmup())
+        };
+        (0..self.policies.len()).map(outcome).collect()
+    }
+
+    fn run_one(&self, number: usize, seed: u64) -> Run {
+        let mut policy = (self.policies[number])(seed);
+        let fleet = self.scenario.fleet(seed);
+        let of = self.scenario.count();
+        let mut seen = None;
+        let mut points = Vec::with_capacity(of);
+        for (interval, next) in self.scenario.intervals(seed).enumerate() {
+            let members = fleet.members(interval);
+            let silent = fleet.silent(interval);
+            let (members, silent) = (&members[..], &silent[..]);
+            let round = Round { members, seen: seen.as_deref(), silent, next: &next, interval };
+            policy.observe(&round);
+            let began = (self.clock)();
+            policy.plan(&round);
+            let took = (self.clock)().saturating_sub(began);
+            let served = policy.serve(members, &next);
+            points.push(Point {
+                seed,
+                interval,
+                imbalance: imbalance(&served, members, &next),
+                load_churn: served.churn_load,
+                key_churn: served.churn_keys,
+                moves: served.moves,
+                plan_ms: took.as_secs_f64() * 1_000.0,
+                slices: policy.slices(),
+                unserved: served.unserved,
+            });
+            seen = Some(next);
+            (self.progress)(Progress { policy: number, seed, done: interval + 1, of });
+        }
+        (policy.name(), points)
+    }
+}
+
+/// A policy's name and how each interval went.
+type Run = (String, Vec<Point>);
+
+/// Gives the highest load over capacity, over what it would be if all were even. What nobody served counts into the latter.
+pub fn imbalance(served: &Served, members: &[Member], interval: &Interval) -> Option<f64> {
+    let capacity: u64 = members.iter().map(|member| u64::from(member.capacity)).sum();
+    let even = interval.total() as f64 / capacity as f64;
+    let each = served.loads.iter().zip(members);
+    let most = each.map(|(load, member)| load / f64::from(member.capacity)).fold(0.0, f64::max);
+    (interval.total() > 0).then(|| most / even)
+}
+
+fn judge(policy: String, series: Vec<Point>, warmup: usize) -> Outcome {
+    let counted = || series.iter().filter(|point| point.interval >= warmup);
+    let count = counted().count().max(1) as f64;
+    let mean = |value: fn(&Point) -> f64| counted().map(value).sum::<f64>() / count;
+    let first = series.first().map(|point| point.seed);
+    let last = series.iter().rfind(|point| Some(point.seed) == first);
+    Outcome {
+        policy,
+        imbalance: Percentiles::of(counted().filter_map(|point| point.imbalance).collect()),
+        load_churn: mean(|point| point.load_churn),
+        key_churn: mean(|point| point.key_churn),
+        moves: counted().map(|point| point.moves).sum(),
+        plan_ms: Percentiles::of(counted().map(|point| point.plan_ms).collect()),
+        slices: last.map_or(0, |point| point.slices),
+        unserved: mean(|point| point.unserved),
+        series,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use mandoline_core::key::SliceKey;
+
+    use super::*;
+    use crate::fleet::Fleet;
+    use crate::layout::{Holders, Layout};
+    use crate::policy::{Planned, Planner, fixed::Fixed};
+
+    const HALF: u64 = 1 << 63;
+
+    fn interval(low: u64, high: u64) -> Interval {
+        Interval::new(vec![(SliceKey(5), low), (SliceKey(HALF), high)])
+    }
+
+    /// Puts the half that was hotter on task 1, alone if it may.
+    #[derive(Default)]
+    struct Follower {
+        swapped: bool,
+    }
+
+    impl Planner for Follower {
+        fn name(&self) -> String {
+            "follower".to_owned()
+        }
+
+        fn plan(&mut self, round: &Round<'_>) {
+            let half = |interval: &Interval| Layout::even(2, |_| Holders::NONE).measure(interval);
+            self.swapped = round.seen.map(half).is_some_and(|loads| loads[0] > loads[1]);
+        }
+
+        fn layout(&self) -> Layout {
+            Layout::even(2, |half| Holders::one((half as u32) ^ u32::from(self.swapped)))
+        }
+    }
+
+    fn run(intervals: Vec<Interval>, fleet: Fleet, seeds: &[u64]) -> Vec<Outcome> {
+        let scenario = Scenario::recorded("test", intervals, fleet);
+        let policies: [Entry<'_>; 2] = [
+            Box::new(|_| Box::new(Planned::new(Fixed::default()))),
+            Box::new(|_| Box::new(Planned::new(Follower::default()))),
+        ];
+        // A clock that ticks 1 ms each time it is looked at, per thread count 1.
+        let ticks = AtomicU64::new(0);
+        let clock = || Duration::from_millis(ticks.fetch_add(1, Ordering::Relaxed));
+        let told = AtomicUsize::new(0);
+        let progress = |_: Progress| {
+            told.fetch_add(1, Ordering::Relaxed);
+        };
+        let (clock, progress, threads) = (&clock as Clock<'_>, &progress, 1);
+        let policies = &policies;
+        let outcomes =
+            Contest { scenario: &scenario, policies, seeds, threads, clock, progress }.run();
+        assert_eq!(told.into_inner(), 2 * seeds.len() * scenario.count());
+        outcomes
+    }
+
+    #[test]
+    fn a_plan_sees_the_interval_before_and_is_judged_on_its_own() {
+        let fleet = Fleet::steady(2).unwrap();
+        let loads = vec![interval(1, 3), interval(3, 1), interval(3, 1), Interval::default()];
+        let outcomes = run(loads, fleet, &[1, 2]);
+        let names: Vec<_> = outcomes.iter().map(|outcome| outcome.policy.as_str()).collect();
+        assert_eq!(names, ["static", "follower"]);
+        let follower = &outcomes[1];
+        let series: Vec<_> = follower.series.iter().map(|p| (p.imbalance, p.load_churn)).collect();
+        // It swaps for interval 2, and again after the empty one... which it does not see the end of.
+        let once = [(Some(1.5), 0.0), (Some(1.5), 0.0), (Some(1.5), 1.0), (None, 0.0)];
+        assert_eq!(series, [once, once].concat());
+        // The first interval does not count: of 3 and 3 that do, 1 and 1 moved everything.
+        assert_eq!(follower.load_churn, 1.0 / 3.0);
+        assert_eq!(follower.key_churn, 1.0 / 3.0);
+        assert_eq!(follower.moves, 4);
+        assert_eq!(follower.plan_ms.unwrap().max, 1.0);
+        assert_eq!((follower.slices, outcomes[0].moves), (2, 0));
+    }
+
+    #[test]
+    fn imbalance_is_by_capacity() {
+        let fleet = Fleet::steady(2).unwrap().hetero(&[1.0, 3.0]).unwrap();
+        let members = fleet.members(0);
+        let served = Served { loads: vec![1.0, 3.0], ..Served::default() };
+        assert_eq!(imbalance(&served, &members, &interval(1, 3)), Some(1.0));
+        let served = Served { loads: vec![2.0, 2.0], ..Served::default() };
+        assert_eq!(imbalance(&served, &members, &interval(2, 2)), Some(2.0));
+        assert_eq!(imbalance(&served, &members, &Interval::default()), None);
+    }
+
+    #[test]
+    fn nothing_at_all_has_no_percentiles() {
+        let outcomes = run(Vec::new(), Fleet::steady(1).unwrap(), &[1]);
+        assert_eq!(outcomes[0].imbalance, None);
+        assert_eq!(outcomes[0].load_churn, 0.0);
+    }
+}
