@@ -5,6 +5,7 @@ mod units;
 mod text;
 mod file;
 mod job_file;
+mod job_text;
 mod ports;
 mod log;
 mod stop;

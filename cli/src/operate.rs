@@ -44,15 +44,17 @@ pub(crate) struct StatusArgs {
 pub(crate) enum JobCommand {
     /// Makes a job, or changes it, as a file says
     ///
-    /// A spec is YAML or JSON; what is left out has its default:
+    /// A spec is YAML or JSON; what is left out has its default. The fields that matter most, as they are by default:
     ///
     ///   name: kv
-    ///   band: 10%               # how far above the mean a task may lie
-    ///   churn_budget: 5%        # how much load one round may move
+    ///   band: 3%                # how far above the mean a task may lie at least
+    ///   churn_budget: 100%      # how much load one round may move
     ///   replicas: {min: 1, max: 1}
     ///   heartbeat: 1s
     ///   report_every: 5s
     ///   balance_every: 10s
+    ///
+    /// All of them: docs/job-spec.md.
     ///
     /// Examples:
     ///   mandoline job apply kv.yaml

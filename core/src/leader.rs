@@ -393,6 +393,7 @@ fn is_urgent(assignment: &Assignment) -> bool {
 mod tests {
     use super::*;
     use crate::balance;
+    use crate::spec::Ratio;
     use crate::state::Outcome;
     use crate::task::TaskInfo;
 
@@ -525,6 +526,8 @@ mod tests {
     #[test]
     fn a_newcomer_under_load_is_filled_round_by_round() {
         let mut scene = Scene::new();
+        let spec = JobSpec { churn_budget: Ratio::percent(5), ..JobSpec::new(kv()) };
+        scene.propose(Command::ApplyJob { spec, if_version: None });
         let _ = [scene.register(1), scene.register(2)];
         let even = |slice: crate::slice::Slice| (slice.width() >> 44) as u64;
         scene.pass(20, &[], even);

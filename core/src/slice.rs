@@ -1,6 +1,7 @@
 //! A run of slice keys, both ends included: no sentinel for the end of the line, and never empty.
 
 use std::fmt;
+use std::str::FromStr;
 
 use crate::key::SliceKey;
 
@@ -19,6 +20,12 @@ impl Slice {
     /// Takes both ends, unless they stand the wrong way round.
     pub fn new(first: SliceKey, last: SliceKey) -> Option<Self> {
         (first <= last).then_some(Self { first, last })
+    }
+
+    /// Gives the block in which all members of a group lie.
+    pub fn of_group(group: &[u8]) -> Self {
+        let first = SliceKey::grouped(group, &[]).0 & 0xFFFF_FFFF_0000_0000;
+        Self { first: SliceKey(first), last: SliceKey(first | 0xFFFF_FFFF) }
     }
 
     /// Gives the first key.
@@ -65,6 +72,24 @@ impl fmt::Display for Slice {
     }
 }
 
+/// Why a text is no slice.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} is no slice: give FIRST..LAST in hex, both included, such as 0000000000000000..3fffffffffffffff"
+)]
+pub struct SliceError(String);
+
+impl FromStr for Slice {
+    type Err = SliceError;
+
+    fn from_str(text: &str) -> Result<Self, SliceError> {
+        let ends = text
+            .split_once("..")
+            .and_then(|(first, last)| Self::new(first.parse().ok()?, last.parse().ok()?));
+        ends.ok_or_else(|| SliceError(text.chars().take(80).collect()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,6 +106,28 @@ mod tests {
         assert_eq!(slice(5, 5).middle(), None);
         assert_eq!(slice(5, 9).split_at(SliceKey(5)), None);
         assert_eq!(slice(5, 9).split_at(SliceKey(10)), None);
+    }
+
+    #[test]
+    fn what_is_printed_reads_back() {
+        for whole in [slice(5, 5), slice(3, 0xFFFF), Slice::FULL] {
+            assert_eq!(whole.to_string().parse(), Ok(whole));
+        }
+        assert_eq!("0..ff".parse(), Ok(slice(0, 255)));
+        for bad in ["", "..", "0", "0..", "..1", "2..1", "0..1..2", "0..x", "0...1", "0..=1"] {
+            assert!(bad.parse::<Slice>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_group_lies_in_its_block() {
+        let block = Slice::of_group(b"tenant");
+        assert_eq!(block.width(), 1 << 32);
+        assert!(
+            (0..100_u32).all(|member| {
+                block.contains(SliceKey::grouped(b"tenant", &member.to_be_bytes()))
+            })
+        );
     }
 
     #[test]

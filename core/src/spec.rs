@@ -1,9 +1,19 @@
-//! What an operator asks of a job.
+//! What an operator asks of a job. Each field stands in `docs/job-spec.md` with when to change it.
+
+mod check;
 
 use std::fmt;
 use std::time::Duration;
 
+use crate::load::Load;
 use crate::name::JobName;
+use crate::slice::Slice;
+use crate::task::TASKS_MAX;
+
+/// The most homes of a job: a spec of them all still fits one message of the wire beside everything else.
+pub const HOMES_MAX: usize = 10_000;
+/// The most loads beside the main one: each costs the planner a column, and every report a number a slice.
+pub const METRICS_MAX: usize = 4;
 
 /// A share or a ratio in millionths, so that it is exact and the same everywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,17 +57,103 @@ pub struct ReplicaBounds {
     pub max: u32,
 }
 
+impl ReplicaBounds {
+    /// As many as there can be tasks: what `max: all` means.
+    pub const ALL: u32 = TASKS_MAX as u32;
+}
+
+/// How far above the mean a task's load may lie before slices are moved off it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Band {
+    /// This far above the capacity-weighted mean at least, and further where loads are hard to foresee.
+    Adaptive(Ratio),
+    /// Exactly so far, whatever the loads do.
+    Fixed {
+        /// How far above the mean.
+        ratio: Ratio,
+        /// What the ratio is of.
+        of: BandOf,
+    },
+}
+
+impl Band {
+    /// Gives the ratio that was asked for, adaptive or not.
+    pub const fn ratio(self) -> Ratio {
+        match self {
+            Self::Adaptive(ratio) | Self::Fixed { ratio, .. } => ratio,
+        }
+    }
+}
+
+/// What a fixed band is a ratio of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BandOf {
+    /// The capacity-weighted mean load of a task.
+    #[default]
+    Mean,
+    /// The load that a task can take, `max_load_hint`: the band does not shrink when the job is idle.
+    Hint,
+}
+
+impl fmt::Display for BandOf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Mean => "mean",
+            Self::Hint => "hint",
+        })
+    }
+}
+
+/// Keys that live in tasks of one region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Home {
+    /// Which keys.
+    pub slice: Slice,
+    /// The value of the label `region` of the tasks that may serve them.
+    pub region: String,
+}
+
+/// A further load, such as memory or connections, that each task is kept within a band of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metric {
+    /// What reports call it.
+    pub name: String,
+    /// How far above its mean a task may lie.
+    pub band: Ratio,
+}
+
+/// Lets a caller send a key elsewhere while the task that serves it is loaded beyond the cap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spill {
+    /// The load of a task in relation to the mean, above which it is passed over.
+    pub cap: Ratio,
+}
+
 /// What an operator asks of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobSpec {
     /// The job's name.
     pub name: JobName,
     /// How far above the capacity-weighted mean a task's load may lie before slices are moved off it.
-    pub band: Ratio,
+    pub band: Band,
     /// How much of the job's load one balancing round may move, emergencies apart.
     pub churn_budget: Ratio,
+    /// How much of the mean task load a newcomer is given in one round at most.
+    pub fill_rate: Ratio,
+    /// The load that an ordinary task, one of capacity 1, can take.
+    pub max_load_hint: Option<Load>,
+    /// Load that is reckoned with although nobody measured it, lying evenly over all keys: this share of what all tasks can take.
+    pub reservation: Ratio,
     /// How many tasks may serve one slice.
     pub replicas: ReplicaBounds,
+    /// The label over whose values the replicas of a slice are spread, such as `zone`.
+    pub spread: Option<String>,
+    /// Keys that live in one region, in order, without overlap.
+    pub homes: Vec<Home>,
+    /// Further loads that each task is kept within a band of.
+    pub metrics: Vec<Metric>,
+    /// Whether, and from which load on, a caller may send a key to another task than its own.
+    pub spill: Option<Spill>,
     /// How often a task says that it lives.
     pub heartbeat: Duration,
     /// How often a task reports its load.
@@ -83,69 +179,26 @@ impl JobSpec {
     pub const fn new(name: JobName) -> Self {
         Self {
             name,
-            band: Ratio::percent(10),
-            churn_budget: Ratio::percent(5),
+            // The planner's own floor: below it the noise of counting alone moves slices.
+            band: Band::Adaptive(Ratio::percent(3)),
+            // No bound: a doubled job is even after one round (docs/adr/0010).
+            churn_budget: Ratio::percent(100),
+            fill_rate: Ratio::percent(100),
+            max_load_hint: None,
+            reservation: Ratio::percent(0),
             replicas: ReplicaBounds { min: 1, max: 1 },
+            spread: None,
+            homes: Vec::new(),
+            metrics: Vec::new(),
+            spill: None,
             heartbeat: Duration::from_secs(1),
             report_every: Duration::from_secs(5),
             balance_every: Duration::from_secs(10),
         }
     }
 
-    /// Checks that each value lies where it makes sense.
+    /// Checks that each value lies where it makes sense, alone and beside the others.
     pub fn check(&self) -> Result<(), SpecError> {
-        let bounded = |field, ratio: Ratio, max: Ratio, hint| {
-            let good = (Ratio::from_millionths(1)..=max).contains(&ratio);
-            if good { Ok(()) } else { Err(SpecError { field, value: ratio.to_string(), hint }) }
-        };
-        bounded("band", self.band, Ratio::percent(1_000), "give more than 0% and at most 1000%")?;
-        bounded(
-            "churn_budget",
-            self.churn_budget,
-            Ratio::percent(100),
-            "give more than 0% and at most 100%",
-        )?;
-        let ReplicaBounds { min, max } = self.replicas;
-        // Beyond 64 a slice's list of replicas is a fleet, and each write would visit it.
-        if min == 0 || min > max || max > 64 {
-            let value = format!("min {min}, max {max}");
-            return Err(SpecError { field: "replicas", value, hint: "give 1 <= min <= max <= 64" });
-        }
-        let lengths = [
-            ("heartbeat", self.heartbeat, Duration::from_millis(100), "give 100ms to 1h"),
-            ("report_every", self.report_every, Duration::from_millis(100), "give 100ms to 1h"),
-            ("balance_every", self.balance_every, Duration::from_millis(100), "give 100ms to 1h"),
-        ];
-        for (field, length, min, hint) in lengths {
-            if !(min..=Duration::from_secs(3_600)).contains(&length) {
-                return Err(SpecError { field, value: format!("{length:?}"), hint });
-            }
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn values_out_of_range_are_named() {
-        let good = JobSpec::new("kv".parse().unwrap());
-        assert_eq!(good.check(), Ok(()));
-        let cases = [
-            (JobSpec { band: Ratio::percent(0), ..good.clone() }, "band is 0%"),
-            (JobSpec { churn_budget: Ratio::percent(101), ..good.clone() }, "churn_budget is 101%"),
-            (
-                JobSpec { replicas: ReplicaBounds { min: 3, max: 2 }, ..good.clone() },
-                "replicas is min 3, max 2",
-            ),
-            (JobSpec { heartbeat: Duration::from_millis(1), ..good.clone() }, "heartbeat is 1ms"),
-            (JobSpec { balance_every: Duration::ZERO, ..good }, "balance_every is 0ns"),
-        ];
-        for (spec, message) in cases {
-            let error = spec.check().unwrap_err().to_string();
-            assert!(error.starts_with(message), "{error}");
-        }
+        check::check(self)
     }
 }

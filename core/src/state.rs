@@ -15,12 +15,10 @@ use crate::name::{JobName, TaskName};
 use crate::plan::{Edit, EditError, Move, Plan, SLICES_MAX};
 use crate::slice::Slice;
 use crate::spec::{JobSpec, SpecError};
-use crate::task::{Address, Phase, SessionId, Task, TaskInfo, TaskInfoError};
+use crate::task::{Address, Phase, SessionId, TASKS_MAX, Task, TaskInfo, TaskInfoError};
 
 /// The most jobs of a cluster: beyond that, run another cluster.
 pub const JOBS_MAX: usize = 1_000;
-/// The most tasks of a job.
-pub const TASKS_MAX: usize = 10_000;
 /// How many moves of a job are remembered, the newest: an hour at a move every four seconds.
 pub const HISTORY_MAX: usize = 1_000;
 
@@ -448,7 +446,7 @@ mod tests {
     use crate::command::EndReason;
     use crate::key::SliceKey;
     use crate::plan::Reason;
-    use crate::spec::Ratio;
+    use crate::spec::{Band, Ratio};
 
     fn kv() -> JobName {
         "kv".parse().unwrap()
@@ -602,7 +600,7 @@ mod tests {
     #[test]
     fn a_spec_is_changed_only_by_who_has_seen_it() {
         let mut state = with_job();
-        let spec = JobSpec { band: Ratio::percent(20), ..JobSpec::new(kv()) };
+        let spec = JobSpec { band: Band::Adaptive(Ratio::percent(20)), ..JobSpec::new(kv()) };
         let blind = Command::ApplyJob { spec: spec.clone(), if_version: Some(0) };
         assert!(matches!(
             refuse(&mut state, blind),
@@ -611,9 +609,9 @@ mod tests {
         state.apply(Command::ApplyJob { spec: spec.clone(), if_version: Some(1) }).unwrap();
         assert_eq!(
             (state.jobs[&kv()].spec.band, state.jobs[&kv()].version),
-            (Ratio::percent(20), 2)
+            (Band::Adaptive(Ratio::percent(20)), 2)
         );
-        let senseless = JobSpec { band: Ratio::percent(0), ..spec };
+        let senseless = JobSpec { band: Band::Adaptive(Ratio::percent(0)), ..spec };
         let refused = refuse(&mut state, Command::ApplyJob { spec: senseless, if_version: None });
         assert!(matches!(refused, Refused::Spec(_)));
     }

@@ -11,6 +11,8 @@ use crate::name::TaskName;
 pub const LABEL_MAX_BYTES: usize = 128;
 /// The most labels a task may carry.
 pub const LABELS_MAX: usize = 32;
+/// The most tasks of a job.
+pub const TASKS_MAX: usize = 10_000;
 
 /// One life of one task: minted by `State::apply` at registration, never chosen by a process, never given twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,11 +1,12 @@
-//! Job specs.
+//! Job specs. A field that an older writer did not know is absent, and means what it meant then.
 
 use std::time::Duration;
 
+use mandoline_core::load::Load;
 use mandoline_core::name::JobName;
-use mandoline_core::spec::{JobSpec, Ratio, ReplicaBounds};
+use mandoline_core::spec::{Band, BandOf, Home, JobSpec, Metric, Ratio, ReplicaBounds, Spill};
 
-use crate::error::WireError;
+use crate::error::{WireError, each, need};
 use crate::pb;
 
 fn millis(length: Duration) -> u64 {
@@ -16,10 +17,19 @@ impl From<&JobSpec> for pb::JobSpec {
     fn from(spec: &JobSpec) -> Self {
         Self {
             name: spec.name.to_string(),
-            band: spec.band.millionths(),
+            // Also of a fixed band: a node that does not know of those takes the next best.
+            band: spec.band.ratio().millionths(),
+            band_of: pb::BandOf::from(spec.band).into(),
             churn_budget: spec.churn_budget.millionths(),
+            fill_rate: Some(spec.fill_rate.millionths()),
+            max_load_hint: spec.max_load_hint.map(Load::milli),
+            reservation: spec.reservation.millionths(),
             replicas_min: spec.replicas.min,
             replicas_max: spec.replicas.max,
+            spread: spec.spread.clone().unwrap_or_default(),
+            homes: spec.homes.iter().map(pb::Home::from).collect(),
+            metrics: spec.metrics.iter().map(pb::Metric::from).collect(),
+            spill: spec.spill.map(|spill| pb::Spill { cap: spill.cap.millionths() }),
             heartbeat_ms: millis(spec.heartbeat),
             report_every_ms: millis(spec.report_every),
             balance_every_ms: millis(spec.balance_every),
@@ -31,16 +41,69 @@ impl TryFrom<pb::JobSpec> for JobSpec {
     type Error = WireError;
 
     fn try_from(spec: pb::JobSpec) -> Result<Self, WireError> {
+        let ratio = Ratio::from_millionths;
         let spec = Self {
             name: JobName::new(&spec.name).map_err(|error| WireError::new("name", error))?,
-            band: Ratio::from_millionths(spec.band),
-            churn_budget: Ratio::from_millionths(spec.churn_budget),
+            band: band(ratio(spec.band), spec.band_of)?,
+            churn_budget: ratio(spec.churn_budget),
+            fill_rate: spec.fill_rate.map_or(Ratio::percent(100), ratio),
+            max_load_hint: spec.max_load_hint.map(Load::from_milli),
+            reservation: ratio(spec.reservation),
             replicas: ReplicaBounds { min: spec.replicas_min, max: spec.replicas_max },
+            spread: (!spec.spread.is_empty()).then_some(spec.spread),
+            homes: each(spec.homes, "homes")?,
+            metrics: spec.metrics.into_iter().map(Metric::from).collect(),
+            spill: spec.spill.map(|spill| Spill { cap: ratio(spill.cap) }),
             heartbeat: Duration::from_millis(spec.heartbeat_ms),
             report_every: Duration::from_millis(spec.report_every_ms),
             balance_every: Duration::from_millis(spec.balance_every_ms),
         };
         spec.check().map_err(|error| WireError::new("spec", error))?;
         Ok(spec)
+    }
+}
+
+impl From<Band> for pb::BandOf {
+    fn from(band: Band) -> Self {
+        match band {
+            Band::Adaptive(_) => Self::Unspecified,
+            Band::Fixed { of: BandOf::Mean, .. } => Self::Mean,
+            Band::Fixed { of: BandOf::Hint, .. } => Self::Hint,
+        }
+    }
+}
+
+fn band(ratio: Ratio, of: i32) -> Result<Band, WireError> {
+    let unknown = |_| WireError::new("band_of", "is not one of those that this version knows");
+    Ok(match pb::BandOf::try_from(of).map_err(unknown)? {
+        pb::BandOf::Unspecified => Band::Adaptive(ratio),
+        pb::BandOf::Mean => Band::Fixed { ratio, of: BandOf::Mean },
+        pb::BandOf::Hint => Band::Fixed { ratio, of: BandOf::Hint },
+    })
+}
+
+impl From<&Home> for pb::Home {
+    fn from(home: &Home) -> Self {
+        Self { slice: Some(home.slice.into()), region: home.region.clone() }
+    }
+}
+
+impl TryFrom<pb::Home> for Home {
+    type Error = WireError;
+
+    fn try_from(home: pb::Home) -> Result<Self, WireError> {
+        Ok(Self { slice: need(home.slice, "slice")?.try_into()?, region: home.region })
+    }
+}
+
+impl From<&Metric> for pb::Metric {
+    fn from(metric: &Metric) -> Self {
+        Self { name: metric.name.clone(), band: metric.band.millionths() }
+    }
+}
+
+impl From<pb::Metric> for Metric {
+    fn from(metric: pb::Metric) -> Self {
+        Self { name: metric.name, band: Ratio::from_millionths(metric.band) }
     }
 }

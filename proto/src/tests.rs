@@ -14,7 +14,7 @@ use mandoline_core::plan::{Edit, Move, Plan, Reason};
 use mandoline_core::prng::Prng;
 use mandoline_core::report::{HotKey, Report, Size};
 use mandoline_core::slice::Slice;
-use mandoline_core::spec::{JobSpec, Ratio};
+use mandoline_core::spec::{Band, BandOf, Home, JobSpec, Metric, Ratio, ReplicaBounds, Spill};
 use mandoline_core::state::{Churn, Job, State};
 use mandoline_core::task::{Phase, SessionId, Task, TaskInfo};
 use prost::Message;
@@ -72,6 +72,27 @@ fn step() -> Move {
     Move { slice: slice(1, 2), from, to, reason: Reason::Dereplicate, load, before, after }
 }
 
+/// A spec that asks for everything.
+fn rich() -> JobSpec {
+    let region = || "eu".to_owned();
+    JobSpec {
+        band: Band::Fixed { ratio: Ratio::from_millionths(25_000), of: BandOf::Hint },
+        churn_budget: Ratio::percent(5),
+        fill_rate: Ratio::percent(50),
+        max_load_hint: Some(Load::from_milli(1_500)),
+        reservation: Ratio::percent(10),
+        replicas: ReplicaBounds { min: 2, max: ReplicaBounds::ALL },
+        spread: Some("zone".to_owned()),
+        homes: vec![
+            Home { slice: slice(0, 9), region: region() },
+            Home { slice: slice(20, u64::MAX), region: region() },
+        ],
+        metrics: vec![Metric { name: "memory".to_owned(), band: Ratio::percent(20) }],
+        spill: Some(Spill { cap: Ratio::percent(115) }),
+        ..JobSpec::new("kv".parse().unwrap())
+    }
+}
+
 fn commands() -> Vec<Command> {
     let job: mandoline_core::name::JobName = "kv".parse().unwrap();
     let session = SessionId(4);
@@ -87,7 +108,7 @@ fn commands() -> Vec<Command> {
         Command::FoundCluster { id: ClusterId(u128::MAX - 5), nodes: 3, incarnation: 7 },
         Command::MintNode,
         Command::ApplyJob { spec: JobSpec::new(job.clone()), if_version: Some(0) },
-        Command::ApplyJob { spec: JobSpec::new(job.clone()), if_version: None },
+        Command::ApplyJob { spec: rich(), if_version: None },
         Command::Register { job: job.clone(), info: info(1), stopped: Some(session) },
         Command::Drain { job: job.clone(), session },
         Command::Undrain { job: job.clone(), session },
@@ -158,6 +179,52 @@ fn reports_come_back() {
     let report =
         Report { hot: hot.to_vec(), sizes, ..Report::new(SessionId(4), NOW, window, slices) };
     survives(&report, pb::Report::from(&report), |message| task::report(SessionId(4), message));
+}
+
+#[test]
+fn a_spec_that_an_older_node_wrote_means_what_it_meant() {
+    // As the log of the first release has it: fields 1 to 8, all of them set.
+    let old = "0a026b7610a08d0618d0860320012801\
+               30e8073888274090\
+               4e";
+    let bytes: Vec<u8> = (0..old.len() / 2)
+        .map(|at| u8::from_str_radix(&old[2 * at..2 * at + 2], 16).unwrap())
+        .collect();
+    let spec = decode::<pb::JobSpec>(bytes.as_slice(), "spec").and_then(JobSpec::try_from).unwrap();
+    let expected = JobSpec {
+        band: Band::Adaptive(Ratio::percent(10)),
+        churn_budget: Ratio::percent(5),
+        ..JobSpec::new("kv".parse().unwrap())
+    };
+    assert_eq!(spec, expected);
+}
+
+#[test]
+fn an_older_node_takes_a_fixed_band_for_its_ratio() {
+    let spec = JobSpec {
+        band: Band::Fixed { ratio: Ratio::percent(2), of: BandOf::Mean },
+        ..JobSpec::new("kv".parse().unwrap())
+    };
+    let message = pb::JobSpec { band_of: 0, ..(&spec).into() };
+    assert_eq!(JobSpec::try_from(message).unwrap().band, Band::Adaptive(Ratio::percent(2)));
+}
+
+#[test]
+fn specs_that_make_no_sense_are_named() {
+    type BendSpec = fn(&mut pb::JobSpec);
+    let cases: [(BendSpec, &str); 5] = [
+        (|m| m.band_of = 9, "band_of: is not one of those that this version knows"),
+        (|m| m.max_load_hint = None, "spec: band is 2.5% of hint: give max_load_hint"),
+        (|m| m.homes[1].slice = None, "homes[1].slice: is missing"),
+        (|m| m.homes.swap(0, 1), "spec: homes is 0000000000000014"),
+        (|m| m.spill = Some(pb::Spill { cap: 1_000_000 }), "spec: spill.cap is 100%"),
+    ];
+    for (bend, message) in cases {
+        let mut spec = pb::JobSpec::from(&rich());
+        bend(&mut spec);
+        let error = JobSpec::try_from(spec).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{error}");
+    }
 }
 
 type Bend = fn(&mut pb::Assignment);

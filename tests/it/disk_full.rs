@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use mandoline_core::spec::{JobSpec, Ratio};
+use mandoline_core::spec::{Band, JobSpec, Ratio};
 use mandoline_proto::pb;
 
 use crate::callers::{PATIENCE, my_turn, program};
@@ -46,7 +46,7 @@ impl Drop for SmallDisk {
 
 fn job(number: u32) -> pb::JobSpec {
     let spec = JobSpec {
-        band: Ratio::from_millionths(100_000 + number),
+        band: Band::Adaptive(Ratio::from_millionths(100_000 + number)),
         ..JobSpec::new(format!("j-{number}").parse().unwrap())
     };
     pb::JobSpec::from(&spec)

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use mandoline::clerk::Clerk;
 use mandoline::{Assignment, Generation};
 use mandoline_core::prng::Prng;
-use mandoline_core::spec::{JobSpec, Ratio};
+use mandoline_core::spec::{Band, JobSpec, Ratio};
 use mandoline_proto::pb;
 use mandoline_proto::pb::admin_client::AdminClient;
 use mandoline_proto::pb::session_reply::Reply;
@@ -41,7 +41,7 @@ async fn write_jobs(writer: usize, admins: Vec<AdminClient<Channel>>, notes: Not
     for turn in 0.. {
         let name = format!("w{writer}-{}", turn % JOBS);
         let spec = JobSpec {
-            band: Ratio::from_millionths(100_000 + turn as u32),
+            band: Band::Adaptive(Ratio::from_millionths(100_000 + turn as u32)),
             ..JobSpec::new(name.parse().unwrap())
         };
         let spec = pb::JobSpec::from(&spec);

@@ -105,7 +105,7 @@ fn help_is_help() {
     assert!(help.status.success());
     let page = text(&help.stdout);
     assert!(
-        page.contains("churn_budget: 5%") && page.contains("mandoline job apply kv.yaml"),
+        page.contains("churn_budget: 100%") && page.contains("mandoline job apply kv.yaml"),
         "{page}"
     );
 }

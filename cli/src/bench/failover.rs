@@ -17,7 +17,7 @@ use clap::Args;
 use mandoline::clerk::Clerk;
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
-use mandoline_core::spec::{JobSpec, Ratio};
+use mandoline_core::spec::{Band, JobSpec, Ratio};
 use mandoline_proto::pb;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -210,7 +210,8 @@ async fn fell(
             let (mut accepted_at, mut longest) = (began, Duration::ZERO);
             loop {
                 let is_last = leads.load(Ordering::Relaxed);
-                spec.band = Ratio::from_millionths(spec.band.millionths() + 1);
+                let band = spec.band.ratio().millionths();
+                spec.band = Band::Adaptive(Ratio::from_millionths(band + 1));
                 kept.accepted(cluster, &(&spec).into(), CHANGE_WITHIN).await?;
                 let now = Instant::now();
                 longest = longest.max(now - accepted_at);

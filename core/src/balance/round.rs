@@ -20,7 +20,7 @@ pub struct Policy {
 
 impl From<&JobSpec> for Policy {
     fn from(spec: &JobSpec) -> Self {
-        Self { band: spec.band, churn_budget: spec.churn_budget, replicas: spec.replicas }
+        Self { band: spec.band.ratio(), churn_budget: spec.churn_budget, replicas: spec.replicas }
     }
 }
 
