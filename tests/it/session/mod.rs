@@ -92,6 +92,7 @@ async fn a_bad_message_is_answered_and_costs_no_session() {
             generation,
             window_ms,
             slices: vec![pb::SliceLoad { slice, load }],
+            ..Default::default()
         })
     };
     let cases = [
