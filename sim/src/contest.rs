@@ -1,10 +1,10 @@
 //! Policies against each other on one scenario: each is run over the same intervals and judged by the same measures.
 //!
-//! Every policy makes the intervals anew from the seed, which costs less than keeping them: 60 intervals of a million keys are
-//! a gigabyte. Policies and seeds are spread over threads; who runs where changes nothing but the planning times.
+//! The intervals of a seed are made once and shown to all policies before the next: 60 intervals of a million keys are a
+//! gigabyte, too much to keep. While the policies plan, the next interval is made. Who runs on which thread changes nothing but
+//! how long it takes.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::fleet::Member;
@@ -87,7 +87,7 @@ pub struct Contest<'a> {
     pub policies: &'a [Entry<'a>],
     /// Each policy is run once with each; the outcomes are pooled.
     pub seeds: &'a [u64],
-    /// How many runs at a time; 0 counts as 1.
+    /// How many threads; 0 counts as 1.
     pub threads: usize,
     /// Times the planning.
     pub clock: Clock<'a>,
@@ -98,75 +98,88 @@ pub struct Contest<'a> {
 impl Contest<'_> {
     /// Runs every policy with every seed, and gives the outcomes in the order of the policies.
     pub fn run(&self) -> Vec<Outcome> {
-        let jobs = self.policies.len() * self.seeds.len();
-        let next = AtomicUsize::new(0);
-        let results: Mutex<Vec<Option<Run>>> = Mutex::new(vec![None; jobs]);
-        std::thread::scope(|scope| {
-            for _ in 0..self.threads.clamp(1, jobs.max(1)) {
-                scope.spawn(|| {
-                    loop {
-                        let job = next.fetch_add(1, Ordering::Relaxed);
-                        if job >= jobs {
-                            break;
-                        }
-                        // Seed by seed, so that all policies of a scenario advance together.
-                        let (seed, policy) = (job / self.policies.len(), job % self.policies.len());
-                        let result = self.run_one(policy, self.seeds[seed]);
-                        let mut results = results.lock().expect("no thread dies with the lock");
-                        results[job] = Some(result);
-                    }
-                });
-            }
-        });
-        let results = results.into_inner().expect("no thread died with the lock");
-        let result = |policy: usize, seed: usize| {
-            let job = results.get(seed * self.policies.len() + policy);
-            job.and_then(Option::clone).expect("every job was done")
-        };
-        let outcome = |policy| {
-            let runs = (0..self.seeds.len()).map(|seed| result(policy, seed));
-            let (mut names, runs): (Vec<_>, Vec<_>) = runs.unzip();
-            judge(names.pop().unwrap_or_default(), runs.concat(), self.scenario.warmup())
-        };
-        (0..self.policies.len()).map(outcome).collect()
+        let mut names = Vec::new();
+        let mut series = vec![Vec::new(); self.policies.len()];
+        for seed in self.seeds {
+            let runs = self.run_seed(*seed);
+            names = runs.iter().map(|run| run.policy.name()).collect();
+            series.iter_mut().zip(runs).for_each(|(points, run)| points.extend(run.points));
+        }
+        let warmup = self.scenario.warmup();
+        names.into_iter().zip(series).map(|(name, points)| judge(name, points, warmup)).collect()
     }
 
-    fn run_one(&self, number: usize, seed: u64) -> Run {
-        let mut policy = (self.policies[number])(seed);
+    fn run_seed(&self, seed: u64) -> Vec<Run> {
         let fleet = self.scenario.fleet(seed);
-        let of = self.scenario.count();
-        let mut seen = None;
-        let mut points = Vec::with_capacity(of);
-        for (interval, next) in self.scenario.intervals(seed).enumerate() {
-            let members = fleet.members(interval);
-            let silent = fleet.silent(interval);
-            let (members, silent) = (&members[..], &silent[..]);
-            let round = Round { members, seen: seen.as_deref(), silent, next: &next, interval };
-            policy.observe(&round);
-            let began = (self.clock)();
-            policy.plan(&round);
-            let took = (self.clock)().saturating_sub(began);
-            let served = policy.serve(members, &next);
-            points.push(Point {
-                seed,
-                interval,
-                imbalance: imbalance(&served, members, &next),
-                load_churn: served.churn_load,
-                key_churn: served.churn_keys,
-                moves: served.moves,
-                plan_ms: took.as_secs_f64() * 1_000.0,
-                slices: policy.slices(),
-                unserved: served.unserved,
-            });
-            seen = Some(next);
-            (self.progress)(Progress { policy: number, seed, done: interval + 1, of });
+        let make = |(number, make): (usize, &Entry<'_>)| {
+            let (policy, points) = (make(seed), Vec::with_capacity(self.scenario.count()));
+            Run { number, seed, policy, points }
+        };
+        let mut runs: Vec<Run> = self.policies.iter().enumerate().map(make).collect();
+        let mut intervals = self.scenario.intervals(seed);
+        let (mut seen, mut next) = (None, intervals.next());
+        let mut interval = 0;
+        while let Some(now) = next {
+            let members = &fleet.members(interval)[..];
+            let silent = &fleet.silent(interval)[..];
+            let round = Round { members, seen: seen.as_deref(), silent, next: &now, interval };
+            next = self.run_round(&mut runs, &round, || intervals.next());
+            seen = Some(now);
+            interval += 1;
         }
-        (policy.name(), points)
+        runs
+    }
+
+    /// Runs all policies for one interval, and makes the next one meanwhile.
+    fn run_round<T>(&self, runs: &mut [Run], round: &Round<'_>, next: impl FnOnce() -> T) -> T {
+        let helpers = self.threads.min(runs.len() + 1).saturating_sub(1);
+        let waiting = Mutex::new(runs.iter_mut());
+        let take = || waiting.lock().expect("no thread dies with the lock").next();
+        let work = || {
+            while let Some(run) = take() {
+                run.round(round, self.clock);
+                let (policy, seed, done) = (run.number, run.seed, round.interval + 1);
+                (self.progress)(Progress { policy, seed, done, of: self.scenario.count() });
+            }
+        };
+        std::thread::scope(|scope| {
+            (0..helpers).for_each(|_| drop(scope.spawn(work)));
+            let made = next();
+            work();
+            made
+        })
     }
 }
 
-/// A policy's name and how each interval went.
-type Run = (String, Vec<Point>);
+/// A policy with a seed, and how it went so far.
+struct Run {
+    number: usize,
+    seed: u64,
+    policy: Box<dyn Policy>,
+    points: Vec<Point>,
+}
+
+impl Run {
+    fn round(&mut self, round: &Round<'_>, clock: Clock<'_>) {
+        let policy = &mut *self.policy;
+        policy.observe(round);
+        let began = clock();
+        policy.plan(round);
+        let took = clock().saturating_sub(began);
+        let served = policy.serve(round.members, round.next);
+        self.points.push(Point {
+            seed: self.seed,
+            interval: round.interval,
+            imbalance: imbalance(&served, round.members, round.next),
+            load_churn: served.churn_load,
+            key_churn: served.churn_keys,
+            moves: served.moves,
+            plan_ms: took.as_secs_f64() * 1_000.0,
+            slices: policy.slices(),
+            unserved: served.unserved,
+        });
+    }
+}
 
 /// Gives the highest load over capacity, over what it would be if all were even. What nobody served counts into the latter.
 pub fn imbalance(served: &Served, members: &[Member], interval: &Interval) -> Option<f64> {
@@ -198,7 +211,7 @@ fn judge(policy: String, series: Vec<Point>, warmup: usize) -> Outcome {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicU64;
+    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
     use mandoline_core::key::SliceKey;
 
@@ -213,7 +226,7 @@ mod tests {
         Interval::new(vec![(SliceKey(5), low), (SliceKey(HALF), high)])
     }
 
-    /// Puts the half that was hotter on task 1, alone if it may.
+    /// Two tasks and two halves: task 1 is to have the hotter one.
     #[derive(Default)]
     struct Follower {
         swapped: bool,
@@ -234,23 +247,20 @@ mod tests {
         }
     }
 
-    fn run(intervals: Vec<Interval>, fleet: Fleet, seeds: &[u64]) -> Vec<Outcome> {
-        let scenario = Scenario::recorded("test", intervals, fleet);
-        let policies: [Entry<'_>; 2] = [
+    fn run(scenario: &Scenario, seeds: &[u64], threads: usize) -> Vec<Outcome> {
+        let policies: &[Entry<'_>] = &[
             Box::new(|_| Box::new(Planned::new(Fixed::default()))),
             Box::new(|_| Box::new(Planned::new(Follower::default()))),
         ];
-        // A clock that ticks 1 ms each time it is looked at, per thread count 1.
+        // A clock that goes on by 1 ms each time it is looked at; so there must be one thread only.
         let ticks = AtomicU64::new(0);
         let clock = || Duration::from_millis(ticks.fetch_add(1, Ordering::Relaxed));
         let told = AtomicUsize::new(0);
         let progress = |_: Progress| {
             told.fetch_add(1, Ordering::Relaxed);
         };
-        let (clock, progress, threads) = (&clock as Clock<'_>, &progress, 1);
-        let policies = &policies;
-        let outcomes =
-            Contest { scenario: &scenario, policies, seeds, threads, clock, progress }.run();
+        let (clock, progress) = (&clock as Clock<'_>, &progress);
+        let outcomes = Contest { scenario, policies, seeds, threads, clock, progress }.run();
         assert_eq!(told.into_inner(), 2 * seeds.len() * scenario.count());
         outcomes
     }
@@ -259,12 +269,12 @@ mod tests {
     fn a_plan_sees_the_interval_before_and_is_judged_on_its_own() {
         let fleet = Fleet::steady(2).unwrap();
         let loads = vec![interval(1, 3), interval(3, 1), interval(3, 1), Interval::default()];
-        let outcomes = run(loads, fleet, &[1, 2]);
+        let outcomes = run(&Scenario::recorded("test", loads, fleet), &[1, 2], 1);
         let names: Vec<_> = outcomes.iter().map(|outcome| outcome.policy.as_str()).collect();
         assert_eq!(names, ["static", "follower"]);
         let follower = &outcomes[1];
         let series: Vec<_> = follower.series.iter().map(|p| (p.imbalance, p.load_churn)).collect();
-        // It swaps for interval 2, and again after the empty one... which it does not see the end of.
+        // Interval 1 is the first in which the low half is hotter, so it swaps for interval 2, too late.
         let once = [(Some(1.5), 0.0), (Some(1.5), 0.0), (Some(1.5), 1.0), (None, 0.0)];
         assert_eq!(series, [once, once].concat());
         // The first interval does not count: of 3 and 3 that do, 1 and 1 moved everything.
@@ -287,8 +297,23 @@ mod tests {
     }
 
     #[test]
+    fn threads_change_nothing() {
+        let scenario = Scenario::made(&"zipf:1,keys=50,rate=20,drift".parse().unwrap(), 2).unwrap();
+        let untimed = |threads| {
+            let mut outcomes = run(&scenario, &[3, 4], threads);
+            outcomes.iter_mut().for_each(|outcome| {
+                outcome.plan_ms = None;
+                outcome.series.iter_mut().for_each(|point| point.plan_ms = 0.0);
+            });
+            outcomes
+        };
+        assert_eq!(untimed(1), untimed(3));
+    }
+
+    #[test]
     fn nothing_at_all_has_no_percentiles() {
-        let outcomes = run(Vec::new(), Fleet::steady(1).unwrap(), &[1]);
+        let nothing = Scenario::recorded("test", Vec::new(), Fleet::steady(1).unwrap());
+        let outcomes = run(&nothing, &[1], 1);
         assert_eq!(outcomes[0].imbalance, None);
         assert_eq!(outcomes[0].load_churn, 0.0);
     }

@@ -34,7 +34,7 @@ use crate::replay::Replay;
 use crate::synthetic::{Shape, Synthetic};
 use crate::workload::{Workload, WorkloadError};
 
-/// The most keys of a made-up scenario: at some 60 bytes a key, two runs at a time take 2.4 GB.
+/// The most keys of a made-up scenario: at some 70 bytes a key, 1.4 GB.
 pub const KEYS_MAX: u64 = 20_000_000;
 /// The most requests a task an interval.
 pub const RATE_MAX: f64 = 1e9;

@@ -25,7 +25,7 @@ pub struct Round<'a> {
 }
 
 /// Decides who holds what. Called once an interval: `observe`, `plan`, `layout`, in this order.
-pub trait Planner {
+pub trait Planner: Send {
     /// Names the policy, as in the output.
     fn name(&self) -> String;
 
@@ -58,7 +58,7 @@ pub struct Served {
 }
 
 /// A competitor. Called once an interval: `observe`, `plan`, `serve`, in this order.
-pub trait Policy {
+pub trait Policy: Send {
     /// Names the policy, as in the output.
     fn name(&self) -> String;
 
