@@ -14,6 +14,7 @@ pub mod slice_map;
 pub mod generation;
 pub mod task;
 pub mod load;
+pub mod sketch;
 pub mod report;
 pub mod assignment;
 pub mod delta;
