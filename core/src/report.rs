@@ -104,7 +104,7 @@ impl Report {
         if let Some(pair) = self.hot.windows(2).find(|pair| pair[0].key >= pair[1].key) {
             return Err(ReportError::HotOrder(pair[1].key));
         }
-        if let Some(hot) = self.hot.iter().find(|hot| self.around(hot.key).is_none()) {
+        if let Some(hot) = self.hot.iter().find(|hot| self.load_around(hot.key).is_none()) {
             return Err(ReportError::HotOutside(hot.key));
         }
         if let Some(at) = out_of_order(self.sizes.iter().map(|size| size.slice)) {
@@ -122,7 +122,7 @@ impl Report {
         let mut hot = std::mem::take(&mut self.hot);
         let mut clamped = 0;
         for key in &mut hot {
-            let whole = self.around(key.key).unwrap_or_default();
+            let whole = self.load_around(key.key).unwrap_or_default();
             clamped += usize::from(key.load > whole);
             key.load = key.load.min(whole);
         }
@@ -131,7 +131,7 @@ impl Report {
     }
 
     /// Gives the load of the reported slice that `key` lies in.
-    fn around(&self, key: SliceKey) -> Option<Load> {
+    pub fn load_around(&self, key: SliceKey) -> Option<Load> {
         let at = self.slices.partition_point(|(slice, _)| slice.last() < key);
         self.slices.get(at).filter(|(slice, _)| slice.contains(key)).map(|(_, load)| *load)
     }
@@ -312,7 +312,7 @@ mod tests {
     fn hot_keys_add_up_over_tasks_and_average_over_windows() {
         let mut table = LoadTable::default();
         let slices = vec![(slice(0, 9), Load::from_milli(1_000))];
-        let one = Report { hot: vec![hot(3, 90), hot(7, 30)], ..report(slices.clone()) };
+        let one = Report { hot: vec![hot(3, 90), hot(7, 30)], ..report(slices) };
         let later = Report { window: FIVE * 2, hot: vec![hot(3, 30)], ..one.clone() };
         let other = Report { session: SessionId(2), hot: vec![hot(3, 500)], ..one.clone() };
         for report in [one, later, other] {

@@ -53,7 +53,7 @@ impl Tally {
 
     /// Adds to a slice by its place in the assignment.
     pub(crate) fn add(&self, index: usize, thousandths: u64) {
-        let lane = LANE.with(|lane| *lane) & (self.lanes.len() - 1);
+        let lane = lane() & (self.lanes.len() - 1);
         self.lanes[lane][index].fetch_add(thousandths, Ordering::Relaxed);
     }
 
@@ -94,6 +94,17 @@ fn lanes_for(slices: usize, threads: usize) -> usize {
         lanes /= 2;
     }
     lanes
+}
+
+/// Gives how many lanes are worth having where a lane is small.
+pub(crate) fn lanes() -> usize {
+    lanes_for(1, threads())
+}
+
+/// Gives the thread's lane: to be reduced to how many there are.
+#[inline]
+pub(crate) fn lane() -> usize {
+    LANE.with(|lane| *lane)
 }
 
 fn threads() -> usize {

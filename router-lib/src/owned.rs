@@ -13,20 +13,25 @@ use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::{LOAD_MAX_UNITS, Load};
-use mandoline_core::report::Report;
+use mandoline_core::report::{HOT_MAX, HotKey, METRICS_MAX, Report, Size};
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{Address, SessionId};
 use tokio::time::Instant;
 
 use crate::counters::{Tally, spread};
+use crate::hot::{Found, Hot};
 use crate::snapshot::Snapshot;
 
 /// What the application does when slices come or go.
 pub(crate) type Callback = Box<dyn Fn(&[Slice]) + Send + Sync>;
+/// What the application knows of its slices.
+pub(crate) type Meter = Box<dyn Fn(&[Slice]) -> Vec<Size> + Send + Sync>;
 
 /// The most entries of one report (some 3 MB of the 4 MiB that a message may have); past it neighbours are reported
 /// together, and their load is taken to lie evenly.
 const REPORT_MAX_SLICES: usize = 100_000;
+/// What sizes may take of a report beside its slices, at 31 bytes a slice, for it to stay below 4 MiB.
+const REPORT_MAX_BYTES: usize = 3_900_000;
 
 /// One assignment, seen by one of its tasks.
 pub(crate) struct View {
@@ -36,16 +41,18 @@ pub(crate) struct View {
     // A place for each slice of the assignment.
     mine: Box<[bool]>,
     tally: Tally,
+    // Of all views: which keys are hot does not depend on how they are cut.
+    hot: Arc<Hot>,
 }
 
 impl View {
-    fn new(session: Option<SessionId>, assignment: Arc<Assignment>) -> Self {
+    fn new(session: Option<SessionId>, assignment: Arc<Assignment>, hot: Arc<Hot>) -> Self {
         let slices = &assignment.slices;
         let mine =
             |index| session.is_some_and(|own| slices.value_at(index).replicas.of(own).is_some());
         let mine = (0..slices.count()).map(mine).collect();
         let tally = Tally::new(slices.count());
-        Self { session, snapshot: Snapshot::of(assignment), mine, tally }
+        Self { session, snapshot: Snapshot::of(assignment), mine, tally, hot }
     }
 
     /// What is known.
@@ -62,7 +69,12 @@ impl View {
     pub(crate) fn claim(&self, key: SliceKey, thousandths: u64) -> bool {
         let index = self.snapshot.index_of(key);
         self.tally.add(index, thousandths);
-        self.mine[index]
+        let mine = self.mine[index];
+        if mine {
+            // What came to the wrong task is counted by the right one.
+            self.hot.note(key, thousandths);
+        }
+        mine
     }
 
     /// Gives where another task serves `key`, as far as is known.
@@ -97,13 +109,20 @@ pub(crate) struct Owned {
     retired: Mutex<Vec<Arc<View>>>,
     added: Callback,
     removed: Callback,
+    meter: Option<Meter>,
 }
 
 impl Owned {
     /// Begins with nothing.
     pub(crate) fn new(start: Assignment, added: Callback, removed: Callback) -> Self {
-        let view = ArcSwap::from_pointee(View::new(None, Arc::new(start)));
-        Self { view, retired: Mutex::default(), added, removed }
+        let view = ArcSwap::from_pointee(View::new(None, Arc::new(start), Arc::new(Hot::new())));
+        Self { view, retired: Mutex::default(), added, removed, meter: None }
+    }
+
+    /// Asks the application for what it knows, with each report.
+    #[must_use]
+    pub(crate) fn with_meter(self, meter: Option<Meter>) -> Self {
+        Self { meter, ..self }
     }
 
     /// Gives what holds right now, for one lookup.
@@ -115,7 +134,7 @@ impl Owned {
     /// announces slices that have gone. One caller at a time.
     pub(crate) fn install(&self, session: Option<SessionId>, assignment: Arc<Assignment>) {
         let old = self.view.load_full();
-        let new = Arc::new(View::new(session, assignment));
+        let new = Arc::new(View::new(session, assignment, Arc::clone(&old.hot)));
         let change = change(&old, &new);
         // A slice that was lost and came back in between goes before it comes.
         if !change.broken.is_empty() {
@@ -265,6 +284,7 @@ impl Window {
             return None;
         }
         let (view, counted) = owned.fold();
+        let found = view.hot.take();
         let generation = std::mem::replace(&mut self.generation, view.assignment().generation);
         self.began = now;
         let session = view.session?;
@@ -274,8 +294,63 @@ impl Window {
                 (view.assignment().slices.slice_at(index), per_second(counted[index], window))
             })
             .collect();
-        Some(Report::new(session, generation, window, thinned(slices, REPORT_MAX_SLICES)))
+        let mut report =
+            Report::new(session, generation, window, thinned(slices, REPORT_MAX_SLICES));
+        let mut hot = hottest(&view, &found, window);
+        hot.retain(|hot| report.load_around(hot.key).is_some());
+        report.hot = hot;
+        // Samples are estimates, and a request between the two takings is in one of them alone.
+        report.clamp();
+        report.sizes = owned.meter.as_ref().map_or_else(Vec::new, |meter| {
+            let room = REPORT_MAX_BYTES.saturating_sub(report.slices.len() * 31);
+            metered(meter, &view, room)
+        });
+        Some(report)
     }
+}
+
+/// The heaviest keys that the task serves, sorted.
+fn hottest(view: &View, found: &Found, window: Duration) -> Vec<HotKey> {
+    let mut hot: Vec<HotKey> = found
+        .worth_telling()
+        .into_iter()
+        .filter(|heavy| view.owns(heavy.key))
+        .take(HOT_MAX)
+        .map(|heavy| HotKey { key: heavy.key, load: per_second(heavy.at_least(), window) })
+        .collect();
+    hot.sort_unstable();
+    hot
+}
+
+/// What the application says of the slices that the task serves: sorted, each once, and no more than there is room for.
+fn metered(meter: &Meter, view: &View, mut room: usize) -> Vec<Size> {
+    let held: Vec<Slice> = view.held().into_iter().map(|(slice, _)| slice).collect();
+    // The meter is the application's: its panic must not cost the session.
+    let Ok(mut sizes) = catch_unwind(AssertUnwindSafe(|| meter(&held))) else {
+        tracing::error!(slices = held.len(), "the meter panicked; reporting without it");
+        return Vec::new();
+    };
+    let told = sizes.len();
+    sizes.retain(|size| {
+        held.binary_search(&size.slice).is_ok() && size.metrics.len() <= METRICS_MAX
+    });
+    sizes.sort_by_key(|size| size.slice);
+    sizes.dedup_by_key(|size| size.slice);
+    let fit = sizes.iter().take_while(|size| {
+        let left = room.checked_sub(40 + 8 * size.metrics.len());
+        room = left.unwrap_or(0);
+        left.is_some()
+    });
+    let fit = fit.count();
+    sizes.truncate(fit);
+    if sizes.len() < told {
+        tracing::warn!(
+            told,
+            reported = sizes.len(),
+            "the meter spoke of slices that the task does not serve, twice of one, of too many, or gave more than {METRICS_MAX} metrics"
+        );
+    }
+    sizes
 }
 
 fn per_second(thousandths: u64, window: Duration) -> Load {
@@ -351,7 +426,7 @@ mod tests {
     }
 
     fn view(session: u64, generation: u64, runs: &[(u64, u64, u64)]) -> View {
-        View::new(Some(SessionId(session)), assignment(generation, runs))
+        View::new(Some(SessionId(session)), assignment(generation, runs), Arc::new(Hot::new()))
     }
 
     /// An owner whose callbacks write down what they hear.
@@ -463,6 +538,65 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn hot_keys_are_named_once_and_by_those_who_serve_them() {
+        let (owned, _) = owned();
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (1 << 63, 2, 2)]));
+        let mut window = Window::begin(&owned, Instant::now());
+        let hot = [7, 1 << 40, 1 << 63];
+        for n in 0..300 {
+            for key in hot {
+                let mine = owned.view().claim(SliceKey(key), 1_000);
+                assert_eq!(mine, key < 1 << 63);
+            }
+            // A change of assignment costs nothing.
+            if n == 100 {
+                owned.install(Some(SessionId(1)), assignment(3, &[(0, 1, 2), (1 << 63, 2, 2)]));
+            }
+            owned.view().claim(SliceKey(1_000 + n), 1_000);
+        }
+        tokio::time::advance(Duration::from_secs(3)).await;
+        let report = window.close(&owned, Instant::now()).unwrap();
+        assert_eq!(report.check(), Ok(()));
+        let expected =
+            [7, 1 << 40].map(|key| HotKey { key: SliceKey(key), load: Load::from_milli(100_000) });
+        assert_eq!(report.hot, expected);
+        tokio::time::advance(Duration::from_secs(3)).await;
+        assert!(window.close(&owned, Instant::now()).unwrap().hot.is_empty());
+    }
+
+    fn metered_by(meter: impl Fn(&[Slice]) -> Vec<Size> + Send + Sync + 'static) -> Vec<Size> {
+        let start = Assignment::new("kv".parse().unwrap(), Generation::ZERO);
+        let nothing = || -> Callback { Box::new(|_| ()) };
+        let owned = Owned::new(start, nothing(), nothing()).with_meter(Some(Box::new(meter)));
+        let now = Instant::now();
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (100, 1, 2), (200, 2, 2)]));
+        let mut window = Window::begin(&owned, now);
+        let report = window.close(&owned, now + Duration::from_secs(1)).unwrap();
+        assert_eq!((report.check(), report.slices.len()), (Ok(()), 2));
+        report.sizes
+    }
+
+    fn size(slice: Slice, metrics: usize) -> Size {
+        Size { slice, metrics: vec![Load::ZERO; metrics], move_cost: Some(9) }
+    }
+
+    #[test]
+    fn what_the_meter_says_is_reported_in_order() {
+        let told = metered_by(|slices| slices.iter().rev().map(|one| size(*one, 2)).collect());
+        assert_eq!(told, [size(slice(0, 99), 2), size(slice(100, 199), 2)]);
+    }
+
+    #[test]
+    fn what_a_meter_gets_wrong_costs_only_that() {
+        let told = metered_by(|slices| {
+            let foreign = slice(200, 299);
+            vec![size(slices[1], 1), size(slices[0], 9), size(foreign, 1), size(slices[1], 1)]
+        });
+        assert_eq!(told, [size(slice(100, 199), 1)]);
+        assert_eq!(metered_by(|_| panic!("the application's bug")), []);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn views_that_nobody_holds_go_before_any_report() {
         let (owned, _) = owned();
         owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]));
@@ -488,6 +622,7 @@ mod tests {
         };
         // The first time a thread is given its lane.
         take_in();
+        let take_in = || (0..5_000).for_each(|_| take_in());
         assert_eq!(allocation_counter::measure(take_in).count_total, 0);
     }
 

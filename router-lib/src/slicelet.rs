@@ -31,9 +31,10 @@ use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::{JobName, NameError, TaskName};
+use mandoline_core::report::Size;
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{
-    Address, AddressError, Capacity, CapacityError, TaskInfo, TaskInfoError,
+    Address, AddressError, Capacity, CapacityError, SessionId, TaskInfo, TaskInfoError,
 };
 use mandoline_distributor::connect::Connector;
 use mandoline_distributor::hub::Hub;
@@ -44,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use crate::counters::{COST_MAX_UNITS, CostError};
 use crate::counters::{ONE_UNIT, thousandths};
-use crate::owned::{Callback, Owned};
+use crate::owned::{Callback, Meter, Owned};
 use crate::session::{Order, Session, Setup};
 pub use crate::session::{State, Why};
 
@@ -161,10 +162,23 @@ impl Slicelet {
             watch_address: None,
             added: nothing(),
             removed: nothing(),
+            meter: None,
             probe: None,
             grace: GRACE,
             connector: Connector::default(),
         }
+    }
+
+    /// Owns for good what an assignment says that `session` owns, and reports to nobody: for tests and benchmarks.
+    pub fn frozen(session: SessionId, assignment: Arc<Assignment>) -> Self {
+        let nothing = || -> Callback { Box::new(|_| ()) };
+        let start = Assignment::new(assignment.job.clone(), Generation::ZERO);
+        let owned = Arc::new(Owned::new(start, nothing(), nothing()));
+        owned.install(Some(session), assignment);
+        let (_, state) = watch::channel(State::Stopped);
+        let (orders, _) = mpsc::channel(1);
+        let (stop, grace) = (CancellationToken::new(), Duration::ZERO);
+        Self { owned, state, orders, stop, grace, watch_address: None }
     }
 
     /// Says whether this task owns a key right now. Counts nothing: see [`Slicelet::claim`].
@@ -319,6 +333,7 @@ pub struct Builder {
     watch_address: Option<String>,
     added: Callback,
     removed: Callback,
+    meter: Option<Meter>,
     probe: Option<Handle>,
     grace: Duration,
     connector: Connector,
@@ -368,6 +383,14 @@ impl Builder {
         self
     }
 
+    /// Asks this with each report what the application itself knows of the slices that the task serves: load by the metrics
+    /// of the job's spec, and what a slice costs to move. It runs on the session's thread: answer from figures at hand,
+    /// within milliseconds, for heartbeats wait for it. Slices that it leaves out are planned for by their requests.
+    pub fn meter(mut self, call: impl Fn(&[Slice]) -> Vec<Size> + Send + Sync + 'static) -> Self {
+        self.meter = Some(Box::new(call));
+        self
+    }
+
     /// Watches the application's runtime: a task that runs nothing any more must not pass for alive, so heartbeats stop
     /// while it hangs.
     pub fn probe(mut self, runtime: Handle) -> Self {
@@ -406,7 +429,8 @@ impl Builder {
         let watch_address = info.watch.clone();
 
         let start = Assignment::new(job.clone(), Generation::ZERO);
-        let owned = Arc::new(Owned::new(start.clone(), self.added, self.removed));
+        let owned = Owned::new(start.clone(), self.added, self.removed).with_meter(self.meter);
+        let owned = Arc::new(owned);
         let (state, watched) = watch::channel(State::starting());
         // There is one thing to ask, and once is enough.
         let (orders, asked) = mpsc::channel(1);
