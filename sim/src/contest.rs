@@ -33,6 +33,8 @@ pub struct Point {
     pub load_churn: f64,
     /// The same by key range.
     pub key_churn: f64,
+    /// The share of the load that had to land there, since tasks came or went.
+    pub forced_churn: f64,
     /// Replicas that came, went or moved.
     pub moves: u64,
     /// What planning took of the thread's CPU time, in milliseconds.
@@ -54,6 +56,8 @@ pub struct Outcome {
     pub load_churn: f64,
     /// A mean share an interval.
     pub key_churn: f64,
+    /// A mean share an interval: what of the load churn no even plan could avoid, since tasks came or went.
+    pub forced_churn: f64,
     /// All moves of all seeds.
     pub moves: u64,
     /// Over the intervals.
@@ -111,9 +115,11 @@ impl Contest<'_> {
 
     fn run_seed(&self, seed: u64) -> Vec<Run> {
         let fleet = self.scenario.fleet(seed);
-        let make = |(number, make): (usize, &Entry<'_>)| {
-            let (policy, points) = (make(seed), Vec::with_capacity(self.scenario.count()));
-            Run { number, seed, policy, points }
+        let make = |(number, make): (usize, &Entry<'_>)| Run {
+            number,
+            seed,
+            policy: make(seed),
+            points: Vec::new(),
         };
         let mut runs: Vec<Run> = self.policies.iter().enumerate().map(make).collect();
         let mut intervals = self.scenario.intervals(seed);
@@ -123,7 +129,8 @@ impl Contest<'_> {
             let members = &fleet.members(interval)[..];
             let silent = &fleet.silent(interval)[..];
             let round = Round { members, seen: seen.as_deref(), silent, next: &now, interval };
-            next = self.run_round(&mut runs, &round, || intervals.next());
+            let forced = fleet.forced(interval);
+            next = self.run_round(&mut runs, &round, forced, || intervals.next());
             seen = Some(now);
             interval += 1;
         }
@@ -131,13 +138,19 @@ impl Contest<'_> {
     }
 
     /// Runs all policies for one interval, and makes the next one meanwhile.
-    fn run_round<T>(&self, runs: &mut [Run], round: &Round<'_>, next: impl FnOnce() -> T) -> T {
+    fn run_round<T>(
+        &self,
+        runs: &mut [Run],
+        round: &Round<'_>,
+        forced: f64,
+        next: impl FnOnce() -> T,
+    ) -> T {
         let helpers = self.threads.min(runs.len() + 1).saturating_sub(1);
         let waiting = Mutex::new(runs.iter_mut());
         let take = || waiting.lock().expect("no thread dies with the lock").next();
         let work = || {
             while let Some(run) = take() {
-                run.round(round, self.clock);
+                run.round(round, forced, self.clock);
                 let (policy, seed, done) = (run.number, run.seed, round.interval + 1);
                 (self.progress)(Progress { policy, seed, done, of: self.scenario.count() });
             }
@@ -160,7 +173,7 @@ struct Run {
 }
 
 impl Run {
-    fn round(&mut self, round: &Round<'_>, clock: Clock<'_>) {
+    fn round(&mut self, round: &Round<'_>, forced_churn: f64, clock: Clock<'_>) {
         let policy = &mut *self.policy;
         policy.observe(round);
         let began = clock();
@@ -173,6 +186,7 @@ impl Run {
             imbalance: imbalance(&served, round.members, round.next),
             load_churn: served.churn_load,
             key_churn: served.churn_keys,
+            forced_churn,
             moves: served.moves,
             plan_ms: took.as_secs_f64() * 1_000.0,
             slices: policy.slices(),
@@ -201,6 +215,7 @@ fn judge(policy: String, series: Vec<Point>, warmup: usize) -> Outcome {
         imbalance: Percentiles::of(counted().filter_map(|point| point.imbalance).collect()),
         load_churn: mean(|point| point.load_churn),
         key_churn: mean(|point| point.key_churn),
+        forced_churn: mean(|point| point.forced_churn),
         moves: counted().map(|point| point.moves).sum(),
         plan_ms: Percentiles::of(counted().map(|point| point.plan_ms).collect()),
         slices: last.map_or(0, |point| point.slices),
@@ -308,6 +323,28 @@ mod tests {
             outcomes
         };
         assert_eq!(untimed(1), untimed(3));
+    }
+
+    #[test]
+    fn churn_that_cannot_be_avoided_is_told_beside_it() {
+        let scenario = Scenario::made(&"uniform,keys=50,scale".parse().unwrap(), 2).unwrap();
+        let fixed = &run(&scenario, &[3], 1)[0];
+        // Out and in again, of 50 intervals that count.
+        assert_eq!(fixed.forced_churn, 1.0 / 50.0);
+        assert!((fixed.key_churn - 1.0 / 50.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn odd_loads_are_run_to_the_end() {
+        let all = "drift,flash,diurnal,growing,alternating,fail,rolling,scale,hetero,late";
+        for keys in ["zipf:1,keys=1", "zipf:1,keys=2", "uniform,keys=3", "zipf:10,keys=50"] {
+            let recipe = format!("{keys},rate=5,{all}").parse().unwrap();
+            for tasks in [1, 7] {
+                let fixed = run(&Scenario::made(&recipe, tasks).unwrap(), &[1], 1).swap_remove(0);
+                assert!(fixed.imbalance.unwrap().p50 >= 1.0, "{keys}, {tasks}");
+                assert!(fixed.unserved < 1e-9 && fixed.series.len() == 60, "{keys}, {tasks}");
+            }
+        }
     }
 
     #[test]

@@ -199,6 +199,14 @@ impl Fleet {
         members.iter().map(|member| member.id).collect()
     }
 
+    /// Gives the share of the load that must move to whoever it was not with before, for a plan that was even and is to be
+    /// so again: that of the tasks that are gone since the interval before, or what newcomers are due if that is more.
+    pub fn forced(&self, interval: usize) -> f64 {
+        let Some(before) = interval.checked_sub(1) else { return 0.0 };
+        let (before, now) = (self.members(before), self.members(interval));
+        moved_out(&before, &now).max(moved_out(&now, &before))
+    }
+
     fn member(&self, slot: u32, interval: usize) -> Member {
         let capacity = self.capacities[slot as usize % self.capacities.len()];
         let zone = (slot % u32::from(self.zones)) as u8;
@@ -232,6 +240,14 @@ impl Fleet {
         slots.sort_unstable();
         slots
     }
+}
+
+/// Gives the share of the capacity of `members` that is of those who are not among `others`; both are sorted by id.
+fn moved_out(members: &[Member], others: &[Member]) -> f64 {
+    let capacity = |member: &Member| u64::from(member.capacity);
+    let alone = |member: &&Member| others.binary_search_by_key(&member.id, |m| m.id).is_err();
+    let all: u64 = members.iter().map(capacity).sum();
+    members.iter().filter(alone).map(capacity).sum::<u64>() as f64 / all as f64
 }
 
 /// Makes a seed of two numbers.
@@ -275,6 +291,17 @@ mod tests {
         let fleet = Fleet::steady(3).unwrap().scale(2, 20, 45).unwrap();
         assert_eq!([19, 20, 44, 45].map(|t| ids(&fleet, t).len()), [3, 6, 6, 3]);
         assert_eq!(ids(&fleet, 45), [0, 1, 2]);
+    }
+
+    #[test]
+    fn what_must_move_is_the_load_of_those_gone_or_the_due_of_newcomers() {
+        let steady = Fleet::steady(20).unwrap();
+        let scaled = steady.clone().scale(2, 20, 45).unwrap();
+        assert_eq!([0, 19, 20, 21, 45].map(|t| scaled.forced(t)), [0.0, 0.0, 0.5, 0.0, 0.5]);
+        let failing = steady.clone().fail(0.05, 20, 40).unwrap();
+        assert_eq!([20, 40].map(|t| failing.forced(t)), [0.05, 0.05]);
+        let rolling = steady.rolling(20, 10).unwrap();
+        assert_eq!([20, 29, 30].map(|t| rolling.forced(t)), [0.1, 0.1, 0.0]);
     }
 
     #[test]

@@ -160,10 +160,11 @@ impl Layout {
         ends.map(|end| keys.take_until(end)).collect()
     }
 
-    /// Gives the load of each slice as far as anyone told: none where all that hold it are silent, or nobody holds it. One
+    /// Gives the load of each slice as far as anyone told: none where all that hold it are silent (sorted), or nobody holds it. One
     /// that is heard is enough, for a slice's load is spread evenly.
     pub fn measure_heard(&self, interval: &Interval, silent: &[u32]) -> Vec<Option<u64>> {
-        let heard = |holders: &Holders| holders.ids().iter().any(|id| !silent.contains(id));
+        let heard =
+            |holders: &Holders| holders.ids().iter().any(|id| silent.binary_search(id).is_err());
         let loads = self.measure(interval).into_iter().zip(&self.holders);
         loads.map(|(load, holders)| heard(holders).then_some(load)).collect()
     }

@@ -7,7 +7,8 @@
 //! | `zipf:ALPHA` or `uniform` | first: how unevenly keys are asked for |
 //! | `keys=N` | how many keys there are: 100,000 unless told |
 //! | `rate=N` | requests a task an interval, by the tasks at the start: 20,000 unless told, 100 with `uniform` |
-//! | `intervals=N`, `warmup=N` | how many intervals (60), and how many of the first do not count (10) |
+//! | `intervals=N` | how many intervals: 60 unless told |
+//! | `warmup=N` | how many of the first do not count: 10 unless told, a sixth of all if that is fewer |
 //! | `drift`, `drift=SHARE` | that share (0.02) of the load goes over to other keys each interval |
 //! | `flash` | in five steps, a key goes to 10 % of all load and 20 others to 1 % each |
 //! | `diurnal` | four regions take turns: amplitude 0.6, period 48 intervals |
@@ -162,6 +163,14 @@ pub enum ScenarioError {
         /// The most that may be given.
         most: f64,
     },
+    /// No interval would have counted.
+    #[error("no interval would count: warmup={warmup} is not less than intervals={intervals}")]
+    Warmup {
+        /// How many were not to count.
+        warmup: usize,
+        /// Of how many.
+        intervals: usize,
+    },
     /// Zipf's exponent was out of range.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
@@ -213,7 +222,7 @@ impl FromStr for Recipe {
             keys: law.parse()?,
             requests: rate,
             intervals: 60,
-            warmup: 10,
+            warmup: usize::MAX,
             drift: None,
             flash: false,
             diurnal: false,
@@ -257,6 +266,13 @@ impl FromStr for Recipe {
             };
             bare(word, value)?;
             *flag = true;
+        }
+        if shape.warmup == usize::MAX {
+            shape.warmup = (shape.intervals / 6).min(10);
+        }
+        if shape.warmup >= shape.intervals {
+            let (warmup, intervals) = (shape.warmup, shape.intervals);
+            return Err(ScenarioError::Warmup { warmup, intervals });
         }
         Ok(Self { text: text.to_owned(), shape, events })
     }
@@ -431,6 +447,8 @@ mod tests {
         let plain = recipe("uniform");
         assert_eq!((plain.shape.keys.alpha(), plain.shape.requests), (0.0, 100.0));
         assert_eq!((plain.shape.intervals, plain.shape.warmup), (60, 10));
+        let short = recipe("zipf:1,intervals=6").shape;
+        assert_eq!((short.intervals, short.warmup), (6, 1));
         assert_eq!(recipe("zipf:0.99,static").shape, recipe("zipf:0.99").shape);
         assert_eq!("rolling,scale=3".parse::<Events>().unwrap().scale, Some(3));
     }
@@ -445,6 +463,7 @@ mod tests {
         for bad in ["keys", "keys=0", "keys=1e9", "rate=NaN", "rate=-1", "intervals=0", "drift=2"] {
             assert!(error(&format!("zipf:1,{bad}")).contains("out of range"), "{bad}");
         }
+        assert!(error("zipf:1,intervals=9,warmup=9").contains("no interval would count"));
         assert!("fail,flash".parse::<Events>().is_err());
         for bad in ["zipf:1,hetero=1/0", "zipf:1,scale=0", "zipf:1,fail=x"] {
             assert!(error(bad).contains("out of range"), "{bad}");
