@@ -21,6 +21,7 @@ mod task;
 mod proxy;
 mod dev;
 mod bench;
+mod sim;
 
 use std::process::ExitCode;
 
@@ -59,6 +60,8 @@ enum Command {
     Demo(DemoCommand),
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    #[command(subcommand)]
+    Sim(sim::SimCommand),
 }
 
 /// The sample service
@@ -109,6 +112,7 @@ fn start(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Proxy(args) => Box::pin(proxy::run(*args)).await,
             Command::Demo(DemoCommand::Task(args)) => Box::pin(task::run(*args)).await,
             Command::Bench(command) => Box::pin(bench::run(command)).await,
+            Command::Sim(command) => Box::pin(sim::run(command)).await,
         }
     });
     // What has not ended by now must not keep the process: its work is done.

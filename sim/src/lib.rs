@@ -22,3 +22,4 @@ pub mod layout;
 pub mod policy;
 pub mod scenario;
 pub mod contest;
+pub mod chaos;

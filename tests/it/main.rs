@@ -25,3 +25,4 @@ mod task_loss;
 mod away;
 mod durability;
 mod disk_full;
+mod sim_chaos;

@@ -1,0 +1,46 @@
+//! `mandoline sim`: the decisions of the real thing on a virtual clock, on recorded and made-up load, beside other ways to
+//! decide.
+//!
+//! All of it computes and waits for nothing, so it runs beside the runtime, and Ctrl-C ends it where it stands: there is
+//! nothing to put in order.
+
+mod progress;
+mod clock;
+mod chaos;
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+
+use crate::failure::Failure;
+
+/// Tries balancers on recorded or made-up load, with no cluster
+#[derive(Debug, Subcommand)]
+pub(crate) enum SimCommand {
+    DicerChaos(chaos::ChaosArgs),
+}
+
+/// Answers `sim`.
+pub(crate) async fn run(command: SimCommand) -> Result<ExitCode, Failure> {
+    let work = tokio::task::spawn_blocking(|| match command {
+        SimCommand::DicerChaos(args) => chaos::run(&args),
+    });
+    tokio::select! {
+        done = work => done.expect("the simulator does not panic"),
+        interrupted = tokio::signal::ctrl_c() => {
+            interrupted.map_err(|error| Failure::new("cannot listen for Ctrl-C").because(error))?;
+            progress::clear();
+            // What a shell reports for a process that Ctrl-C ended. The work has no end that could be waited for.
+            std::process::exit(130);
+        }
+    }
+}
+
+/// An error of the simulator as a failure: what lies below it is why.
+fn failure(error: &dyn std::error::Error) -> Failure {
+    let failure = Failure::new(error);
+    match error.source() {
+        Some(source) => failure.caused_by(source),
+        None => failure,
+    }
+}
