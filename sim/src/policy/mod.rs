@@ -4,6 +4,8 @@
 //! request, such as a ring with bounded loads, is a `Policy` of its own.
 
 pub mod fixed;
+mod board;
+pub mod slicer;
 
 use crate::fleet::Member;
 use crate::interval::Interval;
