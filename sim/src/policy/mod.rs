@@ -6,6 +6,7 @@
 pub mod fixed;
 mod board;
 pub mod slicer;
+pub mod dicer;
 
 use crate::fleet::Member;
 use crate::interval::Interval;
