@@ -7,6 +7,8 @@ pub mod fixed;
 mod board;
 pub mod slicer;
 pub mod dicer;
+pub mod ring;
+pub mod bounded_ring;
 
 use crate::fleet::Member;
 use crate::interval::Interval;
