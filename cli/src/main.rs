@@ -6,6 +6,7 @@ mod text;
 mod file;
 mod job_file;
 mod job_text;
+mod keys;
 mod ports;
 mod log;
 mod stop;
@@ -14,6 +15,7 @@ mod show;
 mod access_args;
 mod client;
 mod operate;
+mod assignment;
 mod demo;
 mod drive;
 mod node;
@@ -52,6 +54,9 @@ enum Command {
     Job(operate::JobCommand),
     #[command(subcommand)]
     Task(operate::TaskCommand),
+    #[command(subcommand)]
+    Assignment(assignment::AssignmentCommand),
+    Moves(assignment::MovesArgs),
     #[command(subcommand)]
     Cluster(operate::ClusterCommand),
     Assigner(Box<node::NodeArgs>),
@@ -107,6 +112,8 @@ fn start(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Status(args) => Box::pin(operate::status(args)).await,
             Command::Job(command) => Box::pin(operate::job(command)).await,
             Command::Task(command) => Box::pin(operate::task(command)).await,
+            Command::Assignment(command) => Box::pin(assignment::assignment(command)).await,
+            Command::Moves(args) => Box::pin(assignment::moves(args)).await,
             Command::Cluster(command) => Box::pin(operate::cluster(command)).await,
             Command::Assigner(args) => Box::pin(node::run(*args)).await,
             Command::Proxy(args) => Box::pin(proxy::run(*args)).await,

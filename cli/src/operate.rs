@@ -25,9 +25,9 @@ use crate::units::Span;
 pub(crate) struct AskArgs {
     /// How to print
     #[arg(short, long, value_enum, default_value_t)]
-    output: Format,
+    pub(crate) output: Format,
     #[command(flatten)]
-    client: ClientArgs,
+    pub(crate) client: ClientArgs,
 }
 
 /// Shows nodes, leader, jobs, tasks, load and generations

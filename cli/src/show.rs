@@ -71,6 +71,8 @@ pub(crate) fn job_json(job: &pb::JobStatus) -> Value {
         "unserved": job.unserved,
         "load": units(total(job)),
         "imbalance": imbalance(job),
+        "frozen": job.frozen,
+        "pins": job.pins.len(),
         "spec": job_text::json(job.spec.as_ref()),
         "churn": {
             "moves": churn.moves,
@@ -271,7 +273,7 @@ mod tests {
             slices: 4,
             churn: Some(pb::Churn { moves: 7, keys: 250_000, load: 125_000 }),
             tasks: vec![task("a", 1, 3_000), task("b", 2, 1_000)],
-            unserved: 0,
+            ..Default::default()
         };
         let node = pb::NodeStatus {
             node: 1,

@@ -4,8 +4,9 @@ use std::fmt;
 
 use crate::generation::Generation;
 use crate::load::Load;
-use crate::name::JobName;
+use crate::name::{JobName, TaskName};
 use crate::plan::Plan;
+use crate::slice::Slice;
 use crate::spec::JobSpec;
 use crate::task::{SessionId, TaskInfo};
 
@@ -120,6 +121,32 @@ pub enum Command {
         /// One a slice.
         loads: Vec<Load>,
     },
+    /// Keeps a job's slices where they are, emergencies apart.
+    Freeze {
+        /// Which job.
+        job: JobName,
+    },
+    /// Takes a freeze back.
+    Unfreeze {
+        /// Which job.
+        job: JobName,
+    },
+    /// Nails keys to a task.
+    Pin {
+        /// Which job.
+        job: JobName,
+        /// Which keys.
+        slice: Slice,
+        /// Which task.
+        task: TaskName,
+    },
+    /// Takes a pin back.
+    Unpin {
+        /// Which job.
+        job: JobName,
+        /// Which keys, exactly as they were pinned.
+        slice: Slice,
+    },
 }
 
 /// In a few words, for logs.
@@ -141,6 +168,10 @@ impl fmt::Display for Command {
             Self::StoreLoads { job, loads, .. } => {
                 write!(f, "store {} loads of {job}", loads.len())
             }
+            Self::Freeze { job } => write!(f, "freeze {job}"),
+            Self::Unfreeze { job } => write!(f, "unfreeze {job}"),
+            Self::Pin { job, slice, task } => write!(f, "pin {slice} of {job} to {task}"),
+            Self::Unpin { job, slice } => write!(f, "unpin {slice} of {job}"),
         }
     }
 }

@@ -19,6 +19,7 @@ pub mod report;
 pub mod assignment;
 pub mod delta;
 pub mod spec;
+pub mod pin;
 pub mod forecast;
 pub mod watch;
 pub mod roster;

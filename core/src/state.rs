@@ -12,6 +12,7 @@ use crate::delta::{Delta, TaskChange};
 use crate::generation::Generation;
 use crate::load::Load;
 use crate::name::{JobName, TaskName};
+use crate::pin::{PINS_MAX, Pin};
 use crate::plan::{Edit, EditError, Move, Plan, SLICES_MAX};
 use crate::slice::Slice;
 use crate::spec::{JobSpec, SpecError};
@@ -46,6 +47,10 @@ pub struct Job {
     pub version: u64,
     /// Who serves what.
     pub assignment: Arc<Assignment>,
+    /// Whether slices stay where they are, emergencies apart: by an operator's word.
+    pub frozen: bool,
+    /// What an operator nailed to tasks, in order, without overlap.
+    pub pins: Vec<Pin>,
     /// What all plans together have moved.
     pub churn: Churn,
     /// The newest moves, oldest first, each with the generation that it led to.
@@ -138,6 +143,32 @@ pub enum Refused {
         /// Which session.
         session: SessionId,
     },
+    /// No task of the job has this name.
+    #[error("job {job} has no task {task}: `mandoline task list` shows those that are")]
+    NoSuchTask {
+        /// Which job.
+        job: JobName,
+        /// Which task.
+        task: TaskName,
+    },
+    /// Some of the keys are pinned as part of another slice.
+    #[error("{slice} overlaps {pinned}, which is pinned to {task}: unpin that first")]
+    Pinned {
+        /// What was to be pinned.
+        slice: Slice,
+        /// What is.
+        pinned: Slice,
+        /// To whom.
+        task: TaskName,
+    },
+    /// Nothing is pinned there.
+    #[error("job {job} has no pin of {slice}: `mandoline assignment show {job}` lists its pins")]
+    NoSuchPin {
+        /// Which job.
+        job: JobName,
+        /// Which keys.
+        slice: Slice,
+    },
     /// The plan or the loads were made for another assignment.
     #[error("made for generation {base} of job {job}, which is at {newest}")]
     Stale {
@@ -210,6 +241,10 @@ impl State {
             Command::StoreLoads { job, base, loads } => {
                 self.job_mut(&job)?.store_loads(base, &loads)
             }
+            Command::Freeze { job } => self.set_frozen(&job, true),
+            Command::Unfreeze { job } => self.set_frozen(&job, false),
+            Command::Pin { job, slice, task } => self.job_mut(&job)?.pin(slice, task),
+            Command::Unpin { job, slice } => self.job_mut(&job)?.unpin(slice),
         }
     }
 
@@ -278,6 +313,11 @@ impl State {
         Ok(Applied { delta: Some(delta), outcome: Outcome::Session(minted) })
     }
 
+    fn set_frozen(&mut self, job: &JobName, frozen: bool) -> Result<Applied, Refused> {
+        self.job_mut(job)?.frozen = frozen;
+        Ok(Outcome::Done.into())
+    }
+
     fn set_phase(
         &mut self,
         job: &JobName,
@@ -296,10 +336,39 @@ impl State {
 }
 
 impl Job {
+    /// Nails keys to a task that is there. The same keys once more go to the newly named task.
+    fn pin(&mut self, slice: Slice, task: TaskName) -> Result<Applied, Refused> {
+        if self.find(|known| known.info.name == task).is_none() {
+            return Err(Refused::NoSuchTask { job: self.spec.name.clone(), task });
+        }
+        // Pins neither overlap nor lie out of order, so what could touch this one stands right here.
+        let place = self.pins.partition_point(|pin| pin.slice.last() < slice.first());
+        let full = self.pins.len() >= PINS_MAX;
+        match self.pins.get_mut(place) {
+            Some(pin) if pin.slice == slice => pin.task = task,
+            Some(pin) if pin.slice.overlap(slice).is_some() => {
+                let (pinned, task) = (pin.slice, pin.task.clone());
+                return Err(Refused::Pinned { slice, pinned, task });
+            }
+            _ if full => return Err(Refused::Limit { what: "pins of a job", max: PINS_MAX }),
+            _ => self.pins.insert(place, Pin { slice, task }),
+        }
+        Ok(Outcome::Done.into())
+    }
+
+    fn unpin(&mut self, slice: Slice) -> Result<Applied, Refused> {
+        let place = self.pins.iter().position(|pin| pin.slice == slice);
+        let job = &self.spec.name;
+        let place = place.ok_or_else(|| Refused::NoSuchPin { job: job.clone(), slice })?;
+        self.pins.remove(place);
+        Ok(Outcome::Done.into())
+    }
+
     /// Begins a job that nobody serves.
     pub fn new(spec: JobSpec, first: Generation) -> Self {
         let assignment = Arc::new(Assignment::new(spec.name.clone(), first));
-        Self { spec, version: 0, assignment, churn: Churn::default(), history: VecDeque::new() }
+        let (churn, history) = (Churn::default(), VecDeque::new());
+        Self { spec, version: 0, assignment, frozen: false, pins: Vec::new(), churn, history }
     }
 
     fn find(&self, wanted: impl Fn(&Task) -> bool) -> Option<&Task> {
@@ -614,6 +683,80 @@ mod tests {
         let senseless = JobSpec { band: Band::Adaptive(Ratio::percent(0)), ..spec };
         let refused = refuse(&mut state, Command::ApplyJob { spec: senseless, if_version: None });
         assert!(matches!(refused, Refused::Spec(_)));
+    }
+
+    #[test]
+    fn a_job_is_frozen_until_it_is_not() {
+        let mut state = with_job();
+        for (command, frozen) in [
+            (Command::Freeze { job: kv() }, true),
+            (Command::Freeze { job: kv() }, true),
+            (Command::ApplyJob { spec: JobSpec::new(kv()), if_version: None }, true),
+            (Command::Unfreeze { job: kv() }, false),
+        ] {
+            state.apply(command).unwrap();
+            assert_eq!(state.jobs[&kv()].frozen, frozen);
+        }
+        let other: JobName = "other".parse().unwrap();
+        assert_eq!(
+            refuse(&mut state, Command::Freeze { job: other.clone() }),
+            Refused::NoSuchJob(other)
+        );
+    }
+
+    fn pin(first: u64, last: u64, task: &str) -> Command {
+        let slice = Slice::new(SliceKey(first), SliceKey(last)).unwrap();
+        Command::Pin { job: kv(), slice, task: task.parse().unwrap() }
+    }
+
+    fn pins(state: &State) -> String {
+        let pin =
+            |pin: &Pin| format!("{:x}-{:x} {}", pin.slice.first().0, pin.slice.last().0, pin.task);
+        state.jobs[&kv()].pins.iter().map(pin).collect::<Vec<_>>().join(", ")
+    }
+
+    #[test]
+    fn pins_stay_in_order_and_apart_and_survive_their_task() {
+        let mut state = with_job();
+        let a = register(&mut state, info("a", 1, 1)).unwrap();
+        register(&mut state, info("b", 2, 2)).unwrap();
+        for command in [pin(10, 19, "a"), pin(30, 39, "b"), pin(20, 29, "a"), pin(0, 0, "b")] {
+            state.apply(command).unwrap();
+        }
+        assert_eq!(pins(&state), "0-0 b, a-13 a, 14-1d a, 1e-27 b");
+        for (command, message) in [
+            (pin(5, 10, "a"), "overlaps 000000000000000a..0000000000000013, which is pinned to a"),
+            (pin(39, 50, "a"), "overlaps 000000000000001e..0000000000000027, which is pinned to b"),
+            (pin(12, 13, "a"), "overlaps 000000000000000a"),
+            (pin(0, u64::MAX, "a"), "overlaps 0000000000000000..0000000000000000"),
+            (pin(50, 59, "c"), "job kv has no task c: `mandoline task list`"),
+        ] {
+            let refused = refuse(&mut state, command).to_string();
+            assert!(refused.contains(message), "{refused}");
+        }
+        // Exactly the same keys change their task.
+        state.apply(pin(10, 19, "b")).unwrap();
+        state.apply(Command::End { job: kv(), session: a, reason: EndReason::Lost }).unwrap();
+        assert_eq!(pins(&state), "0-0 b, a-13 b, 14-1d a, 1e-27 b");
+        let unpin = |last| {
+            let slice = Slice::new(SliceKey(10), SliceKey(last)).unwrap();
+            Command::Unpin { job: kv(), slice }
+        };
+        assert!(matches!(refuse(&mut state, unpin(18)), Refused::NoSuchPin { .. }));
+        state.apply(unpin(19)).unwrap();
+        assert_eq!(pins(&state), "0-0 b, 14-1d a, 1e-27 b");
+    }
+
+    #[test]
+    fn there_are_only_so_many_pins() {
+        let mut state = with_job();
+        register(&mut state, info("a", 1, 1)).unwrap();
+        for key in 0..PINS_MAX as u64 {
+            state.apply(pin(key, key, "a")).unwrap();
+        }
+        let more = refuse(&mut state, pin(u64::MAX, u64::MAX, "a"));
+        assert!(matches!(more, Refused::Limit { max: PINS_MAX, .. }), "{more}");
+        state.apply(pin(7, 7, "a")).unwrap();
     }
 
     #[test]

@@ -7,7 +7,7 @@ use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
-use mandoline_core::name::JobName;
+use mandoline_core::name::{JobName, TaskName};
 use mandoline_core::slice::Slice;
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::task::{SessionId, Task};
@@ -46,6 +46,11 @@ impl TryFrom<pb::Slice> for Slice {
 /// Reads a job's name.
 pub fn job_name(name: &str) -> Result<JobName, WireError> {
     JobName::new(name).map_err(|error| WireError::new("job", error))
+}
+
+/// Reads a task's name.
+pub fn task_name(name: &str) -> Result<TaskName, WireError> {
+    TaskName::new(name).map_err(|error| WireError::new("task", error))
 }
 
 /// Reads a session, which is never zero.

@@ -7,7 +7,7 @@ use mandoline_core::plan::{Edit, Move, Plan, Reason};
 use mandoline_core::spec::Ratio;
 use mandoline_core::task::SessionId;
 
-use crate::assignment::{job_name, session};
+use crate::assignment::{job_name, session, task_name};
 use crate::error::{WireError, each, need};
 use crate::pb;
 use crate::pb::command::Command as Kind;
@@ -50,6 +50,18 @@ impl From<&Command> for pb::Command {
                 job: job.to_string(),
                 base: Some((*base).into()),
                 loads: loads.iter().map(|load| load.milli()).collect(),
+            }),
+            Command::Freeze { job } => Kind::Freeze(pb::JobOf { job: job.to_string() }),
+            Command::Unfreeze { job } => Kind::Unfreeze(pb::JobOf { job: job.to_string() }),
+            Command::Pin { job, slice, task } => Kind::Pin(pb::PinSlice {
+                job: job.to_string(),
+                slice: Some((*slice).into()),
+                task: task.to_string(),
+            }),
+            Command::Unpin { job, slice } => Kind::Unpin(pb::PinSlice {
+                job: job.to_string(),
+                slice: Some((*slice).into()),
+                task: String::new(),
             }),
         };
         Self { command: Some(command) }
@@ -95,6 +107,17 @@ impl TryFrom<pb::Command> for Command {
                 job: job_name(&store.job)?,
                 base: need(store.base, "base")?.into(),
                 loads: store.loads.into_iter().map(Load::from_milli).collect(),
+            },
+            Kind::Freeze(of) => Self::Freeze { job: job_name(&of.job)? },
+            Kind::Unfreeze(of) => Self::Unfreeze { job: job_name(&of.job)? },
+            Kind::Pin(pin) => Self::Pin {
+                job: job_name(&pin.job)?,
+                slice: need(pin.slice, "slice")?.try_into()?,
+                task: task_name(&pin.task)?,
+            },
+            Kind::Unpin(pin) => Self::Unpin {
+                job: job_name(&pin.job)?,
+                slice: need(pin.slice, "slice")?.try_into()?,
             },
         })
     }

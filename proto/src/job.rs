@@ -9,6 +9,9 @@ use mandoline_core::spec::{Band, BandOf, Home, JobSpec, Metric, Ratio, ReplicaBo
 use crate::error::{WireError, each, need};
 use crate::pb;
 
+/// What an absent fill rate means.
+const FILL_RATE: u32 = 1_000_000;
+
 fn millis(length: Duration) -> u64 {
     u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
 }
@@ -21,7 +24,8 @@ impl From<&JobSpec> for pb::JobSpec {
             band: spec.band.ratio().millionths(),
             band_of: pb::BandOf::from(spec.band).into(),
             churn_budget: spec.churn_budget.millionths(),
-            fill_rate: Some(spec.fill_rate.millionths()),
+            // As it was written before there was a rate, so that logs keep their bytes.
+            fill_rate: Some(spec.fill_rate.millionths()).filter(|rate| *rate != FILL_RATE),
             max_load_hint: spec.max_load_hint.map(Load::milli),
             reservation: spec.reservation.millionths(),
             replicas_min: spec.replicas.min,
@@ -46,7 +50,7 @@ impl TryFrom<pb::JobSpec> for JobSpec {
             name: JobName::new(&spec.name).map_err(|error| WireError::new("name", error))?,
             band: band(ratio(spec.band), spec.band_of)?,
             churn_budget: ratio(spec.churn_budget),
-            fill_rate: spec.fill_rate.map_or(Ratio::percent(100), ratio),
+            fill_rate: ratio(spec.fill_rate.unwrap_or(FILL_RATE)),
             max_load_hint: spec.max_load_hint.map(Load::from_milli),
             reservation: ratio(spec.reservation),
             replicas: ReplicaBounds { min: spec.replicas_min, max: spec.replicas_max },

@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
+use mandoline_core::pin::Pin;
 use mandoline_core::plan::Move;
 use mandoline_core::state::{Churn, Job, State};
 
+use crate::assignment::task_name;
 use crate::command::{cluster_bytes, cluster_id};
 use crate::error::{WireError, each, need};
 use crate::pb;
@@ -35,7 +37,34 @@ impl From<&Job> for pb::Job {
             assignment: Some(job.assignment.as_ref().into()),
             churn: Some(job.churn.into()),
             history: job.history.iter().map(past).collect(),
+            frozen: job.frozen,
+            pins: job.pins.iter().map(pb::Pin::from).collect(),
         }
+    }
+}
+
+impl From<&Pin> for pb::Pin {
+    fn from(pin: &Pin) -> Self {
+        Self { slice: Some(pin.slice.into()), task: pin.task.to_string() }
+    }
+}
+
+impl TryFrom<pb::Pin> for Pin {
+    type Error = WireError;
+
+    fn try_from(pin: pb::Pin) -> Result<Self, WireError> {
+        Ok(Self { slice: need(pin.slice, "slice")?.try_into()?, task: task_name(&pin.task)? })
+    }
+}
+
+fn pins(pins: Vec<pb::Pin>) -> Result<Vec<Pin>, WireError> {
+    let pins: Vec<Pin> = each(pins, "pins")?;
+    let odd = pins.windows(2).find(|pair| pair[0].slice.last() >= pair[1].slice.first());
+    match odd {
+        Some(pair) => {
+            Err(WireError::new("pins", format!("{} is out of order or overlaps", pair[1].slice)))
+        }
+        None => Ok(pins),
     }
 }
 
@@ -66,6 +95,8 @@ impl TryFrom<pb::Job> for Job {
             assignment: Arc::new(assignment.map_err(|error| error.within("assignment"))?),
             churn: need(job.churn, "churn")?.into(),
             history: history.collect(),
+            frozen: job.frozen,
+            pins: pins(job.pins)?,
         })
     }
 }

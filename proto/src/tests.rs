@@ -10,6 +10,7 @@ use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
+use mandoline_core::pin::Pin;
 use mandoline_core::plan::{Edit, Move, Plan, Reason};
 use mandoline_core::prng::Prng;
 use mandoline_core::report::{HotKey, Report, Size};
@@ -114,7 +115,11 @@ fn commands() -> Vec<Command> {
         Command::Undrain { job: job.clone(), session },
         Command::End { job: job.clone(), session, reason: EndReason::Lost },
         Command::Change { job: job.clone(), plan },
-        Command::StoreLoads { job, base: NOW, loads },
+        Command::StoreLoads { job: job.clone(), base: NOW, loads },
+        Command::Freeze { job: job.clone() },
+        Command::Unfreeze { job: job.clone() },
+        Command::Pin { job: job.clone(), slice: slice(5, 9), task: "t1".parse().unwrap() },
+        Command::Unpin { job, slice: slice(5, 9) },
     ]
 }
 
@@ -123,6 +128,10 @@ fn state() -> State {
     let job = Job {
         version: 3,
         assignment: Arc::new(assignment(5)),
+        frozen: true,
+        pins: [slice(0, 9), slice(10, 10)]
+            .map(|slice| Pin { slice, task: "t9".parse().unwrap() })
+            .into(),
         churn: Churn { moves: 1, keys: 2, load: 3 },
         history: VecDeque::from([(NOW, step())]),
         ..Job::new(spec.clone(), NOW)
@@ -163,6 +172,17 @@ fn commands_come_back() {
 #[test]
 fn the_state_comes_back() {
     survives(&state(), pb::State::from(&state()), State::try_from);
+}
+
+#[test]
+fn pins_that_overlap_are_refused() {
+    let mut message = pb::State::from(&state());
+    message.jobs[0].pins.swap(0, 1);
+    let error = State::try_from(message).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "jobs[0].pins: 0000000000000000..0000000000000009 is out of order or overlaps"
+    );
 }
 
 #[test]

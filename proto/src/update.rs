@@ -29,13 +29,16 @@ pub enum Update {
 
 /// Encodes a full assignment into the messages that carry it, each an encoded `pb::Update`.
 pub fn encode_full(assignment: &Assignment) -> Vec<Bytes> {
+    parts(assignment).into_iter().map(|part| encode(Kind::Full(part))).collect()
+}
+
+/// Cuts a full assignment into the parts that carry it.
+pub fn parts(assignment: &Assignment) -> Vec<pb::Part> {
     let whole = Bytes::from(pb::Assignment::from(assignment).encode_to_vec());
     let parts = whole.len().div_ceil(PART_MAX_BYTES).max(1);
     let part = |index: usize| {
         let end = whole.len().min((index + 1) * PART_MAX_BYTES);
-        let part =
-            pb::Part { bytes: whole.slice(index * PART_MAX_BYTES..end), last: index + 1 == parts };
-        encode(Kind::Full(part))
+        pb::Part { bytes: whole.slice(index * PART_MAX_BYTES..end), last: index + 1 == parts }
     };
     (0..parts).map(part).collect()
 }

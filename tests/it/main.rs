@@ -18,6 +18,7 @@ mod cluster;
 mod outage;
 mod wiped;
 mod bad_calls;
+mod hand;
 mod fate;
 mod secure;
 mod failover;

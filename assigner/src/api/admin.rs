@@ -8,21 +8,27 @@
 //! connected, so `Status` asks it for those, and does without where it cannot be reached.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::{Stream, stream};
 use mandoline_core::command::{Command, NodeId};
+use mandoline_core::generation::Generation;
 use mandoline_core::load::Load;
 use mandoline_core::name::{JobName, TaskName};
+use mandoline_core::plan::Move;
+use mandoline_core::slice::Slice;
 use mandoline_core::spec::JobSpec;
 use mandoline_core::state::{Job, Outcome, Refused};
 use mandoline_core::task::{Address, SessionId};
 use mandoline_distributor::connect::{Authorize, Connector};
-use mandoline_proto::assignment::job_name;
+use mandoline_proto::assignment::{job_name, task_name};
 use mandoline_proto::error::{WireError, need};
 use mandoline_proto::pb;
 use mandoline_proto::pb::admin_client::AdminClient;
 use mandoline_proto::pb::admin_server::{Admin, AdminServer};
+use mandoline_proto::update;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 use tonic::metadata::MetadataValue;
@@ -126,6 +132,52 @@ impl Admin for AdminService {
         self.counted("DrainTask", answer)
     }
 
+    async fn freeze_job(
+        &self,
+        request: Request<pb::FreezeJobRequest>,
+    ) -> Result<Response<pb::FreezeJobReply>, Status> {
+        let answer = self.inner.freeze_job(request).await;
+        self.counted("FreezeJob", answer)
+    }
+
+    async fn pin_slice(
+        &self,
+        request: Request<pb::PinSliceRequest>,
+    ) -> Result<Response<pb::PinSliceReply>, Status> {
+        let answer = self.inner.pin_slice(request).await;
+        self.counted("PinSlice", answer)
+    }
+
+    async fn unpin_slice(
+        &self,
+        request: Request<pb::UnpinSliceRequest>,
+    ) -> Result<Response<pb::UnpinSliceReply>, Status> {
+        let answer = self.inner.unpin_slice(request).await;
+        self.counted("UnpinSlice", answer)
+    }
+
+    type GetAssignmentStream = Pin<Box<dyn Stream<Item = Result<pb::Part, Status>> + Send>>;
+
+    async fn get_assignment(
+        &self,
+        request: Request<pb::GetAssignmentRequest>,
+    ) -> Result<Response<Self::GetAssignmentStream>, Status> {
+        let answer = self.inner.assignment(&request.into_inner()).map(|parts| {
+            let parts: Self::GetAssignmentStream =
+                Box::pin(stream::iter(parts.into_iter().map(Ok)));
+            parts
+        });
+        self.counted("GetAssignment", answer)
+    }
+
+    async fn list_moves(
+        &self,
+        request: Request<pb::ListMovesRequest>,
+    ) -> Result<Response<pb::ListMovesReply>, Status> {
+        let answer = self.inner.moves(&request.into_inner());
+        self.counted("ListMoves", answer)
+    }
+
     async fn status(
         &self,
         request: Request<pb::StatusRequest>,
@@ -222,8 +274,7 @@ impl Inner {
         request: Request<pb::DrainTaskRequest>,
     ) -> Result<pb::DrainTaskReply, Status> {
         let job = job_name(&request.get_ref().job).map_err(invalid)?;
-        let task = TaskName::new(&request.get_ref().task)
-            .map_err(|error| invalid(WireError::new("task", error)))?;
+        let task = task_name(&request.get_ref().task).map_err(invalid)?;
         let undrain = request.get_ref().undrain;
         at_leader!(self, request, drain_task, async {
             let session = self.session_of(&job, &task)?;
@@ -249,6 +300,74 @@ impl Inner {
             let text = format!("job {} has no task {task}: `mandoline task list`", job.spec.name);
             Problem::Final(Status::not_found(text))
         })
+    }
+
+    async fn freeze_job(
+        &self,
+        request: Request<pb::FreezeJobRequest>,
+    ) -> Result<pb::FreezeJobReply, Status> {
+        let job = job_name(&request.get_ref().job).map_err(invalid)?;
+        let unfreeze = request.get_ref().unfreeze;
+        at_leader!(self, request, freeze_job, async {
+            let command = match unfreeze {
+                true => Command::Unfreeze { job: job.clone() },
+                false => Command::Freeze { job: job.clone() },
+            };
+            self.consensus.propose(command).await?;
+            match unfreeze {
+                true => info!(%job, "Job is balanced again"),
+                false => info!(%job, "Job frozen"),
+            }
+            Ok(pb::FreezeJobReply {})
+        })
+    }
+
+    async fn pin_slice(
+        &self,
+        request: Request<pb::PinSliceRequest>,
+    ) -> Result<pb::PinSliceReply, Status> {
+        let job = job_name(&request.get_ref().job).map_err(invalid)?;
+        let slice = some_slice(request.get_ref().slice)?;
+        let task = task_name(&request.get_ref().task).map_err(invalid)?;
+        at_leader!(self, request, pin_slice, async {
+            let command = Command::Pin { job: job.clone(), slice, task: task.clone() };
+            self.consensus.propose(command).await?;
+            info!(%job, %slice, %task, "Slice pinned");
+            Ok(pb::PinSliceReply {})
+        })
+    }
+
+    async fn unpin_slice(
+        &self,
+        request: Request<pb::UnpinSliceRequest>,
+    ) -> Result<pb::UnpinSliceReply, Status> {
+        let job = job_name(&request.get_ref().job).map_err(invalid)?;
+        let slice = some_slice(request.get_ref().slice)?;
+        at_leader!(self, request, unpin_slice, async {
+            self.consensus.propose(Command::Unpin { job: job.clone(), slice }).await?;
+            info!(%job, %slice, "Slice no longer pinned");
+            Ok(pb::UnpinSliceReply {})
+        })
+    }
+
+    fn assignment(&self, request: &pb::GetAssignmentRequest) -> Result<Vec<pb::Part>, Status> {
+        let name = job_name(&request.job).map_err(invalid)?;
+        let state = self.consensus.state();
+        let job = state.job(&name).map_err(|error| refused(&error))?;
+        Ok(update::parts(&job.assignment))
+    }
+
+    fn moves(&self, request: &pb::ListMovesRequest) -> Result<pb::ListMovesReply, Status> {
+        let name = job_name(&request.job).map_err(invalid)?;
+        let state = self.consensus.state();
+        let job = state.job(&name).map_err(|error| refused(&error))?;
+        let known = job.history.len();
+        let newest = match request.newest as usize {
+            0 => known,
+            newest => newest.min(known),
+        };
+        let moves = job.history.iter().skip(known - newest).map(|past| move_record(job, past));
+        Ok(pb::ListMovesReply { moves: moves.collect() })
     }
 
     async fn status(&self, request: &Request<pb::StatusRequest>) -> pb::StatusReply {
@@ -515,8 +634,13 @@ impl From<MemberError> for Problem {
 /// What a refusal is to a caller.
 fn refused(refusal: &Refused) -> Status {
     let code = match refusal {
-        Refused::NoSuchJob(_) | Refused::NoSuchSession { .. } => Code::NotFound,
-        Refused::Version { .. } | Refused::Founded(_) => Code::FailedPrecondition,
+        Refused::NoSuchJob(_)
+        | Refused::NoSuchSession { .. }
+        | Refused::NoSuchTask { .. }
+        | Refused::NoSuchPin { .. } => Code::NotFound,
+        Refused::Version { .. } | Refused::Founded(_) | Refused::Pinned { .. } => {
+            Code::FailedPrecondition
+        }
         Refused::Spec(_) | Refused::Task(_) => Code::InvalidArgument,
         Refused::NameTaken { .. } | Refused::AddressTaken { .. } => Code::AlreadyExists,
         Refused::Stale { .. } => Code::Aborted,
@@ -536,6 +660,10 @@ fn some_node(node: u64) -> Result<NodeId, Status> {
         0 => Err(invalid(WireError::new("node", "is zero: a new node adds itself, by --join"))),
         node => Ok(NodeId(node)),
     }
+}
+
+fn some_slice(slice: Option<pb::Slice>) -> Result<Slice, Status> {
+    need(slice, "slice").and_then(Slice::try_from).map_err(invalid)
 }
 
 fn not_leader() -> Status {
@@ -592,5 +720,27 @@ fn job_status(job: &Job, measured: &BTreeMap<SessionId, Measure>) -> pb::JobStat
         churn: Some(job.churn.into()),
         tasks: job.assignment.tasks.iter().map(task).collect(),
         unserved,
+        frozen: job.frozen,
+        pins: job.pins.iter().map(pb::Pin::from).collect(),
+    }
+}
+
+/// Says what moved, with the names of those tasks that still live.
+fn move_record(job: &Job, (generation, step): &(Generation, Move)) -> pb::MoveRecord {
+    let name = |session: Option<SessionId>| {
+        let task = session.and_then(|session| job.assignment.tasks.get(&session));
+        task.map_or_else(String::new, |task| task.info.name.to_string())
+    };
+    pb::MoveRecord {
+        generation: Some((*generation).into()),
+        slice: Some(step.slice.into()),
+        from: step.from.map_or(0, |session| session.0),
+        to: step.to.map_or(0, |session| session.0),
+        from_task: name(step.from),
+        to_task: name(step.to),
+        reason: step.reason.to_string(),
+        load: step.load.milli(),
+        before: step.before.milli(),
+        after: step.after.milli(),
     }
 }

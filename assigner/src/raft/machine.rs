@@ -140,7 +140,11 @@ fn job_of(command: &Command) -> Option<&JobName> {
         | Command::Undrain { job, .. }
         | Command::End { job, .. }
         | Command::Change { job, .. }
-        | Command::StoreLoads { job, .. } => Some(job),
+        | Command::StoreLoads { job, .. }
+        | Command::Freeze { job }
+        | Command::Unfreeze { job }
+        | Command::Pin { job, .. }
+        | Command::Unpin { job, .. } => Some(job),
     }
 }
 

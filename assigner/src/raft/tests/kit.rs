@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mandoline_core::command::Command;
 use mandoline_core::name::JobName;
-use mandoline_core::spec::JobSpec;
+use mandoline_core::spec::{Band, JobSpec, Ratio};
 use mandoline_core::state::{Applied, Outcome};
 use tokio::runtime::Runtime;
 use tokio::time::Instant;
@@ -47,7 +47,13 @@ pub(super) fn job(name: &str) -> JobName {
 
 /// A command that makes a job, or raises its version.
 pub(super) fn apply(name: &str) -> Command {
-    Command::ApplyJob { spec: JobSpec::new(job(name)), if_version: None }
+    // The defaults of the first release: the bytes in `golden/` hold them.
+    let spec = JobSpec {
+        band: Band::Adaptive(Ratio::percent(10)),
+        churn_budget: Ratio::percent(5),
+        ..JobSpec::new(job(name))
+    };
+    Command::ApplyJob { spec, if_version: None }
 }
 
 pub(super) fn version(applied: &Applied) -> u64 {
