@@ -313,11 +313,11 @@ impl Lead {
         let fresh = self.forecast.is_fresh();
         let round = Round {
             now,
-            assignment: Arc::clone(of),
-            loads,
+            hot: self.forecast.hot().to_vec(),
             forecast_error: self.forecast.error(),
+            surprise: self.forecast.surprise(),
             fresh,
-            policy: Policy::from(spec),
+            ..Round::new(Arc::clone(of), loads, Policy::from(spec))
         };
         self.busy = Some(Busy::Planning(of.generation));
         out.push(Action::Plan(Box::new(if even || fresh {

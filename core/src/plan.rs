@@ -1,5 +1,6 @@
 //! What the balancer decided: splits, merges and moves, each with its reason, in the order in which they apply.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::assignment::{Assigned, Replica, Replicas};
@@ -25,6 +26,12 @@ pub enum Reason {
     Drain,
     /// The task that served it had more than its share of load.
     Load,
+    /// It made room for something larger, or was the larger thing for which others make room.
+    Displace,
+    /// The operator pinned it to a task.
+    Pin,
+    /// It lives in another region.
+    Home,
     /// A task had next to nothing: it is new, or its slices went cold.
     Fill,
     /// The spec asks for more replicas, or one task cannot carry the slice.
@@ -42,6 +49,9 @@ impl fmt::Display for Reason {
             Self::Lost => "lost",
             Self::Drain => "drain",
             Self::Load => "load",
+            Self::Displace => "displace",
+            Self::Pin => "pin",
+            Self::Home => "home",
             Self::Fill => "fill",
             Self::Replicate => "replicate",
             Self::Dereplicate => "dereplicate",
@@ -129,6 +139,13 @@ fn split(slices: &mut SliceMap<Assigned>, at: SliceKey, low: Load) -> Result<Sli
 }
 
 fn merge(slices: &mut SliceMap<Assigned>, whole: Slice) -> Result<Slice, EditError> {
+    let merged = merged(slices, whole)?;
+    slices.set(whole, merged);
+    Ok(whole)
+}
+
+/// What the slices of a range are as one.
+fn merged(slices: &SliceMap<Assigned>, whole: Slice) -> Result<Assigned, EditError> {
     let mut parts = slices.touching(whole);
     let (first, merged) = parts.next().expect("a slice touches at least one");
     let (mut last, mut merged) = (first, merged.clone());
@@ -155,8 +172,7 @@ fn merge(slices: &mut SliceMap<Assigned>, whole: Slice) -> Result<Slice, EditErr
     if first.first() != whole.first() || last.last() != whole.last() || first == last {
         return Err(EditError::Merge(whole));
     }
-    slices.set(whole, merged);
-    Ok(whole)
+    Ok(merged)
 }
 
 fn shift(slices: &mut SliceMap<Assigned>, step: Move, now: Generation) -> Result<Slice, EditError> {
@@ -182,6 +198,76 @@ fn shift(slices: &mut SliceMap<Assigned>, step: Move, now: Generation) -> Result
     assigned.replicas = stay.chain(come).collect::<Replicas>();
     assigned.token = now;
     Ok(step.slice)
+}
+
+/// Carries edits out one after the other, as of generation `now`, and says which keys each touched. Splits at the
+/// beginning and merges at the end, which is how plans are made, cost one pass together and not one each.
+pub fn apply(
+    edits: &[Edit],
+    slices: &SliceMap<Assigned>,
+    now: Generation,
+) -> Result<(SliceMap<Assigned>, Vec<Slice>), EditError> {
+    let mut touched = Vec::with_capacity(edits.len());
+    let splits = edits.iter().take_while(|edit| matches!(edit, Edit::Split { .. })).count();
+    let merges = edits.iter().rev().take_while(|edit| matches!(edit, Edit::Merge(_))).count();
+    let merges = edits.len() - merges.min(edits.len() - splits);
+    let mut slices = split_all(&edits[..splits], slices, &mut touched)?;
+    for edit in &edits[splits..merges] {
+        touched.push(edit.apply(&mut slices, now)?);
+    }
+    merge_all(&edits[merges..], &mut slices, now, &mut touched)?;
+    Ok((slices, touched))
+}
+
+fn split_all(
+    edits: &[Edit],
+    slices: &SliceMap<Assigned>,
+    touched: &mut Vec<Slice>,
+) -> Result<SliceMap<Assigned>, EditError> {
+    // Where slices begin that are new, or whose load is another.
+    let mut more: BTreeMap<SliceKey, Assigned> = BTreeMap::new();
+    for edit in edits {
+        let &Edit::Split { at, low } = edit else { continue };
+        let (whole, assigned) = slices.get(at);
+        let before = more.range(..=at).next_back().filter(|(first, _)| **first >= whole.first());
+        let (first, assigned) =
+            before.map_or((whole.first(), assigned), |(first, assigned)| (*first, assigned));
+        if first == at {
+            return Err(EditError::Split(at));
+        }
+        let low = low.min(assigned.load);
+        let lower = Assigned { load: low, ..assigned.clone() };
+        let upper = Assigned { load: assigned.load - low, ..assigned.clone() };
+        more.insert(first, lower);
+        more.insert(at, upper);
+        touched.push(whole);
+    }
+    Ok(if more.is_empty() { slices.clone() } else { slices.with_runs(more) })
+}
+
+fn merge_all(
+    edits: &[Edit],
+    slices: &mut SliceMap<Assigned>,
+    now: Generation,
+    touched: &mut Vec<Slice>,
+) -> Result<(), EditError> {
+    let ranges = edits.iter().filter_map(|edit| match edit {
+        Edit::Merge(whole) => Some(*whole),
+        _ => None,
+    });
+    let ranges: Vec<Slice> = ranges.collect();
+    if ranges.windows(2).any(|pair| pair[0].last() >= pair[1].first()) {
+        // No plan of ours is made so, yet it means what it says.
+        for edit in edits {
+            touched.push(edit.apply(slices, now)?);
+        }
+        return Ok(());
+    }
+    let patches: Result<Vec<_>, _> =
+        ranges.iter().map(|whole| Ok((*whole, merged(slices, *whole)?))).collect();
+    slices.set_all(&patches?);
+    touched.extend(ranges);
+    Ok(())
 }
 
 /// What the balancer decided in one round.

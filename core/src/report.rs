@@ -219,6 +219,12 @@ impl LoadTable {
         (span > 0).then(|| (Duration::from_millis(u64::try_from(span).unwrap_or(u64::MAX)), load))
     }
 
+    /// Gives how long the tasks have measured since the table was cleared, the longest of them.
+    pub fn window(&self) -> Duration {
+        let spans = self.reports.values();
+        spans.map(|reports| reports.iter().map(|report| report.window).sum()).max().unwrap_or_default()
+    }
+
     /// Gives the keys that tasks named as hot, sorted, each with what all of them together have seen of it. A report that
     /// does not name a key has seen nothing of it: a key that moved half-way counts half on each side.
     pub fn hot_keys(&self) -> Vec<HotKey> {

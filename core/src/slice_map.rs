@@ -1,5 +1,6 @@
 //! A value for every key. A gap or an overlap cannot be written down, because only the beginnings are.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::key::SliceKey;
@@ -117,6 +118,25 @@ impl<V: Clone> SliceMap<V> {
             let value = self.runs[index].1.clone();
             self.runs.insert(index + 1, (at, value));
         }
+    }
+
+    /// Begins slices at these keys, each with its value, where one begins already in its stead: one pass, however many
+    /// there are.
+    #[must_use]
+    pub fn with_runs(&self, more: BTreeMap<SliceKey, V>) -> Self {
+        let mut runs = Vec::with_capacity(self.runs.len() + more.len());
+        let mut more = more.into_iter().peekable();
+        for (first, value) in &self.runs {
+            while let Some(new) = more.next_if(|(key, _)| key < first) {
+                runs.push(new);
+            }
+            match more.next_if(|(key, _)| key == first) {
+                Some(new) => runs.push(new),
+                None => runs.push((*first, value.clone())),
+            }
+        }
+        runs.extend(more);
+        Self { runs }
     }
 
     /// Replaces several slices at once: one pass, however many there are. `patches` are sorted and do not overlap.

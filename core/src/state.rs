@@ -13,7 +13,7 @@ use crate::generation::Generation;
 use crate::load::Load;
 use crate::name::{JobName, TaskName};
 use crate::pin::{PINS_MAX, Pin};
-use crate::plan::{Edit, EditError, Move, Plan, SLICES_MAX};
+use crate::plan::{self, EditError, Move, Plan, SLICES_MAX};
 use crate::slice::Slice;
 use crate::spec::{JobSpec, SpecError};
 use crate::task::{Address, Phase, SessionId, TASKS_MAX, Task, TaskInfo, TaskInfoError};
@@ -438,12 +438,7 @@ impl Job {
             return Err(Refused::Taker { slice, session });
         }
         let now = plan.base.next();
-        let mut slices = self.assignment.slices.clone();
-        let touched: Vec<Slice> = plan
-            .edits
-            .iter()
-            .map(|edit: &Edit| edit.apply(&mut slices, now))
-            .collect::<Result<_, _>>()?;
+        let (slices, touched) = plan::apply(&plan.edits, &self.assignment.slices, now)?;
         if slices.count() > SLICES_MAX {
             return Err(Refused::Limit { what: "slices of a job", max: SLICES_MAX });
         }

@@ -1,217 +1,303 @@
 //! The assignment as it would be after the edits so far: the one place that the phases read and write.
+//!
+//! Slices are parts here: those of the assignment by their place in it, then those that cuts have added. Nearly all have
+//! one holder, so that is a number in a list; the few with several have theirs on the side. A round in which nothing is
+//! wrong costs one pass over the slices: what a phase needs beyond that (holders in order of pressure, the parts of a
+//! holder) is made when it is first asked for.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use crate::assignment::Assigned;
+use crate::balance::meter::{Marks, Meter, scale};
 use crate::balance::round::Round;
+use crate::balance::tuning::Tuning;
+use crate::generation::Generation;
 use crate::key::SliceKey;
 use crate::load::Load;
 use crate::plan::{Edit, Move, Plan, Reason};
 use crate::slice::Slice;
-use crate::spec::Ratio;
-use crate::task::{Phase, SessionId};
+use crate::spec::{Band, BandOf, Ratio};
+use crate::task::{Phase, SessionId, Task};
 
-/// The share of the load that is taken to lie evenly over all keys, whatever was measured: it spreads slices that are
-/// cold today over all tasks, and spreads everything where nothing was measured yet.
-const RESERVE: Ratio = Ratio::percent(1);
+/// The main meter: the job's load.
+pub(in crate::balance) const LOAD: usize = 0;
+
+/// Nobody holds the part.
+const NOBODY: u32 = u32::MAX;
+/// Set where several hold the part: the rest is its place among the groups.
+const GROUP: u32 = 1 << 31;
+
 /// The band where nothing was measured: a task begins with 32 slices, so one more or less is three percent.
 const EVEN: Ratio = Ratio::percent(3);
-
-/// A slice.
-pub(in crate::balance) struct Part {
-    pub(in crate::balance) slice: Slice,
-    /// Its forecast load.
-    pub(in crate::balance) load: u64,
-    /// Its load and its part of the reserve: what is balanced.
-    pub(in crate::balance) weight: u64,
-    /// Who serves it, by place in `Draft::holders`.
-    pub(in crate::balance) holders: Vec<usize>,
-    /// Whether somebody ever served it.
-    pub(in crate::balance) served_before: bool,
-}
-
-impl Part {
-    /// The weight that each of `replicas` carries.
-    pub(in crate::balance) fn share(&self, replicas: usize) -> u64 {
-        self.weight / replicas.max(1) as u64
-    }
-}
 
 /// A task.
 pub(in crate::balance) struct Holder {
     pub(in crate::balance) session: SessionId,
-    /// In thousandths of an ordinary task.
-    pub(in crate::balance) capacity: u64,
     /// Whether it may be given slices.
     pub(in crate::balance) serving: bool,
-    pub(in crate::balance) weight: u64,
-    pub(in crate::balance) load: u64,
-    /// What it serves, by place in `Draft::parts`.
-    pub(in crate::balance) parts: BTreeSet<usize>,
+    /// Whether it held nothing when the round began.
+    pub(in crate::balance) newcomer: bool,
+    /// Whether it runs the newest of several revisions.
+    pub(in crate::balance) newest: bool,
+    /// Which value of the label that replicas are spread over it has.
+    zone: u32,
+    /// Which region it is in.
+    region: Option<u32>,
+    /// What it was given in this round to even out load.
+    pub(in crate::balance) given: u64,
+    /// Its load without any reserve.
+    load: u64,
+    /// The same when the round began.
+    start: u64,
 }
 
-impl Holder {
-    /// The weight that an ordinary task would carry to be as busy.
-    pub(in crate::balance) fn pressure(&self) -> u64 {
-        scale(self.weight, 1_000, self.capacity)
-    }
+/// A part came to a holder, left one, or both.
+#[derive(Clone, Copy)]
+struct Step {
+    part: u32,
+    to: Option<u32>,
+    reason: Reason,
 }
 
 /// The assignment as it would be after the edits so far.
 pub(in crate::balance) struct Draft<'a> {
     pub(in crate::balance) round: &'a Round,
-    /// In key order. Only `split` adds to them, and it comes first.
-    pub(in crate::balance) parts: Vec<Part>,
+    pub(in crate::balance) tuning: &'a Tuning,
     pub(in crate::balance) holders: Vec<Holder>,
-    /// Serving holders by pressure.
-    by_pressure: BTreeSet<(u64, usize)>,
-    capacity: u64,
-    total: u64,
+    /// The main one first.
+    pub(in crate::balance) meters: Vec<Meter>,
+    /// Parts that fewer hold than the spec asks, or that a leaving holder has.
+    pub(in crate::balance) vacant: Vec<u32>,
+    /// Parts that may be worth replicating, or that several hold.
+    pub(in crate::balance) heavy: Vec<u32>,
+    /// Parts that the operator put where they are.
+    pinned: BTreeSet<u32>,
+    owner: Vec<u32>,
+    groups: Vec<Vec<u32>>,
+    /// How far parts of the assignment reach that were cut.
+    cut: BTreeMap<u32, Slice>,
+    /// Parts that cuts have added, and which slice of the assignment each came from.
+    added: Vec<(Slice, u32)>,
+    /// The parts of each holder, where somebody asked for them. They may name parts that have left since.
+    lists: Vec<Option<Vec<u32>>>,
+    regions: Vec<String>,
+    zones: usize,
+    serving: usize,
+    /// All load that is taken to lie evenly over the keys.
+    reserve: u64,
+    measured: u64,
     budget: u64,
     /// Whether nothing was measured: moving costs nothing, and even is even in keys.
     free: bool,
+    rollout: bool,
+    cost_total: u64,
     before: Ratio,
-    edits: Vec<Edit>,
-}
-
-/// `value * times / over`, saturating.
-pub(in crate::balance) fn scale(value: u64, times: u64, over: u64) -> u64 {
-    u64::try_from(u128::from(value) * u128::from(times) / u128::from(over.max(1)))
-        .unwrap_or(u64::MAX)
+    splits: Vec<Edit>,
+    merges: Vec<Edit>,
+    steps: Vec<Step>,
 }
 
 impl<'a> Draft<'a> {
-    pub(in crate::balance) fn new(round: &'a Round) -> Self {
+    pub(in crate::balance) fn new(round: &'a Round, tuning: &'a Tuning) -> Self {
         let assignment = &round.assignment;
-        assert_eq!(round.loads.len(), assignment.slices.count(), "a round has one load a slice");
-        let holder = |task: &crate::task::Task| Holder {
-            session: task.session,
-            capacity: u64::from(task.info.capacity.thousandths()),
-            serving: task.phase == Phase::Serving,
-            weight: 0,
-            load: 0,
-            parts: BTreeSet::new(),
-        };
-        let holders: Vec<Holder> = assignment.tasks.values().map(|task| holder(task)).collect();
+        let count = assignment.slices.count();
+        assert_eq!(round.loads.len(), count, "a round has one load a slice");
         let measured: u64 = round.loads.iter().map(|load| load.milli()).sum();
-        // Where nothing was measured any even load will do.
-        let reserve = if measured == 0 { 1 << 40 } else { RESERVE.of(measured).max(1) };
-        let place = |session| holders.binary_search_by_key(&session, |holder| holder.session).ok();
-        let part =
-            |((slice, assigned), load): ((Slice, &crate::assignment::Assigned), &Load)| Part {
-                slice,
-                load: load.milli(),
-                weight: load.milli()
-                    + Load::from_milli(reserve).share(slice.width(), Slice::FULL.width()).milli(),
-                holders: assigned
-                    .replicas
-                    .as_slice()
-                    .iter()
-                    .filter_map(|replica| place(replica.session))
-                    .collect(),
-                served_before: assigned.token != crate::generation::Generation::ZERO,
-            };
-        let parts: Vec<Part> = assignment.slices.iter().zip(&round.loads).map(part).collect();
-        let total = parts.iter().map(|part| part.weight).sum();
-        let free = round.fresh && round.policy.churn_budget.millionths() > 0;
+        let free = round.fresh && !round.policy.frozen && round.policy.churn_budget.millionths() > 0;
+        let (holders, regions, zones) = roster(round);
+        let capacity: Vec<u64> = assignment
+            .tasks
+            .values()
+            .map(|task| match task.phase {
+                Phase::Serving => u64::from(task.info.capacity.thousandths()),
+                Phase::Draining => 0,
+            })
+            .collect();
+        let serving = holders.iter().filter(|holder| holder.serving).count();
+        let reserve = reserve(round, tuning, measured, capacity.iter().sum());
         let mut draft = Self {
             round,
-            capacity: holders
-                .iter()
-                .filter(|holder| holder.serving)
-                .map(|holder| holder.capacity)
-                .sum(),
-            by_pressure: holders
-                .iter()
-                .enumerate()
-                .filter(|(_, h)| h.serving)
-                .map(|(at, _)| (0, at))
-                .collect(),
-            budget: if free { u64::MAX } else { round.policy.churn_budget.of(measured) },
-            free,
+            tuning,
+            meters: Vec::new(),
+            vacant: Vec::new(),
+            heavy: Vec::new(),
+            pinned: BTreeSet::new(),
+            owner: Vec::with_capacity(count),
+            groups: Vec::new(),
+            cut: BTreeMap::new(),
+            added: Vec::new(),
+            lists: Vec::new(),
+            rollout: holders.iter().any(|holder| holder.newest),
             holders,
-            total,
+            regions,
+            zones,
+            serving,
+            reserve,
+            measured,
+            budget: match (round.policy.frozen, free) {
+                (true, _) => 0,
+                (false, true) => u64::MAX,
+                (false, false) => round.policy.churn_budget.of(measured),
+            },
+            free,
+            cost_total: round.costs.iter().sum(),
             before: Ratio::from_millionths(1_000_000),
-            edits: Vec::new(),
-            parts: Vec::new(),
+            splits: Vec::new(),
+            merges: Vec::new(),
+            steps: Vec::new(),
         };
-        for part in parts {
-            draft.push(part);
-        }
+        draft.count(capacity);
         draft.before = draft.imbalance();
         draft
     }
 
-    fn push(&mut self, part: Part) {
-        let at = self.parts.len();
-        let holders = part.holders.clone();
-        self.parts.push(part);
-        self.count(at, &holders, true);
+    /// Goes over all slices once: who holds them, what they weigh, and which of them need a closer look.
+    fn count(&mut self, capacity: Vec<u64>) {
+        let round = self.round;
+        let total_capacity: u64 = capacity.iter().sum();
+        let mean = scale(self.measured + self.reserve, 1_000, total_capacity);
+        let heavy = match round.policy.replicas.max {
+            1 => u64::MAX,
+            _ => self.tuning.grow_above.of(mean),
+        };
+        let wanted = (round.policy.replicas.min as usize).min(self.serving).max(1);
+        let places = Places::new(&self.holders);
+        let leaving: Vec<bool> = self.holders.iter().map(|holder| !holder.serving).collect();
+        let some_leave = leaving.iter().any(|leaves| *leaves);
+        let mut weights = Vec::with_capacity(self.round.loads.len());
+        let mut held = vec![0_u64; self.holders.len()];
+        let mut loads = vec![0_u64; self.holders.len()];
+        let mut parts = vec![0_u32; self.holders.len()];
+        for (at, ((slice, assigned), load)) in
+            round.assignment.slices.iter().zip(&round.loads).enumerate()
+        {
+            let load = load.milli();
+            let weight = load + share_of(self.reserve, slice);
+            weights.push(weight);
+            let replicas = assigned.replicas.as_slice();
+            if let [one] = replicas
+                && let Some(holder) = places.find(one.session)
+            {
+                self.owner.push(holder);
+                held[holder as usize] += weight;
+                loads[holder as usize] += load;
+                parts[holder as usize] += 1;
+                if wanted > 1 || (some_leave && leaving[holder as usize]) {
+                    self.vacant.push(at as u32);
+                }
+                if weight > heavy {
+                    self.heavy.push(at as u32);
+                }
+                continue;
+            }
+            let group: Vec<u32> =
+                replicas.iter().filter_map(|replica| places.find(replica.session)).collect();
+            let each = group.len().max(1) as u64;
+            for holder in &group {
+                held[*holder as usize] += weight / each;
+                loads[*holder as usize] += load / each;
+                parts[*holder as usize] += 1;
+            }
+            if group.len() < wanted || group.iter().any(|holder| leaving[*holder as usize]) {
+                self.vacant.push(at as u32);
+            }
+            if !group.is_empty() {
+                self.heavy.push(at as u32);
+            }
+            let owner = self.owner_of(group);
+            self.owner.push(owner);
+        }
+        for (at, holder) in self.holders.iter_mut().enumerate() {
+            (holder.load, holder.start) = (loads[at], loads[at]);
+            holder.newcomer = parts[at] == 0;
+        }
+        let mut main = Meter::new(weights, held, capacity.clone());
+        main.marks = self.marks(mean, round.policy.band);
+        self.meters.push(main);
+        for further in &round.further {
+            let meter = self.further(further, &capacity);
+            self.meters.push(meter);
+        }
+        for flight in &round.in_flight {
+            self.in_flight(*flight);
+        }
     }
 
-    /// Adds the part to what its holders carry, or takes it off them.
-    fn count(&mut self, at: usize, holders: &[usize], add: bool) {
-        let replicas = holders.len().max(1) as u64;
-        let (weight, load) = (self.parts[at].weight / replicas, self.parts[at].load / replicas);
-        for &index in holders {
-            let holder = &mut self.holders[index];
-            if holder.serving {
-                self.by_pressure.remove(&(holder.pressure(), index));
-            }
-            if add {
-                holder.weight += weight;
-                holder.load += load;
-                holder.parts.insert(at);
-            } else {
-                holder.weight -= weight;
-                holder.load -= load;
-                holder.parts.remove(&at);
-            }
-            if holder.serving {
-                self.by_pressure.insert((holder.pressure(), index));
+    fn further(&self, further: &crate::balance::round::Further, capacity: &[u64]) -> Meter {
+        let weight: Vec<u64> = further.loads.iter().map(|load| load.milli()).collect();
+        assert_eq!(weight.len(), self.owner.len(), "a further load has one value a slice");
+        let mut held = vec![0; self.holders.len()];
+        for (at, weight) in weight.iter().enumerate() {
+            let holders = self.holders_of(at as u32);
+            for holder in holders {
+                held[*holder as usize] += weight / holders.len() as u64;
             }
         }
+        let mean = scale(weight.iter().sum(), 1_000, capacity.iter().sum());
+        let mut meter = Meter::new(weight, held, capacity.to_vec());
+        let width = further.band.of(mean);
+        meter.marks = Marks::above(mean, width, self.tuning.give_to, self.tuning.take_to);
+        meter
+    }
+
+    /// Callers may still look for a moved slice where it was: its load counts there as well, and cannot be moved away.
+    fn in_flight(&mut self, flight: crate::balance::round::InFlight) {
+        let Some(from) = self.place(flight.from) else { return };
+        let part = self.round.assignment.slices.index_of(flight.slice.first()) as u32;
+        if self.slice(part) == flight.slice && !self.holds(part, from as u32) {
+            let share = self.share(LOAD, part);
+            self.meters[LOAD].add(from as u32, share);
+        }
+    }
+
+    fn marks(&self, mean: u64, band: Band) -> Marks {
+        let tuning = self.tuning;
+        if self.free {
+            return Marks::above(mean, EVEN.of(mean), tuning.give_to, tuning.take_to);
+        }
+        let (width, fixed) = match band {
+            Band::Adaptive(floor) => {
+                let error = tuning.error_widens.of(u64::from(self.round.forecast_error.millionths()));
+                let lag = tuning.surprise_widens.of(u64::from(self.round.surprise.millionths()));
+                let wide = u64::from(floor.millionths()) + error + lag;
+                let most = u64::from(tuning.band_max.max(floor).millionths());
+                (scale(mean, wide.min(most), 1_000_000), false)
+            }
+            Band::Fixed { ratio, of: BandOf::Mean } => (ratio.of(mean), true),
+            Band::Fixed { ratio, of: BandOf::Hint } => {
+                let hint = self.round.policy.max_load_hint.map_or(mean, Load::milli);
+                (ratio.of(hint.max(mean)), true)
+            }
+        };
+        let mut marks = Marks::above(mean, width, tuning.give_to, tuning.take_to);
+        if fixed {
+            marks.floor = mean.saturating_sub(width);
+            marks.fill_to = mean.saturating_sub(tuning.give_to.of(width));
+        } else {
+            marks.floor = tuning.fill_below.of(mean).saturating_sub(2 * width);
+            marks.fill_to = tuning.fill_to.of(mean);
+        }
+        marks
     }
 
     /// Counts the tasks that may be given slices.
-    pub(in crate::balance) fn serving(&self) -> usize {
-        self.by_pressure.len()
+    pub(in crate::balance) const fn serving(&self) -> usize {
+        self.serving
     }
 
-    /// The pressure at which all serving tasks would be, were the load spread perfectly.
-    pub(in crate::balance) fn mean(&self) -> u64 {
-        scale(self.total, 1_000, self.capacity)
+    /// Counts the parts.
+    pub(in crate::balance) fn parts(&self) -> usize {
+        self.owner.len()
     }
 
-    /// The weight that brings a holder to a pressure.
-    pub(in crate::balance) fn weight_at(&self, holder: usize, pressure: u64) -> u64 {
-        scale(pressure, self.holders[holder].capacity, 1_000)
+    /// Counts the slices of the assignment: parts from there on were added by cuts.
+    pub(in crate::balance) fn base(&self) -> usize {
+        self.round.loads.len()
     }
 
-    /// The pressure above which a task has too much: the band, widened by the forecast's error, since what lies within
-    /// that may be chance.
-    pub(in crate::balance) fn limit(&self) -> u64 {
-        let mean = self.mean();
-        if self.free {
-            return mean.saturating_add(EVEN.of(mean));
-        }
-        let widened =
-            self.round.policy.band.of(mean).saturating_add(self.round.forecast_error.of(mean));
-        mean.saturating_add(widened)
-    }
-
-    /// Serving holders, the most pressed first.
-    pub(in crate::balance) fn hottest(&self) -> impl Iterator<Item = usize> {
-        self.by_pressure.iter().rev().map(|(_, index)| *index)
-    }
-
-    /// Serving holders, the least pressed first.
-    pub(in crate::balance) fn coldest(&self) -> impl Iterator<Item = usize> {
-        self.by_pressure.iter().map(|(_, index)| *index)
-    }
-
-    /// The least pressed serving holder that does not serve this part.
-    pub(in crate::balance) fn taker(&self, part: usize) -> Option<usize> {
-        self.coldest().find(|holder| !self.parts[part].holders.contains(holder))
+    /// Says whether newer revisions stand beside older ones.
+    pub(in crate::balance) const fn rollout(&self) -> bool {
+        self.rollout
     }
 
     /// What is left to spend on evening out load.
@@ -224,93 +310,544 @@ impl<'a> Draft<'a> {
         self.budget = self.budget.saturating_sub(weight);
     }
 
-    /// Parts a slice in halves; its load is taken to lie evenly. False if it is a single key.
-    pub(in crate::balance) fn halve(&mut self, at: usize) -> Option<[usize; 2]> {
-        let slice = self.parts[at].slice;
-        let middle = slice.middle()?;
-        let (low, high) = slice.split_at(middle).expect("the middle lies within");
-        let holders = self.parts[at].holders.clone();
-        self.count(at, &holders, false);
-        let part = &mut self.parts[at];
-        let upper = Part {
-            slice: high,
-            load: part.load - part.load / 2,
-            weight: part.weight - part.weight / 2,
-            holders,
-            served_before: part.served_before,
-        };
-        part.slice = low;
-        part.load /= 2;
-        part.weight /= 2;
-        let low_load = Load::from_milli(part.load);
-        self.edits.push(Edit::Split { at: middle, low: low_load });
-        let holders = self.parts[at].holders.clone();
-        self.count(at, &holders, true);
-        self.push(upper);
-        Some([at, self.parts.len() - 1])
+    /// Gives the keys of a part.
+    pub(in crate::balance) fn slice(&self, part: u32) -> Slice {
+        if let Some(added) = (part as usize).checked_sub(self.base()) {
+            return self.added[added].0;
+        }
+        match self.cut.get(&part) {
+            Some(slice) => *slice,
+            None => self.round.assignment.slices.slice_at(part as usize),
+        }
     }
 
-    /// Puts the parts back in key order after splits.
-    pub(in crate::balance) fn sort(&mut self) {
-        if self.parts.is_sorted_by_key(|part| part.slice) {
-            return;
+    /// Says whether a part is as it was in the assignment.
+    pub(in crate::balance) fn is_whole(&self, part: u32) -> bool {
+        (part as usize) < self.base() && !self.cut.contains_key(&part)
+    }
+
+    /// Finds the part of a key among the slices of the assignment and what cuts have made of them.
+    pub(in crate::balance) fn part_of(&self, key: SliceKey) -> u32 {
+        let base = self.round.assignment.slices.index_of(key) as u32;
+        if self.slice(base).contains(key) {
+            return base;
         }
-        self.parts.sort_unstable_by_key(|part| part.slice);
-        for holder in &mut self.holders {
-            holder.parts.clear();
+        let place = self.added.iter().rposition(|(slice, _)| slice.contains(key));
+        self.base() as u32 + place.expect("cuts leave no gap") as u32
+    }
+
+    /// Gives who holds a part.
+    pub(in crate::balance) fn holders_of(&self, part: u32) -> &[u32] {
+        match &self.owner[part as usize] {
+            &NOBODY => &[],
+            owner if owner & GROUP != 0 => &self.groups[(owner & !GROUP) as usize],
+            owner => std::slice::from_ref(owner),
         }
-        for (at, part) in self.parts.iter().enumerate() {
-            for holder in &part.holders {
-                self.holders[*holder].parts.insert(at);
+    }
+
+    /// Says whether a holder holds a part.
+    pub(in crate::balance) fn holds(&self, part: u32, holder: u32) -> bool {
+        self.holders_of(part).contains(&holder)
+    }
+
+    /// The weight that each holder of a part carries.
+    pub(in crate::balance) fn share(&self, meter: usize, part: u32) -> u64 {
+        self.meters[meter].weight[part as usize] / self.holders_of(part).len().max(1) as u64
+    }
+
+    /// Says whether the operator put a part where it is.
+    pub(in crate::balance) fn is_pinned(&self, part: u32) -> bool {
+        !self.pinned.is_empty() && self.pinned.contains(&part)
+    }
+
+    /// Keeps a part where it is from now on.
+    pub(in crate::balance) fn pin(&mut self, part: u32) {
+        self.pinned.insert(part);
+    }
+
+    /// Gives the parts of a holder.
+    pub(in crate::balance) fn parts_of(&mut self, holder: u32) -> Vec<u32> {
+        if self.lists.get(holder as usize).is_none_or(Option::is_none) {
+            self.gather(|other| other == holder);
+        }
+        let mut list = self.lists[holder as usize].take().unwrap_or_default();
+        list.sort_unstable();
+        list.dedup();
+        list.retain(|part| self.holds(*part, holder));
+        self.lists[holder as usize] = Some(list.clone());
+        list
+    }
+
+    /// Lists the parts of several holders in one pass, for who will ask for them.
+    pub(in crate::balance) fn gather(&mut self, wanted: impl Fn(u32) -> bool) {
+        self.lists.resize_with(self.holders.len(), || None);
+        let unknown = (0..self.holders.len() as u32).map(|holder| {
+            wanted(holder) && self.lists[holder as usize].is_none()
+        });
+        let unknown: Vec<bool> = unknown.collect();
+        for (list, _) in self.lists.iter_mut().zip(&unknown).filter(|(_, unknown)| **unknown) {
+            *list = Some(Vec::new());
+        }
+        for part in 0..self.owner.len() as u32 {
+            let owner = self.owner[part as usize];
+            if owner & GROUP == 0 {
+                if unknown[owner as usize]
+                    && let Some(list) = &mut self.lists[owner as usize]
+                {
+                    list.push(part);
+                }
+            } else if owner != NOBODY {
+                for holder in &self.groups[(owner & !GROUP) as usize] {
+                    if unknown[*holder as usize]
+                        && let Some(list) = &mut self.lists[*holder as usize]
+                    {
+                        list.push(part);
+                    }
+                }
             }
         }
+    }
+
+    /// Says whether the spec lets a holder have a part: its home, and the spread of its replicas.
+    pub(in crate::balance) fn may_hold(&self, part: u32, holder: u32, instead_of: Option<u32>) -> bool {
+        let candidate = &self.holders[holder as usize];
+        if let Some(region) = self.home_of(part)
+            && candidate.region != Some(region)
+        {
+            return false;
+        }
+        if self.zones < 2 {
+            return true;
+        }
+        let others = self.holders_of(part).iter().filter(|other| Some(**other) != instead_of);
+        let (mut all, mut same) = (1, 1);
+        for other in others {
+            all += 1;
+            same += usize::from(self.holders[*other as usize].zone == candidate.zone);
+        }
+        same <= usize::div_ceil(all, self.zones)
+    }
+
+    /// Gives the region that a part has to live in, if a task is there.
+    fn home_of(&self, part: u32) -> Option<u32> {
+        let homes = &self.round.policy.homes;
+        if homes.is_empty() {
+            return None;
+        }
+        let first = self.slice(part).first();
+        let home = homes.get(homes.partition_point(|home| home.slice.last() < first))?;
+        let region = self.regions.iter().position(|region| *region == home.region)?;
+        home.slice.contains(first).then_some(region as u32)
+    }
+
+    /// Finds the least pressed holder that may have a part, lacks it, and has room for `weight` below a pressure.
+    pub(in crate::balance) fn taker(
+        &mut self,
+        meter: usize,
+        part: u32,
+        from: Option<u32>,
+        below: impl Fn(&Marks) -> u64,
+    ) -> Option<u32> {
+        let share = |draft: &Self, meter: usize| {
+            let holders = draft.holders_of(part).len() + usize::from(from.is_none());
+            draft.meters[meter].weight[part as usize] / holders.max(1) as u64
+        };
+        let needs: Vec<(u64, u64)> = (0..self.meters.len())
+            .map(|meter| (share(self, meter), below(&self.meters[meter].marks)))
+            .collect();
+        self.meters[meter].order();
+        let bounded = self.round.policy.fill_rate.of(self.meters[LOAD].marks.mean);
+        let mut refused = 0;
+        for (pressure, holder) in self.meters[meter].ordered() {
+            // Beyond it nobody has room; a few may lack it only since they are small.
+            if pressure >= needs[meter].1 || refused > REFUSALS_MAX {
+                return None;
+            }
+            let fits = |meter: usize| {
+                let (weight, below) = needs[meter];
+                weight <= self.meters[meter].room(holder, below)
+            };
+            if !(0..self.meters.len()).all(fits) {
+                refused += 1;
+                continue;
+            }
+            let taken = &self.holders[holder as usize];
+            if taken.newcomer && taken.given + needs[LOAD].0 > bounded && !self.free {
+                continue;
+            }
+            if !self.holds(part, holder) && self.may_hold(part, holder, from) {
+                return Some(holder);
+            }
+        }
+        None
     }
 
     /// Moves a replica, adds one (`from` nobody) or removes one (`to` nobody).
     pub(in crate::balance) fn shift(
         &mut self,
-        part: usize,
-        from: Option<usize>,
-        to: Option<usize>,
+        part: u32,
+        from: Option<u32>,
+        to: Option<u32>,
         reason: Reason,
     ) {
-        let side = from.or(to).expect("a move has a side");
-        let before = Load::from_milli(self.holders[side].load);
-        let old = std::mem::take(&mut self.parts[part].holders);
-        self.count(part, &old, false);
-        let new: Vec<usize> = old.iter().copied().filter(|h| Some(*h) != from).chain(to).collect();
-        let carried = if to.is_some() { new.len() } else { old.len() };
-        let load = Load::from_milli(self.parts[part].load / carried.max(1) as u64);
-        self.count(part, &new, true);
-        self.parts[part].holders = new;
-        let session = |holder: Option<usize>| holder.map(|holder| self.holders[holder].session);
-        let after = Load::from_milli(self.holders[side].load);
-        let (slice, from, to) = (self.parts[part].slice, session(from), session(to));
-        self.edits.push(Edit::Move(Move { slice, from, to, reason, load, before, after }));
+        self.steps.push(Step { part, to, reason });
+        if let (Some(from), Some(to)) = (from, to) {
+            for meter in 0..self.meters.len() {
+                let share = self.share(meter, part);
+                self.meters[meter].take(from, share);
+                self.meters[meter].add(to, share);
+            }
+            self.shift_load(part, from, to);
+            match &mut self.owner[part as usize] {
+                owner if *owner & GROUP == 0 => *owner = to,
+                owner => {
+                    let group = &mut self.groups[(*owner & !GROUP) as usize];
+                    let place = group.iter().position(|holder| *holder == from);
+                    group[place.expect("who gives a part holds it")] = to;
+                }
+            }
+            if let Some(list) = self.lists.get_mut(to as usize).and_then(Option::as_mut) {
+                list.push(part);
+            }
+            return;
+        }
+        let old = self.holders_of(part).to_vec();
+        let new = old.iter().copied().filter(|holder| Some(*holder) != from).chain(to).collect();
+        self.put(part, new);
     }
 
-    /// Makes one slice of the parts from `first` to `last`. Last of all, for it leaves the parts as they are.
+    /// Gives a part to these holders and no other, each by the same reason.
+    pub(in crate::balance) fn assign(&mut self, part: u32, to: Vec<u32>, reason: Reason) {
+        let mut old = self.holders_of(part).to_vec();
+        old.sort_unstable();
+        let new = to.iter().copied().filter(|holder| old.binary_search(holder).is_err());
+        self.steps.extend(new.map(|to| Step { part, to: Some(to), reason }));
+        if to.len() < self.holders_of(part).len() {
+            self.steps.push(Step { part, to: None, reason });
+        }
+        self.put(part, to);
+    }
+
+    fn put(&mut self, part: u32, new: Vec<u32>) {
+        let load = self.load(part);
+        let old = self.holders_of(part).to_vec();
+        for meter in &mut self.meters {
+            let weight = meter.weight[part as usize];
+            for holder in &old {
+                meter.take(*holder, weight / old.len() as u64);
+            }
+            for holder in &new {
+                meter.add(*holder, weight / new.len() as u64);
+            }
+        }
+        for holder in &old {
+            let holder = &mut self.holders[*holder as usize];
+            holder.load = holder.load.saturating_sub(load / old.len() as u64);
+        }
+        for holder in &new {
+            self.holders[*holder as usize].load += load / new.len() as u64;
+            if let Some(list) = self.lists.get_mut(*holder as usize).and_then(Option::as_mut) {
+                list.push(part);
+            }
+        }
+        self.owner[part as usize] = self.owner_of(new);
+    }
+
+    fn shift_load(&mut self, part: u32, from: u32, to: u32) {
+        let load = self.load(part) / self.holders_of(part).len() as u64;
+        let giver = &mut self.holders[from as usize];
+        giver.load = giver.load.saturating_sub(load);
+        self.holders[to as usize].load += load;
+    }
+
+    fn owner_of(&mut self, holders: Vec<u32>) -> u32 {
+        match holders[..] {
+            [] => NOBODY,
+            [one] => one,
+            _ => {
+                self.groups.push(holders);
+                GROUP | (self.groups.len() - 1) as u32
+            }
+        }
+    }
+
+    /// Gives the load of a part, without reserve.
+    pub(in crate::balance) fn load(&self, part: u32) -> u64 {
+        match self.round.loads.get(part as usize) {
+            Some(load) if self.is_whole(part) => load.milli(),
+            _ => self.meters[LOAD].weight[part as usize]
+                .saturating_sub(share_of(self.reserve, self.slice(part))),
+        }
+    }
+
+    /// What moving a replica of a part costs, in load: what moves, and the load that lies on so much key space on average,
+    /// so that hot keys are not shuffled about for their narrowness nor wide cold slices for their coldness. Where the
+    /// application says what a move costs it is that instead, in relation to what all its moves would cost.
+    pub(in crate::balance) fn cost(&self, part: u32) -> u64 {
+        let replicas = self.holders_of(part).len().max(1) as u64;
+        let total = self.measured + self.reserve;
+        if self.cost_total > 0
+            && let Some(cost) = self.round.costs.get(part as usize)
+        {
+            return scale(total, *cost, self.cost_total);
+        }
+        let space = share_of(self.tuning.space_costs.of(total), self.slice(part)) / replicas;
+        self.share(LOAD, part) + space
+    }
+
+    /// Parts a part before `at`; `low` is the load that lies below it. Further loads are taken to lie evenly. Gives the
+    /// upper part, or nothing if the cut would leave one side empty.
+    pub(in crate::balance) fn cut(&mut self, part: u32, at: SliceKey, low: u64) -> Option<u32> {
+        let whole = self.slice(part);
+        let (below, above) = whole.split_at(at)?;
+        let load = self.load(part);
+        let low = low.min(load);
+        let new = self.parts() as u32;
+        let origin = match (part as usize).checked_sub(self.base()) {
+            Some(added) => self.added[added].1,
+            None => part,
+        };
+        let holders = self.holders_of(part).to_vec();
+        let each = holders.len().max(1) as u64;
+        for meter in 0..self.meters.len() {
+            let old = self.meters[meter].weight[part as usize];
+            let lower = match meter {
+                LOAD => low + share_of(self.reserve, below),
+                _ => scale_width(old, below, whole),
+            };
+            let upper = match meter {
+                LOAD => load - low + share_of(self.reserve, above),
+                _ => old - lower,
+            };
+            self.meters[meter].weight[part as usize] = lower;
+            self.meters[meter].weight.push(upper);
+            // Rounding may leave a few thousandths more or less.
+            for holder in &holders {
+                self.meters[meter].take(*holder, old / each);
+                self.meters[meter].add(*holder, lower / each + upper / each);
+            }
+        }
+        match (part as usize).checked_sub(self.base()) {
+            Some(added) => self.added[added].0 = below,
+            None => drop(self.cut.insert(part, below)),
+        }
+        self.added.push((above, origin));
+        for holder in &holders {
+            if let Some(list) = self.lists.get_mut(*holder as usize).and_then(Option::as_mut) {
+                list.push(new);
+            }
+        }
+        let owner = self.owner_of(holders);
+        self.owner.push(owner);
+        self.splits.push(Edit::Split { at, low: Load::from_milli(low) });
+        if self.is_pinned(part) {
+            self.pin(new);
+        }
+        Some(new)
+    }
+
+    /// Makes one slice of the parts from `first` to `last`, as the assignment has them. Last of all, for it leaves the
+    /// parts as they are.
     pub(in crate::balance) fn join(&mut self, first: SliceKey, last: SliceKey) {
         let whole = Slice::new(first, last).expect("parts are in key order");
-        self.edits.push(Edit::Merge(whole));
+        self.merges.push(Edit::Merge(whole));
     }
 
     /// Max over mean of load for capacity, over the serving tasks.
     fn imbalance(&self) -> Ratio {
-        let serving = || self.holders.iter().filter(|holder| holder.serving);
-        let load: u64 = serving().map(|holder| holder.load).sum();
-        let max =
-            serving().map(|holder| scale(holder.load, 1_000, holder.capacity)).max().unwrap_or(0);
-        let mean = scale(load, 1_000, self.capacity);
+        let meter = &self.meters[LOAD];
+        let serving = || self.holders.iter().enumerate().filter(|(_, holder)| holder.serving);
+        let load: u64 = serving().map(|(_, holder)| holder.load).sum();
+        let ordinary = |(at, holder): (usize, &Holder)| {
+            scale(holder.load, 1_000, meter.weight_at(at as u32, 1_000))
+        };
+        let max = serving().map(ordinary).max().unwrap_or(0);
+        let mean = scale(load, 1_000, meter.capacity());
         if mean == 0 {
             return Ratio::from_millionths(1_000_000);
         }
         Ratio::from_millionths(u32::try_from(scale(max, 1_000_000, mean)).unwrap_or(u32::MAX))
     }
 
-    pub(in crate::balance) fn into_plan(self) -> Plan {
-        let imbalance = (self.before, self.imbalance());
-        let total = self.round.loads.iter().copied().sum();
-        Plan { base: self.round.assignment.generation, edits: self.edits, imbalance, total }
+    /// Says whether nothing was measured: moving costs nothing.
+    pub(in crate::balance) const fn is_free(&self) -> bool {
+        self.free
+    }
+
+    /// Who held a part when the round began.
+    fn held_before(&self, part: u32) -> &Assigned {
+        let origin = match (part as usize).checked_sub(self.base()) {
+            Some(added) => self.added[added].1,
+            None => part,
+        };
+        self.round.assignment.slices.value_at(origin as usize)
+    }
+
+    /// Says whether somebody ever held a part.
+    pub(in crate::balance) fn was_held(&self, part: u32) -> bool {
+        self.held_before(part).token != Generation::ZERO
+    }
+
+    /// Writes down what differs between the assignment and the draft: whatever went to and fro in between is no move.
+    pub(in crate::balance) fn into_plan(mut self) -> Plan {
+        let after = self.imbalance();
+        let mut edits = std::mem::take(&mut self.splits);
+        let mut steps = std::mem::take(&mut self.steps);
+        steps.sort_by_key(|step| step.part); // stable: the last reason stands
+        let mut loads: Vec<u64> = self.holders.iter().map(|holder| holder.start).collect();
+        for steps in steps.chunk_by(|a, b| a.part == b.part) {
+            self.moves(steps, &mut loads, &mut edits);
+        }
+        edits.append(&mut self.merges);
+        let total = Load::from_milli(self.measured);
+        Plan { base: self.round.assignment.generation, edits, imbalance: (self.before, after), total }
+    }
+
+    fn moves(&self, steps: &[Step], loads: &mut [u64], edits: &mut Vec<Edit>) {
+        let part = steps[0].part;
+        let old = self.held_before(part).replicas.as_slice();
+        let new = self.holders_of(part);
+        let session = |holder: u32| self.holders[holder as usize].session;
+        let stays = |replica: SessionId| new.iter().any(|holder| session(*holder) == replica);
+        let mut gone = old.iter().map(|replica| replica.session).filter(|old| !stays(*old));
+        let had = |holder: u32| old.iter().any(|replica| replica.session == session(holder));
+        let came: Vec<u32> = new.iter().copied().filter(|holder| !had(*holder)).collect();
+        let load = self.load(part);
+        let slice = self.slice(part);
+        let why = |to: Option<u32>| {
+            let found = steps.iter().rev().find(|step| step.to == to);
+            found.unwrap_or_else(|| steps.last().expect("a part that changed has steps")).reason
+        };
+        let carried = Load::from_milli(load / new.len().max(1) as u64);
+        let mut push = |from: Option<SessionId>, to: Option<u32>, reason| {
+            // A task that was lost is no holder any more.
+            let giver = from.and_then(|from| self.place(from));
+            let side = giver.or(to.map(|to| to as usize)).unwrap_or_default();
+            let before = Load::from_milli(loads[side]);
+            if let Some(giver) = giver {
+                loads[giver] = loads[giver].saturating_sub(carried.milli());
+            }
+            if let Some(to) = to {
+                loads[to as usize] += carried.milli();
+            }
+            let (to, after) = (to.map(session), Load::from_milli(loads[side]));
+            edits.push(Edit::Move(Move { slice, from, to, reason, load: carried, before, after }));
+        };
+        for holder in came {
+            push(gone.next(), Some(holder), why(Some(holder)));
+        }
+        for from in gone {
+            push(Some(from), None, why(None));
+        }
+    }
+}
+
+impl Draft<'_> {
+    fn place(&self, session: SessionId) -> Option<usize> {
+        self.holders.binary_search_by_key(&session, |holder| holder.session).ok()
+    }
+}
+
+/// How many holders may lack room for a part before the search ends: with tasks of one size the first does.
+const REFUSALS_MAX: u32 = 16;
+
+/// The tasks as holders, the regions' names, and how many values the label has that replicas are spread over.
+fn roster(round: &Round) -> (Vec<Holder>, Vec<String>, usize) {
+    let tasks = || round.assignment.tasks.values();
+    let serving = || tasks().filter(|task| task.phase == Phase::Serving);
+    let label = |task: &Task, name: &str| task.info.labels.get(name).cloned().unwrap_or_default();
+    let regions: BTreeSet<String> = match round.policy.homes.is_empty() {
+        true => BTreeSet::new(),
+        false => serving().map(|task| label(task, REGION)).collect(),
+    };
+    let regions: Vec<String> = regions.into_iter().collect();
+    let zones: BTreeSet<String> = match &round.policy.spread {
+        None => BTreeSet::new(),
+        Some(spread) => serving().map(|task| label(task, spread)).collect(),
+    };
+    let zones: Vec<String> = zones.into_iter().collect();
+    // Sessions are minted in order: the revision whose first task is the youngest is the newest.
+    let mut revisions: BTreeMap<&str, SessionId> = BTreeMap::new();
+    for task in tasks() {
+        revisions.entry(&task.info.revision).or_insert(task.session);
+    }
+    let newest = match revisions.len() {
+        0 | 1 => None,
+        _ => revisions.iter().max_by_key(|(_, first)| **first).map(|(revision, _)| *revision),
+    };
+    let holder = |task: &Task| Holder {
+        session: task.session,
+        serving: task.phase == Phase::Serving,
+        newcomer: false,
+        newest: newest.is_some_and(|newest| newest == task.info.revision),
+        zone: round.policy.spread.as_ref().map_or(0, |spread| {
+            let value = label(task, spread);
+            zones.binary_search(&value).unwrap_or(usize::MAX) as u32
+        }),
+        region: regions.binary_search(&label(task, REGION)).ok().map(|place| place as u32),
+        given: 0,
+        load: 0,
+        start: 0,
+    };
+    let holders = tasks().map(|task| holder(task)).collect();
+    (holders, regions, zones.len())
+}
+
+/// The label that says which region a task is in.
+const REGION: &str = "region";
+
+/// All load that is taken to lie evenly over the keys.
+fn reserve(round: &Round, tuning: &Tuning, measured: u64, capacity: u64) -> u64 {
+    if measured == 0 {
+        return 1 << 40; // where nothing was measured any even load will do
+    }
+    let hint = round.policy.max_load_hint.map_or(0, Load::milli);
+    let reserved = round.policy.reservation.of(scale(hint, capacity, 1_000));
+    reserved.max(tuning.reserve.of(measured)).max(1)
+}
+
+/// The share of an even load that lies on a slice.
+fn share_of(whole: u64, slice: Slice) -> u64 {
+    // At most 2^64 * 2^64 / 2^64, and the widest slice is all of it.
+    match slice.width() {
+        width if width >> 64 != 0 => whole,
+        width => ((u128::from(whole) * width) >> 64) as u64,
+    }
+}
+
+fn scale_width(value: u64, part: Slice, whole: Slice) -> u64 {
+    Load::from_milli(value).share(part.width(), whole.width()).milli()
+}
+
+/// Finds holders by session: sessions are minted in order, so mostly they lie close together and a table does.
+enum Places {
+    Table(u64, Vec<u32>),
+    Sorted(Vec<SessionId>),
+}
+
+impl Places {
+    fn new(holders: &[Holder]) -> Self {
+        let sessions = || holders.iter().map(|holder| holder.session);
+        let (first, last) = (sessions().next(), sessions().next_back());
+        let span = last.zip(first).map_or(0, |(last, first)| last.0 - first.0 + 1);
+        if span > 64 * holders.len() as u64 + 1_024 {
+            return Self::Sorted(sessions().collect());
+        }
+        let first = first.map_or(0, |first| first.0);
+        let mut table = vec![NOBODY; span as usize];
+        for (place, session) in sessions().enumerate() {
+            table[(session.0 - first) as usize] = place as u32;
+        }
+        Self::Table(first, table)
+    }
+
+    fn find(&self, session: SessionId) -> Option<u32> {
+        match self {
+            Self::Table(first, table) => {
+                let place = usize::try_from(session.0.checked_sub(*first)?).ok()?;
+                table.get(place).copied().filter(|place| *place != NOBODY)
+            }
+            Self::Sorted(sessions) => sessions.binary_search(&session).ok().map(|at| at as u32),
+        }
     }
 }

@@ -1,41 +1,51 @@
 //! Tasks with next to nothing take from those with most. Without it a newcomer among many would stay empty for ever: each
 //! of the others is within the band.
 
-use crate::balance::draft::{Draft, scale};
+use crate::balance::draft::{Draft, LOAD};
+use crate::balance::shed::{even_out, score};
 use crate::plan::Reason;
 
-/// A task below this share of the mean is filled, in percent.
-const FILL_BELOW: u64 = 50;
-/// Up to this share, in percent: short of the mean, so that it does not have to give at once.
-const FILL_TO: u64 = 90;
-
-/// Moves slices from the most pressed tasks to those with next to nothing, within the churn budget.
+/// Moves parts from the most pressed tasks to those below the floor, within the churn budget.
 pub(in crate::balance) fn fill(draft: &mut Draft<'_>) {
-    let mean = draft.mean();
-    let (below, to) = (scale(mean, FILL_BELOW, 100), scale(mean, FILL_TO, 100));
-    let cold: Vec<usize> =
-        draft.coldest().take_while(|holder| draft.holders[*holder].pressure() < below).collect();
+    let marks = draft.meters[LOAD].marks;
+    if draft.budget() == 0 || draft.meters[LOAD].trough() >= marks.floor {
+        return;
+    }
+    draft.gather(|_| true);
+    let order = draft.meters[LOAD].order().iter();
+    let cold: Vec<u32> =
+        order.take_while(|(pressure, _)| *pressure < marks.floor).map(|(_, cold)| *cold).collect();
     for taker in cold {
-        for _ in 0..draft.parts.len() {
-            let wanted = draft.weight_at(taker, to).saturating_sub(draft.holders[taker].weight);
-            let Some((part, from)) = next(draft, taker, wanted, to) else { break };
-            let moved = draft.parts[part].share(draft.parts[part].holders.len());
-            draft.spend(moved);
-            draft.shift(part, Some(from), Some(taker), Reason::Fill);
+        for _ in 0..draft.parts() {
+            let Some((part, from)) = next(draft, taker) else { break };
+            even_out(draft, part, from, taker, Reason::Fill);
         }
     }
 }
 
-/// Finds the largest slice that fits, on the most pressed task that stays above `to` without it.
-fn next(draft: &Draft<'_>, taker: usize, wanted: u64, to: u64) -> Option<(usize, usize)> {
-    let from = draft.hottest().next().filter(|from| *from != taker)?;
-    let spare = draft.holders[from].weight.saturating_sub(draft.weight_at(from, to));
+/// Finds what the most pressed task had better give to this one, both staying on their side of the mean.
+fn next(draft: &mut Draft<'_>, taker: u32) -> Option<(u32, u32)> {
+    let marks = draft.meters[LOAD].marks;
+    let from = draft.meters[LOAD].order().last().map(|(_, from)| *from).filter(|from| *from != taker)?;
+    let mut wanted = draft.meters[LOAD].room(taker, marks.fill_to);
+    let holder = &draft.holders[taker as usize];
+    if holder.newcomer && !draft.is_free() {
+        wanted = wanted.min(draft.round.policy.fill_rate.of(marks.mean).saturating_sub(holder.given));
+    }
+    let spare = draft.meters[LOAD].above(from, marks.fill_to);
     let bound = wanted.min(spare).min(draft.budget());
-    let moved = |part: usize| draft.parts[part].share(draft.parts[part].holders.len());
-    let fits = |part: &usize| {
-        (1..=bound).contains(&moved(*part)) && !draft.parts[*part].holders.contains(&taker)
+    let fits = |draft: &Draft<'_>, part: u32| {
+        (1..=bound).contains(&draft.share(LOAD, part))
+            && !draft.holds(part, taker)
+            && !draft.is_pinned(part)
+            && draft.may_hold(part, taker, Some(from))
+            && (1..draft.meters.len()).all(|meter| {
+                let limit = draft.meters[meter].marks.limit;
+                draft.share(meter, part) <= draft.meters[meter].room(taker, limit)
+            })
     };
-    let part =
-        draft.holders[from].parts.iter().copied().filter(fits).max_by_key(|part| moved(*part))?;
-    Some((part, from))
+    let parts = draft.parts_of(from);
+    let worth = parts.into_iter().filter(|part| fits(draft, *part));
+    let best = worth.max_by_key(|part| (score(draft, LOAD, *part, bound), std::cmp::Reverse(*part)))?;
+    Some((best, from))
 }

@@ -1,40 +1,42 @@
 //! Neighbours that the same tasks serve need not be apart. Merging them moves nothing.
 
-use crate::balance::draft::Draft;
+use crate::balance::draft::{Draft, LOAD};
 
-/// Slices a task above which neighbours are merged.
-const SLICES_A_TASK: usize = 64;
-/// Together they must carry less than one part in so many of the mean, far below what is split.
-const COLD: u64 = 64;
-
-/// Merges cold neighbours with the same holders while there are more slices than needed.
+/// Merges cold neighbours with the same holders while there are more slices than needed. What was cut in this round is
+/// left for the next.
 pub(in crate::balance) fn merge(draft: &mut Draft<'_>) {
-    let mut spare = draft.parts.len().saturating_sub(SLICES_A_TASK * draft.serving().max(1));
-    let cold = draft.mean() / COLD;
-    let mut first = 0;
-    let mut weight = 0;
+    let enough = draft.tuning.slices_merge as usize * draft.serving().max(1);
+    let mut spare = draft.parts().saturating_sub(enough);
+    if spare == 0 {
+        return;
+    }
+    let cold = draft.tuning.merge_below.of(draft.meters[LOAD].marks.mean);
+    let slices = &draft.round.assignment.slices;
     let mut runs = Vec::new();
-    for at in 0..draft.parts.len() {
-        let part = &draft.parts[at];
-        let joins =
-            at > first && spare > 0 && weight + part.weight < cold && same(draft, first, at);
+    let (mut first, mut weight) = (0, 0);
+    for part in 0..draft.base() as u32 {
+        let own = draft.meters[LOAD].weight[part as usize];
+        let joins = part > first
+            && spare > 0
+            && weight + own < cold
+            && draft.holders_of(first) == draft.holders_of(part)
+            && draft.is_whole(first)
+            && draft.is_whole(part)
+            && draft.is_pinned(first) == draft.is_pinned(part);
         if joins {
-            weight += part.weight;
+            weight += own;
             spare -= 1;
         } else {
-            runs.push((first, at));
-            (first, weight) = (at, part.weight);
+            if part > first + 1 {
+                runs.push((first, part - 1));
+            }
+            (first, weight) = (part, own);
         }
     }
-    runs.push((first, draft.parts.len()));
-    for (first, end) in runs {
-        if end - first > 1 {
-            draft.join(draft.parts[first].slice.first(), draft.parts[end - 1].slice.last());
-        }
+    if draft.base() as u32 > first + 1 {
+        runs.push((first, draft.base() as u32 - 1));
     }
-}
-
-fn same(draft: &Draft<'_>, one: usize, other: usize) -> bool {
-    let (one, other) = (&draft.parts[one].holders, &draft.parts[other].holders);
-    one.len() == other.len() && one.iter().all(|holder| other.contains(holder))
+    for (first, last) in runs {
+        draft.join(slices.slice_at(first as usize).first(), slices.slice_at(last as usize).last());
+    }
 }

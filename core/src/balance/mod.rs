@@ -5,26 +5,37 @@
 //! slice that nobody serves, a task that leaves) are always met; what merely evens out load spends a churn budget.
 
 mod round;
+mod tuning;
+mod meter;
 mod draft;
+mod isolate;
 mod split;
-mod place;
-mod evict;
+mod pin;
 mod replicate;
+mod place;
 mod shed;
+mod displace;
 mod fill;
 mod merge;
 
 use crate::plan::Plan;
 
-pub use round::{Policy, Round};
+pub use round::{Further, InFlight, Policy, Round};
+pub use tuning::Tuning;
 
 /// Decides what to change for a round.
 pub fn plan(round: &Round) -> Plan {
-    let mut draft = draft::Draft::new(round);
+    plan_with(round, &Tuning::STANDARD)
+}
+
+/// Decides with other constants than the standard ones, for studies of what they are worth.
+pub fn plan_with(round: &Round, tuning: &Tuning) -> Plan {
+    let mut draft = draft::Draft::new(round, tuning);
     split::split(&mut draft); // so that there is something to move
-    place::place(&mut draft); // what nobody serves, or too few
-    evict::evict(&mut draft); // what a leaving task still serves
-    replicate::replicate(&mut draft); // what one task cannot carry
+    isolate::isolate(&mut draft); // hot keys become slices of their own
+    pin::pin(&mut draft); // what the operator put somewhere
+    replicate::replicate(&mut draft); // what one task cannot carry, or need not share
+    place::place(&mut draft); // what nobody serves, or too few, or who leaves
     shed::shed(&mut draft); // what a hot task has too much
     fill::fill(&mut draft); // what a cold task has too little
     merge::merge(&mut draft); // what need not be apart

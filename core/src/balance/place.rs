@@ -1,23 +1,84 @@
-//! Slices that nobody serves, or fewer than the spec asks for: the one thing that cannot wait.
+//! Slices that nobody serves, or fewer than the spec asks, or that a leaving task has: the one thing that cannot wait.
 
-use crate::balance::draft::Draft;
+use std::cmp::Reverse;
+
+use crate::balance::draft::{Draft, LOAD};
 use crate::plan::Reason;
 
-/// Gives slices that lack replicas to the least pressed tasks, the heaviest first.
+/// Fills vacancies, the heaviest first, each with the least pressed task. In a rollout that is one of the newest
+/// revision, as long as it has room: else what is moved now is moved again when the old one goes.
 pub(in crate::balance) fn place(draft: &mut Draft<'_>) {
     let wanted = (draft.round.policy.replicas.min as usize).min(draft.serving());
-    let lacks = |at: &usize| draft.parts[*at].holders.len() < wanted;
-    let mut lacking: Vec<usize> = (0..draft.parts.len()).filter(lacks).collect();
-    lacking.sort_by_key(|at| std::cmp::Reverse(draft.parts[*at].weight));
-    for at in lacking {
-        let reason = match draft.parts[at].holders.is_empty() {
-            true if draft.parts[at].served_before => Reason::Lost,
-            true => Reason::First,
-            false => Reason::Replicate,
-        };
-        for _ in draft.parts[at].holders.len()..wanted {
-            let Some(to) = draft.taker(at) else { break };
-            draft.shift(at, None, Some(to), reason);
+    let mut vacant = std::mem::take(&mut draft.vacant);
+    let cuts = draft.base() as u32..draft.parts() as u32;
+    vacant.extend(cuts.filter(|part| is_vacant(draft, *part, wanted)));
+    vacant.sort_by_key(|part| Reverse(draft.share(LOAD, *part)));
+    for part in vacant {
+        let leaving: Vec<u32> = draft.holders_of(part).iter().copied().collect();
+        for from in leaving.into_iter().filter(|holder| !draft.holders[*holder as usize].serving).collect::<Vec<_>>() {
+            evict(draft, part, from);
+        }
+        while draft.holders_of(part).len() < wanted {
+            let reason = match draft.holders_of(part) {
+                [] if draft.was_held(part) => Reason::Lost,
+                [] => Reason::First,
+                _ => Reason::Replicate,
+            };
+            let Some(to) = next(draft, part, None) else { break };
+            draft.shift(part, None, Some(to), reason);
         }
     }
 }
+
+fn is_vacant(draft: &Draft<'_>, part: u32, wanted: usize) -> bool {
+    let holders = draft.holders_of(part);
+    holders.len() < wanted || holders.iter().any(|holder| !draft.holders[*holder as usize].serving)
+}
+
+fn evict(draft: &mut Draft<'_>, part: u32, from: u32) {
+    match next(draft, part, Some(from)) {
+        Some(to) => draft.shift(part, Some(from), Some(to), Reason::Drain),
+        // All others have it already: it has replicas enough without this one.
+        None if draft.holders_of(part).len() > 1 => draft.shift(part, Some(from), None, Reason::Drain),
+        // There is no one else: the task keeps it as long as it lives.
+        None => {}
+    }
+}
+
+/// The least pressed task that may have a part: of the newest revision where there is a choice, and in its home where
+/// somebody is.
+fn next(draft: &mut Draft<'_>, part: u32, from: Option<u32>) -> Option<u32> {
+    draft.meters[LOAD].order();
+    let fits = |draft: &Draft<'_>, holder: u32| {
+        draft.holders[holder as usize].serving
+            && !draft.holds(part, holder)
+            && draft.may_hold(part, holder, from)
+    };
+    let limit = draft.meters[LOAD].marks.limit;
+    let coldest = |draft: &mut Draft<'_>, newest: bool| {
+        let order: &std::collections::BTreeSet<(u64, u32)> = draft.meters[LOAD].order();
+        let mut order = order.iter().map(|(pressure, holder)| (*pressure, *holder));
+        let order: Vec<(u64, u32)> = order.by_ref().take(CHOICE_MAX).collect();
+        let new = |holder: u32| !newest || draft.holders[holder as usize].newest;
+        order
+            .into_iter()
+            .find(|(pressure, holder)| {
+                new(*holder) && (!newest || *pressure < limit) && fits(draft, *holder)
+            })
+            .map(|(_, holder)| holder)
+    };
+    if draft.rollout()
+        && let Some(newest) = coldest(draft, true)
+    {
+        return Some(newest);
+    }
+    coldest(draft, false).or_else(|| {
+        let holders = 0..draft.holders.len() as u32;
+        let serves = |holder: &u32| draft.holders[*holder as usize].serving;
+        let lacks = |holder: &u32| !draft.holds(part, *holder);
+        holders.filter(serves).filter(lacks).min_by_key(|holder| draft.meters[LOAD].pressure(*holder))
+    })
+}
+
+/// How many of the least pressed tasks are looked at before any will do.
+const CHOICE_MAX: usize = 64;

@@ -1,47 +1,79 @@
-//! Slices that one task cannot carry get more replicas, and lose them again when they cool.
+//! Slices that one task cannot carry get more replicas, and lose them again when they have cooled for good.
 
-use crate::balance::draft::{Draft, scale};
+use crate::balance::draft::{Draft, LOAD};
 use crate::plan::Reason;
 
-/// A replica that carries more than this share of the mean is too heavy to balance, in percent. From a study on twelve
-/// traces: at 90 the churn doubles.
-const GROW_ABOVE: u64 = 35;
-/// Replicas are added until each carries no more than this, in percent of the mean.
-const GROW_TO: u64 = 30;
-/// A replica is removed if the rest would then carry no more than this, in percent of the mean: far below, lest it return.
-const SHRINK_BELOW: u64 = 8;
-
-/// Adds replicas to slices that are too heavy, and removes those that are no longer needed or allowed.
+/// Sets how many replicas hot slices have: removes those that are no longer needed or allowed, and adds those that are
+/// missing to the least pressed tasks.
 pub(in crate::balance) fn replicate(draft: &mut Draft<'_>) {
     let bounds = draft.round.policy.replicas;
-    let (min, max) = (bounds.min as usize, bounds.max as usize);
-    let percent = |share: u64| scale(draft.mean(), share, 100);
-    let (above, to, below) = (percent(GROW_ABOVE), percent(GROW_TO), percent(SHRINK_BELOW));
-    for at in 0..draft.parts.len() {
-        let replicas = draft.parts[at].holders.len();
-        if replicas > max || (replicas > min && draft.parts[at].share(replicas - 1) < below) {
-            shrink(draft, at);
-        } else if (1..max).contains(&replicas) && draft.parts[at].share(replicas) > above {
-            grow(draft, at, max, to);
+    let most = (bounds.max as usize).min(draft.serving());
+    let min = (bounds.min as usize).min(draft.serving()).max(1);
+    let mean = draft.meters[LOAD].marks.mean;
+    let tuning = draft.tuning;
+    let (above, to) = (tuning.grow_above.of(mean), tuning.grow_to.of(mean).max(1));
+    let below = tuning.shrink_below.of(mean);
+    let cuts = draft.base() as u32..draft.parts() as u32;
+    let mut heavy: Vec<u32> = draft.heavy.iter().copied().chain(cuts).collect();
+    heavy.sort_by_key(|part| std::cmp::Reverse(draft.meters[LOAD].weight[*part as usize]));
+    for part in heavy {
+        let weight = draft.meters[LOAD].weight[part as usize];
+        let replicas = draft.holders_of(part).len();
+        if replicas == 0 || draft.is_pinned(part) {
+            continue;
+        }
+        if replicas > most || (replicas > min && weight / (replicas as u64 - 1) < below) {
+            let kept = usize::try_from(weight.div_ceil(below.max(1))).unwrap_or(most);
+            shrink(draft, part, kept.clamp(min, most));
+        } else if weight / replicas as u64 > above && replicas < most && !draft.round.policy.frozen {
+            let wanted = usize::try_from(weight.div_ceil(to)).unwrap_or(most).min(most);
+            grow(draft, part, wanted);
         }
     }
 }
 
-fn shrink(draft: &mut Draft<'_>, at: usize) {
-    let pressure = |holder: &&usize| draft.holders[**holder].pressure();
-    let from = draft.parts[at].holders.iter().max_by_key(pressure).copied();
-    draft.shift(at, from, None, Reason::Dereplicate);
+fn shrink(draft: &mut Draft<'_>, part: u32, kept: usize) {
+    let mut holders = draft.holders_of(part).to_vec();
+    // Who leaves goes first, then who is most pressed.
+    holders.sort_by_key(|holder| {
+        (!draft.holders[*holder as usize].serving, draft.meters[LOAD].pressure(*holder), *holder)
+    });
+    holders.truncate(kept);
+    draft.assign(part, holders, Reason::Dereplicate);
 }
 
-fn grow(draft: &mut Draft<'_>, at: usize, max: usize, to: u64) {
-    while draft.parts[at].holders.len() < max {
-        let replicas = draft.parts[at].holders.len();
-        let moved = draft.parts[at].share(replicas + 1);
-        let Some(taker) = draft.taker(at) else { return };
-        if draft.parts[at].share(replicas) <= to || moved > draft.budget() {
-            return;
-        }
-        draft.spend(moved);
-        draft.shift(at, None, Some(taker), Reason::Replicate);
+/// Adds replicas up to `wanted`, on the least pressed tasks: whoever is pressed too much then sheds something else.
+pub(in crate::balance) fn grow(draft: &mut Draft<'_>, part: u32, wanted: usize) {
+    let old = draft.holders_of(part).to_vec();
+    let weight = draft.meters[LOAD].weight[part as usize];
+    // What newcomers will carry comes out of the budget.
+    let mut wanted = wanted;
+    while wanted > old.len()
+        && weight / wanted as u64 * (wanted - old.len()) as u64 > draft.budget()
+    {
+        wanted -= 1;
     }
+    let added = takers(draft, part, wanted.saturating_sub(old.len()));
+    if added.is_empty() {
+        return;
+    }
+    let share = weight / (old.len() + added.len()) as u64;
+    draft.spend(share * added.len() as u64);
+    draft.assign(part, old.into_iter().chain(added).collect(), Reason::Replicate);
+}
+
+/// The least pressed holders that may have a part and lack it.
+fn takers(draft: &mut Draft<'_>, part: u32, count: usize) -> Vec<u32> {
+    let coldest: Vec<u32> =
+        draft.meters[LOAD].order().iter().map(|(_, holder)| *holder).collect();
+    let mut found = Vec::new();
+    for holder in coldest {
+        if found.len() == count {
+            break;
+        }
+        if !draft.holds(part, holder) && draft.may_hold(part, holder, None) {
+            found.push(holder);
+        }
+    }
+    found
 }

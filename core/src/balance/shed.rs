@@ -1,74 +1,151 @@
-//! Tasks above the limit give away their excess, and no more: each time the slice that brings most for what it costs.
+//! Tasks above the limit give away their excess, and no more: first what brings most for what it costs.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
-use crate::balance::draft::{Draft, scale};
-use crate::plan::Reason;
+use crate::balance::displace::displace;
+use crate::balance::draft::{Draft, LOAD};
+use crate::balance::meter::{Marks, scale};
+use crate::plan::{Reason, SLICES_MAX};
 
-/// Where giving and taking stop, in percent of the way from the mean to the limit. Below the limit, so that a task that
-/// gave does not stand at the edge again; the taker's below the giver's, so that it does not give the same slice back.
-const GIVE_TO: u64 = 60;
-const TAKE_TO: u64 = 30;
-/// A slice may carry so many percent of the excess; one that carries more leaves the giver too cold.
-const OVERSHOOT: u64 = 160;
-
-/// Moves the excess of tasks above the limit to the least pressed ones, within the churn budget.
+/// Moves the excess of tasks above the limit to the least pressed ones, within the churn budget, meter by meter.
 pub(in crate::balance) fn shed(draft: &mut Draft<'_>) {
-    let (mean, limit) = (draft.mean(), draft.limit());
-    let toward = |percent| mean + scale(limit - mean, percent, 100);
-    let (give_to, take_to) = (toward(GIVE_TO), toward(TAKE_TO));
+    for meter in 0..draft.meters.len() {
+        relieve(draft, meter);
+    }
+}
+
+fn relieve(draft: &mut Draft<'_>, meter: usize) {
+    let limit = draft.meters[meter].marks.limit;
+    if draft.budget() == 0 || draft.meters[meter].peak() <= limit {
+        return;
+    }
+    let over: Vec<bool> = (0..draft.holders.len() as u32)
+        .map(|holder| draft.meters[meter].pressure(holder) > limit)
+        .collect();
+    draft.gather(|holder| over[holder as usize]);
     let mut stuck = BTreeSet::new();
-    // Each step moves a slice or gives a task up; more steps than slices and tasks would be going round in circles.
-    for _ in 0..2 * draft.parts.len() + draft.holders.len() {
-        let Some(hot) = draft.hottest().find(|holder| !stuck.contains(holder)) else { return };
-        if draft.holders[hot].pressure() <= limit {
+    // A task gives, is displaced from, or is given up; more steps than these would be going round in circles.
+    for _ in 0..4 * draft.holders.len() + 16 {
+        let order = draft.meters[meter].order().iter().rev();
+        let mut order = order.take_while(|(pressure, _)| *pressure > limit);
+        let Some(hot) = order.find(|(_, holder)| !stuck.contains(holder)).map(|(_, hot)| *hot)
+        else {
+            return;
+        };
+        give(draft, meter, hot);
+        if draft.meters[meter].pressure(hot) > limit && !displace(draft, meter, hot) {
+            stuck.insert(hot);
+        }
+    }
+}
+
+/// Gives away what a holder has too much: to who stays well below the edge, else to who stays below it, else a piece cut
+/// to fit.
+fn give(draft: &mut Draft<'_>, meter: usize, hot: u32) {
+    let parts = draft.parts_of(hot);
+    give_parts(draft, meter, hot, &parts, |marks| marks.take_to);
+    if draft.meters[meter].pressure(hot) > draft.meters[meter].marks.limit {
+        give_parts(draft, meter, hot, &parts, |marks| marks.limit);
+    }
+    if draft.meters[meter].pressure(hot) > draft.meters[meter].marks.limit {
+        give_piece(draft, meter, hot);
+    }
+}
+
+fn give_parts(
+    draft: &mut Draft<'_>,
+    meter: usize,
+    hot: u32,
+    parts: &[u32],
+    below: impl Fn(&Marks) -> u64 + Copy,
+) {
+    let give_to = draft.meters[meter].marks.give_to;
+    let excess = draft.meters[meter].above(hot, give_to);
+    let fits = |share: u64, excess: u64, draft: &Draft<'_>| {
+        share > 0 && share <= draft.tuning.overshoot.of(excess)
+    };
+    let mut worth: Vec<(u64, u32)> = parts
+        .iter()
+        .copied()
+        .filter(|part| draft.holds(*part, hot) && !draft.is_pinned(*part))
+        .filter(|part| fits(draft.share(meter, *part), excess, draft))
+        .map(|part| (score(draft, meter, part, excess), part))
+        .collect();
+    worth.sort_unstable_by_key(|(score, part)| (Reverse(*score), *part));
+    for (_, part) in worth {
+        let excess = draft.meters[meter].above(hot, give_to);
+        let share = draft.share(meter, part);
+        let moved = draft.share(LOAD, part);
+        if excess == 0 {
             return;
         }
-        let excess = draft.holders[hot].weight.saturating_sub(draft.weight_at(hot, give_to));
-        let step = best(draft, hot, excess, take_to).or_else(|| best(draft, hot, excess, limit));
-        match step {
-            Some((part, to)) => {
-                let moved = draft.parts[part].share(draft.parts[part].holders.len());
-                draft.spend(moved);
-                draft.shift(part, Some(hot), Some(to), Reason::Load);
-            }
-            None => drop(stuck.insert(hot)),
+        if !fits(share, excess, draft) || moved > draft.budget() {
+            continue;
+        }
+        if let Some(to) = draft.taker(meter, part, Some(hot), below) {
+            even_out(draft, part, hot, to, Reason::Load);
         }
     }
 }
 
-/// Finds the slice that relieves `hot` most for what moving it costs, and who takes it without rising above `take_to`.
-fn best(draft: &Draft<'_>, hot: usize, excess: u64, take_to: u64) -> Option<(usize, usize)> {
-    let coldest = draft.coldest().next()?;
-    let mut best = None;
-    for &part in &draft.holders[hot].parts {
-        let holders = &draft.parts[part].holders;
-        let moved = draft.parts[part].share(holders.len());
-        if moved == 0 || moved > scale(excess, OVERSHOOT, 100) || moved > draft.budget() {
-            continue;
-        }
-        let to = if holders.contains(&coldest) { draft.taker(part) } else { Some(coldest) };
-        let Some(to) = to else { continue };
-        let room = draft.weight_at(to, take_to).saturating_sub(draft.holders[to].weight);
-        if moved > room {
-            continue;
-        }
-        let score = score(draft, part, moved, excess);
-        if best.is_none_or(|(known, _, _)| score > known) {
-            best = Some((score, part, to));
-        }
+/// Cuts a part so that a piece of it is just what the holder has too much.
+fn give_piece(draft: &mut Draft<'_>, meter: usize, hot: u32) {
+    let marks = draft.meters[meter].marks;
+    let excess = draft.meters[meter].above(hot, marks.give_to);
+    let most = (draft.tuning.slices_max as usize * draft.serving()).min(SLICES_MAX);
+    if draft.parts() >= most || meter != LOAD {
+        return;
     }
-    best.map(|(_, part, to)| (part, to))
+    let whole = |draft: &Draft<'_>, part: &u32| {
+        draft.holders_of(*part).len() == 1 && draft.slice(*part).width() > 1 && !draft.is_pinned(*part)
+    };
+    let parts = draft.parts_of(hot);
+    let heaviest = parts
+        .into_iter()
+        .filter(|part| whole(draft, part))
+        .max_by_key(|part| (draft.share(meter, *part), Reverse(*part)));
+    let Some(part) = heaviest else { return };
+    let weight = draft.share(meter, part);
+    let coldest = draft.meters[meter].order().first().map(|(_, holder)| *holder);
+    let Some(to) = coldest else { return };
+    let room = draft.meters[meter].room(to, marks.limit);
+    let piece = excess.min(room).min(draft.budget());
+    if piece == 0 || piece >= weight {
+        return;
+    }
+    let slice = draft.slice(part);
+    let below = u128::from(piece) * (slice.width() >> 1) / u128::from(weight) * 2;
+    let Some(at) = u64::try_from(below).ok().and_then(|below| slice.first().0.checked_add(below))
+    else {
+        return;
+    };
+    let load = scale(draft.load(part), piece, weight);
+    if draft.cut(part, crate::key::SliceKey(at), load).is_some()
+        && let Some(to) = draft.taker(meter, part, Some(hot), |marks| marks.limit)
+    {
+        even_out(draft, part, hot, to, Reason::Load);
+    }
 }
 
-/// Relief for cost. The cost is the load that moves and, so that hot keys are not shuffled about for their narrowness
-/// nor wide cold slices for their coldness, the load that lies on so much key space on average. Among equals the larger
-/// one wins: each halving of relief costs a tenth (a power of 0.15, from a study on twelve traces).
-fn score(draft: &Draft<'_>, part: usize, moved: u64, excess: u64) -> u64 {
-    let relief = moved.min(excess);
-    let wide = draft.parts[part].slice.width() >> 44; // of 2^20
-    let space = scale(draft.mean(), wide as u64 * draft.serving() as u64, 1 << 20);
-    let worth = scale(relief, 1_000_000, moved + space);
+/// Moves a part to even out load: the budget pays.
+pub(in crate::balance) fn even_out(
+    draft: &mut Draft<'_>,
+    part: u32,
+    from: u32,
+    to: u32,
+    reason: Reason,
+) {
+    let moved = draft.share(LOAD, part);
+    draft.spend(moved);
+    draft.holders[to as usize].given += moved;
+    draft.shift(part, Some(from), Some(to), reason);
+}
+
+/// Relief for cost. Among equals the larger one wins: each halving of relief costs a tenth (a power of 0.15).
+pub(in crate::balance) fn score(draft: &Draft<'_>, meter: usize, part: u32, excess: u64) -> u64 {
+    let relief = draft.share(meter, part).min(excess);
+    let worth = scale(relief, 1_000_000, draft.cost(part).max(1));
     let halvings = (excess / relief.max(1)).checked_ilog2().unwrap_or(0);
     scale(worth, 1_000_u64.saturating_sub(104 * u64::from(halvings)).max(100), 1_000)
 }

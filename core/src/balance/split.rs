@@ -1,63 +1,36 @@
 //! Splits: they move nothing, and give later phases something small enough to move.
 
-use std::collections::{BTreeSet, BinaryHeap};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
-use crate::balance::draft::Draft;
+use crate::balance::draft::{Draft, LOAD};
 use crate::plan::SLICES_MAX;
 
-/// Slices a task from the start. Slicer keeps 50 to 150 and Dicer 32 to 64 without having measured it; a study on twelve
-/// traces found no gain above 30.
-const SLICES_A_TASK: usize = 32;
-/// Slices a task up to which hot ones are split: Slicer's bound.
-const SLICES_A_TASK_MAX: usize = 150;
-/// A slice of more than one part in so many of the mean is worth splitting, if its task has too much.
-const WORTH_SPLITTING: u64 = 16;
-
-/// Splits the heaviest slices until there are enough, and those that are too heavy to move off a task that has too much.
+/// Splits the heaviest parts until there are enough for the tasks that serve.
 pub(in crate::balance) fn split(draft: &mut Draft<'_>) {
-    even(draft);
-    // What cannot be moved anyway need not be split: emergencies come several at a time.
-    if draft.budget() > 0 {
-        hot(draft);
-    }
-    draft.sort();
-}
-
-fn even(draft: &mut Draft<'_>) {
-    let wanted = (SLICES_A_TASK * draft.serving()).min(SLICES_MAX);
-    if draft.parts.len() >= wanted {
+    let wanted = (draft.tuning.slices_min as usize * draft.serving()).min(SLICES_MAX);
+    if draft.parts() >= wanted {
         return;
     }
     // The lowest first among equals: a heap gives the greatest.
-    let entry = |draft: &Draft<'_>, at: usize| {
-        (draft.parts[at].weight, std::cmp::Reverse(draft.parts[at].slice), at)
+    let entry = |draft: &Draft<'_>, part: u32| {
+        (draft.meters[LOAD].weight[part as usize], Reverse(draft.slice(part)), part)
     };
-    let mut heap: BinaryHeap<_> = (0..draft.parts.len()).map(|at| entry(draft, at)).collect();
-    while draft.parts.len() < wanted
-        && let Some((_, _, at)) = heap.pop()
+    let mut heap: BinaryHeap<_> =
+        (0..draft.parts() as u32).map(|part| entry(draft, part)).collect();
+    while draft.parts() < wanted
+        && let Some((_, _, part)) = heap.pop()
     {
-        for half in draft.halve(at).into_iter().flatten() {
-            heap.push(entry(draft, half));
+        if let Some(upper) = halve(draft, part) {
+            heap.push(entry(draft, part));
+            heap.push(entry(draft, upper));
         }
     }
 }
 
-fn hot(draft: &mut Draft<'_>) {
-    let most = (SLICES_A_TASK_MAX * draft.serving()).min(SLICES_MAX);
-    let limit = draft.limit();
-    let worth = draft.mean() / WORTH_SPLITTING;
-    let pressed: Vec<usize> =
-        draft.hottest().take_while(|holder| draft.holders[*holder].pressure() > limit).collect();
-    let heavy: BTreeSet<usize> = pressed
-        .iter()
-        .flat_map(|holder| draft.holders[*holder].parts.iter().copied())
-        .filter(|at| draft.parts[*at].weight > worth)
-        .collect();
-    for at in heavy {
-        if draft.parts.len() >= most {
-            return;
-        }
-        // Once a round: what the halves carry has to be measured before they are split on.
-        let _ = draft.halve(at);
-    }
+/// Parts a part in the middle, its load taken to lie evenly; nothing for a single key.
+pub(in crate::balance) fn halve(draft: &mut Draft<'_>, part: u32) -> Option<u32> {
+    let middle = draft.slice(part).middle()?;
+    let load = draft.load(part);
+    draft.cut(part, middle, load / 2)
 }

@@ -9,6 +9,7 @@ pub mod slicer;
 pub mod dicer;
 pub mod ring;
 pub mod bounded_ring;
+pub mod mandoline;
 
 use crate::fleet::Member;
 use crate::interval::Interval;

@@ -1,0 +1,73 @@
+//! Every number that someone chose for the balancer, in one place, so that a study can vary them.
+//!
+//! All of one set, for every workload: none is meant to be tuned for a job. What a job's operator decides is in its spec.
+//! Where nothing else is said, the value comes from a study on twelve real traces and synthetic load.
+
+use crate::spec::Ratio;
+
+/// The balancer's constants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Slices a task from the start.
+    pub slices_min: u32,
+    /// Slices a task above which cold neighbours are merged.
+    pub slices_merge: u32,
+    /// Slices a task up to which hot ones are split.
+    pub slices_max: u32,
+    /// The share of the load that is taken to lie evenly over all keys, whatever was measured: it spreads slices that are
+    /// cold today over all tasks.
+    pub reserve: Ratio,
+    /// A key that draws more than this share of the mean task load becomes a slice of its own.
+    pub isolate_above: Ratio,
+    /// How much of the forecast's error widens an adaptive band.
+    pub error_widens: Ratio,
+    /// How much of what was lately unforeseeable widens an adaptive band: no plan can be better than that.
+    pub surprise_widens: Ratio,
+    /// An adaptive band is no wider than this.
+    pub band_max: Ratio,
+    /// Where giving stops, on the way from the mean to the band's edge: short of the edge, so that a task that gave does
+    /// not stand there again.
+    pub give_to: Ratio,
+    /// Where taking stops, on the same way: below `give_to`, lest what was given is given on.
+    pub take_to: Ratio,
+    /// A replica that carries more than this share of the mean is too heavy to balance with.
+    pub grow_above: Ratio,
+    /// Replicas are added until each carries no more than this.
+    pub grow_to: Ratio,
+    /// A replica is removed if the rest would then carry no more than this: far below, lest it return.
+    pub shrink_below: Ratio,
+    /// How dear key space is beside load: at 100 %, a slice of average heat costs twice its load.
+    pub space_costs: Ratio,
+    /// A slice may carry this share of what its task has too much; one that carries more leaves it too cold.
+    pub overshoot: Ratio,
+    /// A task below this share of the mean is filled.
+    pub fill_below: Ratio,
+    /// Up to this share: short of the mean, so that it does not have to give at once.
+    pub fill_to: Ratio,
+    /// Neighbours are merged if together they carry less than this share of the mean.
+    pub merge_below: Ratio,
+}
+
+impl Tuning {
+    /// What every job runs with.
+    pub const STANDARD: Self = Self {
+        slices_min: 32,
+        slices_merge: 64,
+        slices_max: 150,
+        reserve: Ratio::percent(1),
+        isolate_above: Ratio::percent(5),
+        error_widens: Ratio::percent(100),
+        surprise_widens: Ratio::percent(30),
+        band_max: Ratio::percent(100),
+        give_to: Ratio::percent(60),
+        take_to: Ratio::percent(30),
+        grow_above: Ratio::percent(35),
+        grow_to: Ratio::percent(30),
+        shrink_below: Ratio::percent(8),
+        space_costs: Ratio::percent(100),
+        overshoot: Ratio::percent(160),
+        fill_below: Ratio::percent(50),
+        fill_to: Ratio::percent(95),
+        merge_below: Ratio::percent(4),
+    };
+}
