@@ -14,9 +14,12 @@ use crate::task::SessionId;
 /// What the next round's load is thought to be, slice by slice, and how far the last such thought was off.
 #[derive(Clone, Debug)]
 pub struct Forecast {
-    estimate: SliceMap<Load>,
+    estimate: SliceMap<Estimate>,
+    smoothing: Smoothing,
     // Sorted. Keys that are not slices of their own; each is part of its slice's estimate.
     hot: Vec<HotKey>,
+    // Of one measurement of a task's load, in millionths of the mean: what was seen, and what counting alone explains.
+    seen: u32,
     error: Ratio,
     // The newest last.
     surprises: VecDeque<u32>,
@@ -24,21 +27,46 @@ pub struct Forecast {
     measured: bool,
 }
 
-/// The weight of a new measurement that lies within counting noise of the estimate. From a study on twelve traces: less
-/// follows too late, more chases noise.
-const GAIN: (u64, u64) = (3, 10);
-/// Standard deviations of counting noise beyond which a measurement is news and taken as it is.
-const NEWS_SIGMAS: u64 = 3;
+/// How measurements become estimates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Smoothing {
+    /// The least weight of a new measurement, as a percentage. While an estimate is young its measurements count alike.
+    pub gain: u32,
+    /// Standard deviations of counting noise, in tenths, beyond which a measurement is news: it is taken as it is.
+    pub news: u32,
+    /// phi
+    pub phi: u32,
+}
+
+impl Smoothing {
+    /// What every job runs with.
+    pub const STANDARD: Self = Self { gain: 5, news: 40, phi: 100 };
+}
+
+/// What one slice's load is thought to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Estimate {
+    load: Load,
+    /// How many measurements it averages, up to 255.
+    age: u8,
+}
+
 /// How many rounds' surprises are remembered: their median leaves out one that was an event and not the rule.
 const SURPRISES: usize = 9;
 
 impl Forecast {
     /// Starts from the loads that are stored with the assignment.
     pub fn new(assignment: &Assignment) -> Self {
-        let estimate = assignment.slices.map(|_, assigned| assigned.load);
+        Self::with(assignment, Smoothing::STANDARD)
+    }
+
+    /// The same with another smoothing, for studies of what it is worth.
+    pub fn with(assignment: &Assignment, smoothing: Smoothing) -> Self {
+        let estimate =
+            assignment.slices.map(|_, assigned| Estimate { load: assigned.load, age: 1 });
         let measured = any(&estimate);
         let (hot, error, surprises) = (Vec::new(), Ratio::from_millionths(0), VecDeque::new());
-        Self { estimate, hot, error, surprises, measured }
+        Self { estimate, smoothing, hot, seen: 0, error, surprises, measured }
     }
 
     /// Takes in what was measured since the last round, and gives the load of each slice of `assignment`, in order.
@@ -46,43 +74,74 @@ impl Forecast {
         let mut off = TaskErrors::default();
         let estimate = assignment.slices.map(|slice, assigned| {
             let old = self.load_of(slice);
+            let age = self.estimate.get(slice.first()).1.age;
             let replicas = assigned.replicas.as_slice();
             let each = old.share(1, replicas.len().max(1) as u128);
             let mut sum = Load::ZERO;
+            let mut windows = Duration::ZERO;
             for replica in replicas {
                 let measured = table.measured(replica.session, replica.since, slice);
                 off.note(replica.session, each, measured.map_or(each, |(_, load)| load));
-                sum += measured.map_or(each, |(window, load)| blend(each, load, window));
+                sum += measured.map_or(each, |(_, load)| load);
+                windows = windows.max(measured.map_or(Duration::ZERO, |(window, _)| window));
             }
-            if replicas.is_empty() { old } else { sum }
+            match windows {
+                Duration::ZERO => Estimate { load: old, age },
+                window => self.smoothing.blend(Estimate { load: old, age }, sum, window),
+            }
         });
         self.hot = self.hot_in(&estimate, table);
+        let (seen, surprise) = off.sum_up();
+        // Before there were measurements nothing was foreseen.
+        if self.measured {
+            self.seen = if self.seen == 0 { seen } else { self.seen / 10 * 8 + seen / 10 * 2 };
+        }
         self.measured |= any(&estimate);
         self.estimate = estimate;
-        let (error, surprise) = off.sum_up();
-        self.error = Ratio::from_millionths(self.error.millionths() / 10 * 8 + error / 10 * 2);
+        self.error = self.uncertainty(assignment, table.window());
         self.surprises.push_back(surprise);
         if self.surprises.len() > SURPRISES {
             self.surprises.pop_front();
         }
-        self.estimate.iter().map(|(_, load)| *load).collect()
+        self.estimate.iter().map(|(_, estimate)| estimate.load).collect()
+    }
+
+    /// How far off the estimate of a task's load is, usually: what counting leaves of chance after as many measurements as
+    /// each slice's estimate averages, and more where measurements were seen to be further off than counting explains.
+    fn uncertainty(&self, assignment: &Assignment, window: Duration) -> Ratio {
+        let counts = |load: Load| load.milli() as f64 * window.as_secs_f64() / 1_000.0;
+        let (mut once, mut averaged) = (0.0, 0.0);
+        for (_, estimate) in self.estimate.iter() {
+            let counts = counts(estimate.load);
+            once += counts;
+            averaged += counts / self.smoothing.measurements(estimate.age);
+        }
+        let tasks = assignment.tasks.len().max(1) as f64;
+        let mean = (once / tasks).max(1.0);
+        let chance = (once / tasks).sqrt() / mean;
+        let more = (f64::from(self.seen) / 1e6 / chance.max(1e-9)).max(1.0).powf(f64::from(self.smoothing.phi) / 100.0);
+        let error = (averaged / tasks).sqrt() / mean * more;
+        Ratio::from_millionths((error * 1e6).min(1e6) as u32)
     }
 
     /// The hot keys that were named since the last round, each smoothed, and those of before that fade. What has become a
     /// slice of its own is measured as such.
-    fn hot_in(&self, estimate: &SliceMap<Load>, table: &LoadTable) -> Vec<HotKey> {
+    fn hot_in(&self, estimate: &SliceMap<Estimate>, table: &LoadTable) -> Vec<HotKey> {
         let before = |key| self.hot.binary_search_by_key(&key, |hot| hot.key).ok();
         let named = table.hot_keys();
         let faded = self.hot.iter().filter(|hot| named.binary_search_by_key(&hot.key, |n| n.key).is_err());
         let faded = faded.map(|hot| HotKey { load: hot.load.share(1, 2), ..*hot });
         let smoothed = named.iter().map(|hot| match before(hot.key) {
-            Some(at) => HotKey { load: blend(self.hot[at].load, hot.load, table.window()), ..*hot },
+            Some(at) => {
+                let old = Estimate { load: self.hot[at].load, age: u8::MAX };
+                HotKey { load: self.smoothing.blend(old, hot.load, table.window()).load, ..*hot }
+            }
             None => *hot,
         });
         let mut hot: Vec<HotKey> = smoothed.chain(faded).filter(|hot| hot.load > Load::ZERO).collect();
         hot.sort_unstable_by_key(|hot| hot.key);
         hot.retain_mut(|hot| {
-            let (slice, load) = estimate.get(hot.key);
+            let (slice, Estimate { load, .. }) = estimate.get(hot.key);
             hot.load = hot.load.min(*load);
             slice.width() > 1 && hot.load.milli() * HOT_SHARE >= load.milli()
         });
@@ -92,7 +151,7 @@ impl Forecast {
     /// Estimates the load of any slice; where it was split or merged since, by its hot keys and for the rest by width.
     pub fn load_of(&self, slice: Slice) -> Load {
         let parts = self.estimate.touching(slice);
-        parts.map(|(part, load)| self.load_within(part, *load, slice)).sum()
+        parts.map(|(part, estimate)| self.load_within(part, estimate.load, slice)).sum()
     }
 
     fn load_within(&self, part: Slice, load: Load, slice: Slice) -> Load {
@@ -137,25 +196,33 @@ impl Forecast {
 /// A hot key below this part of its slice is forgotten: 1 in so many.
 const HOT_SHARE: u64 = 1_000;
 
-fn any(estimate: &SliceMap<Load>) -> bool {
-    estimate.iter().any(|(_, load)| *load > Load::ZERO)
+fn any(estimate: &SliceMap<Estimate>) -> bool {
+    estimate.iter().any(|(_, estimate)| estimate.load > Load::ZERO)
 }
 
-/// Moves an estimate towards a measurement: a little if the difference may be chance, all the way if it is news.
-fn blend(old: Load, new: Load, window: Duration) -> Load {
-    // Counts, taking a unit for a request: their standard deviation is the root of their number.
-    let counts = |load: Load| u128::from(load.milli()) * window.as_millis() / 1_000_000;
-    let (before, now) = (counts(old), counts(new));
-    let difference = before.abs_diff(now);
-    if difference * difference > u128::from(NEWS_SIGMAS * NEWS_SIGMAS) * before.max(now).max(1) {
-        return new;
+impl Smoothing {
+    /// How many measurements an estimate of an age is worth: in the long run (2 - gain) / gain.
+    fn measurements(self, age: u8) -> f64 {
+        let gain = f64::from(self.gain) / 100.0;
+        f64::from(age.max(1)).min((2.0 - gain) / gain)
     }
-    let (gain, of) = GAIN;
-    Load::from_milli((old.milli() * (of - gain) + new.milli() * gain) / of)
-}
 
-/// What smoothing leaves of the standard deviation of chance, in percent: the root of gain / (2 - gain).
-const SMOOTHED: u128 = 42;
+    /// Moves an estimate towards a measurement: a little if the difference may be chance, all the way if it is news.
+    fn blend(self, old: Estimate, new: Load, window: Duration) -> Estimate {
+        // Counts, taking a unit for a request. Twice the root of a count has a standard deviation of one whatever the count
+        // (Anscombe, 1948), so that few requests more of a cold slice are no news.
+        let counts = |load: Load| load.milli() as f64 * window.as_secs_f64() / 1_000.0;
+        let stable = |load: Load| 2.0 * (counts(load) + 0.375).sqrt();
+        let deviations = (stable(new) - stable(old.load)).abs();
+        if deviations * 10.0 > f64::from(self.news) {
+            return Estimate { load: new, age: 1 };
+        }
+        let age = old.age.saturating_add(1);
+        let gain = u64::from(self.gain.max(100 / u32::from(age)));
+        let load = Load::from_milli((old.load.milli() * (100 - gain) + new.milli() * gain) / 100);
+        Estimate { load, age }
+    }
+}
 
 /// Each task's expected and measured load.
 #[derive(Default)]
@@ -188,7 +255,7 @@ impl TaskErrors {
         let unluckiest = (2 * 693 * 1_000 * u64::from(count.max(2).ilog2())).isqrt();
         let by_chance = deviation * u128::from(unluckiest) / 1_000;
         let bounded = |millionths: u128| millionths.min(MOST) as u32;
-        (bounded(deviation * SMOOTHED / 100), bounded(worst.saturating_sub(by_chance)))
+        (bounded(deviation), bounded(worst.saturating_sub(by_chance)))
     }
 }
 

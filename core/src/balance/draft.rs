@@ -257,7 +257,11 @@ impl<'a> Draft<'a> {
         }
         let (width, fixed) = match band {
             Band::Adaptive(floor) => {
-                let error = tuning.error_widens.of(u64::from(self.round.forecast_error.millionths()));
+                // Of n tasks the unluckiest is sqrt(2 ln n) deviations off; a little more, lest it moves each time.
+                let unluckiest = (2 * 693 * 1_000 * u64::from(self.serving.max(2).ilog2())).isqrt();
+                let deviations = unluckiest + u64::from(tuning.error_margin.millionths() / 1_000);
+                let error = u64::from(self.round.forecast_error.millionths());
+                let error = tuning.error_widens.of(scale(error, deviations, 1_000));
                 let lag = tuning.surprise_widens.of(u64::from(self.round.surprise.millionths()));
                 let wide = u64::from(floor.millionths()) + error + lag;
                 let most = u64::from(tuning.band_max.max(floor).millionths());

@@ -21,6 +21,8 @@ pub struct Tuning {
     pub isolate_above: Ratio,
     /// How much of the forecast's error widens an adaptive band.
     pub error_widens: Ratio,
+    /// How many deviations of error are allowed for beyond what the unluckiest of the tasks has by chance.
+    pub error_margin: Ratio,
     /// How much of what was lately unforeseeable widens an adaptive band: no plan can be better than that.
     pub surprise_widens: Ratio,
     /// An adaptive band is no wider than this.
@@ -57,6 +59,7 @@ impl Tuning {
         reserve: Ratio::percent(1),
         isolate_above: Ratio::percent(5),
         error_widens: Ratio::percent(100),
+        error_margin: Ratio::percent(130),
         surprise_widens: Ratio::percent(30),
         band_max: Ratio::percent(100),
         give_to: Ratio::percent(60),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use mandoline_core::assignment::{Assigned, Assignment};
 use mandoline_core::balance::{self, Policy, Round as Planning, Tuning};
-use mandoline_core::forecast::Forecast;
+use mandoline_core::forecast::{Forecast, Smoothing};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
@@ -48,14 +48,14 @@ impl Mandoline {
     pub fn new(replicas_max: Option<u32>) -> Self {
         let mut spec = JobSpec::new("sim".parse().expect("it is a name"));
         spec.replicas = ReplicaBounds { min: 1, max: replicas_max.unwrap_or(ReplicaBounds::ALL) };
-        Self::with("mandoline", spec, Tuning::STANDARD)
+        Self::with("mandoline", spec, Tuning::STANDARD, Smoothing::STANDARD)
     }
 
     /// Plans by this spec and these constants.
-    pub fn with(name: &str, spec: JobSpec, tuning: Tuning) -> Self {
+    pub fn with(name: &str, spec: JobSpec, tuning: Tuning, smoothing: Smoothing) -> Self {
         let first = Generation { incarnation: 1, number: 1 };
         let assignment = Arc::new(Assignment::new(spec.name.clone(), first));
-        let forecast = Forecast::new(&assignment);
+        let forecast = Forecast::with(&assignment, smoothing);
         Self {
             name: name.to_owned(),
             spec,
