@@ -13,7 +13,6 @@ use mandoline_core::prng::Prng;
 use mandoline_core::spec::{JobSpec, Ratio};
 use mandoline_core::state::State;
 use mandoline_core::task::TaskInfo;
-use mandoline_core::time::Time;
 
 fn kv() -> JobName {
     "kv".parse().expect("it is a name")
@@ -38,14 +37,8 @@ fn round(state: &State, seed: Option<u64>) -> Round {
     let heat = |prng: &mut Prng| prng.below(1_000) + if prng.below(100) == 0 { 20_000 } else { 0 };
     let load = |prng: &mut Prng| Load::from_milli(if seed.is_some() { heat(prng) } else { 0 });
     let loads = job.assignment.slices.iter().map(|_| load(&mut prng)).collect();
-    Round {
-        now: Time::ZERO,
-        assignment: Arc::clone(&job.assignment),
-        loads,
-        forecast_error: Ratio::from_millionths(0),
-        fresh: seed.is_none(),
-        policy: Policy { churn_budget: Ratio::percent(20), ..Policy::from(&job.spec) },
-    }
+    let policy = Policy { churn_budget: Ratio::percent(20), ..Policy::from(&job.spec) };
+    Round { fresh: seed.is_none(), ..Round::new(Arc::clone(&job.assignment), loads, policy) }
 }
 
 fn change(state: &mut State, round: &Round) {

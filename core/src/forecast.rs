@@ -40,7 +40,7 @@ pub struct Smoothing {
 
 impl Smoothing {
     /// What every job runs with.
-    pub const STANDARD: Self = Self { gain: 5, news: 40, phi: 100 };
+    pub const STANDARD: Self = Self { gain: 5, news: 40, phi: 50 };
 }
 
 /// What one slice's load is thought to be.
@@ -119,7 +119,9 @@ impl Forecast {
         let tasks = assignment.tasks.len().max(1) as f64;
         let mean = (once / tasks).max(1.0);
         let chance = (once / tasks).sqrt() / mean;
-        let more = (f64::from(self.seen) / 1e6 / chance.max(1e-9)).max(1.0).powf(f64::from(self.smoothing.phi) / 100.0);
+        let more = (f64::from(self.seen) / 1e6 / chance.max(1e-9))
+            .max(1.0)
+            .powf(f64::from(self.smoothing.phi) / 100.0);
         let error = (averaged / tasks).sqrt() / mean * more;
         Ratio::from_millionths((error * 1e6).min(1e6) as u32)
     }
@@ -129,7 +131,8 @@ impl Forecast {
     fn hot_in(&self, estimate: &SliceMap<Estimate>, table: &LoadTable) -> Vec<HotKey> {
         let before = |key| self.hot.binary_search_by_key(&key, |hot| hot.key).ok();
         let named = table.hot_keys();
-        let faded = self.hot.iter().filter(|hot| named.binary_search_by_key(&hot.key, |n| n.key).is_err());
+        let faded =
+            self.hot.iter().filter(|hot| named.binary_search_by_key(&hot.key, |n| n.key).is_err());
         let faded = faded.map(|hot| HotKey { load: hot.load.share(1, 2), ..*hot });
         let smoothed = named.iter().map(|hot| match before(hot.key) {
             Some(at) => {
@@ -138,7 +141,8 @@ impl Forecast {
             }
             None => *hot,
         });
-        let mut hot: Vec<HotKey> = smoothed.chain(faded).filter(|hot| hot.load > Load::ZERO).collect();
+        let mut hot: Vec<HotKey> =
+            smoothed.chain(faded).filter(|hot| hot.load > Load::ZERO).collect();
         hot.sort_unstable_by_key(|hot| hot.key);
         hot.retain_mut(|hot| {
             let (slice, Estimate { load, .. }) = estimate.get(hot.key);
@@ -161,7 +165,11 @@ impl Forecast {
         }
         let hot = |range: Slice| -> Load {
             let from = self.hot.partition_point(|hot| hot.key < range.first());
-            self.hot[from..].iter().take_while(|hot| hot.key <= range.last()).map(|hot| hot.load).sum()
+            self.hot[from..]
+                .iter()
+                .take_while(|hot| hot.key <= range.last())
+                .map(|hot| hot.load)
+                .sum()
         };
         let rest = load.saturating_sub(hot(part));
         (hot(common) + rest.share(common.width(), part.width())).min(load)
@@ -295,7 +303,7 @@ mod tests {
         let update =
             |milli| Forecast::new(&assignment).update(&assignment, &measured(milli))[0].milli();
         // 100 requests were expected; 120 may be chance, 200 are not.
-        assert_eq!(update(12_000), 10_600);
+        assert_eq!(update(12_000), 11_000);
         assert_eq!(update(20_000), 20_000);
     }
 

@@ -222,7 +222,10 @@ impl LoadTable {
     /// Gives how long the tasks have measured since the table was cleared, the longest of them.
     pub fn window(&self) -> Duration {
         let spans = self.reports.values();
-        spans.map(|reports| reports.iter().map(|report| report.window).sum()).max().unwrap_or_default()
+        spans
+            .map(|reports| reports.iter().map(|report| report.window).sum())
+            .max()
+            .unwrap_or_default()
     }
 
     /// Gives the keys that tasks named as hot, sorted, each with what all of them together have seen of it. A report that

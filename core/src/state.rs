@@ -509,7 +509,7 @@ mod tests {
     use super::*;
     use crate::command::EndReason;
     use crate::key::SliceKey;
-    use crate::plan::Reason;
+    use crate::plan::{Edit, Reason};
     use crate::spec::{Band, Ratio};
 
     fn kv() -> JobName {

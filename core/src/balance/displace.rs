@@ -35,7 +35,8 @@ pub(in crate::balance) fn displace(draft: &mut Draft<'_>, meter: usize, hot: u32
             let after = solid + share;
             let room = draft.meters[meter].weight_at(*holder, marks.give_to);
             // It must be better off there than here: what stays here cannot be less than what is solid here.
-            (after <= room || after < solid_without(rest, share)) && draft.may_hold(part, *holder, Some(hot))
+            (after <= room || after < solid_without(rest, share))
+                && draft.may_hold(part, *holder, Some(hot))
         });
         if let Some((_, to)) = to {
             even_out(draft, part, hot, to, Reason::Displace);

@@ -103,7 +103,8 @@ impl<'a> Draft<'a> {
         let count = assignment.slices.count();
         assert_eq!(round.loads.len(), count, "a round has one load a slice");
         let measured: u64 = round.loads.iter().map(|load| load.milli()).sum();
-        let free = round.fresh && !round.policy.frozen && round.policy.churn_budget.millionths() > 0;
+        let free =
+            round.fresh && !round.policy.frozen && round.policy.churn_budget.millionths() > 0;
         let (holders, regions, zones) = roster(round);
         let capacity: Vec<u64> = assignment
             .tasks
@@ -385,9 +386,8 @@ impl<'a> Draft<'a> {
     /// Lists the parts of several holders in one pass, for who will ask for them.
     pub(in crate::balance) fn gather(&mut self, wanted: impl Fn(u32) -> bool) {
         self.lists.resize_with(self.holders.len(), || None);
-        let unknown = (0..self.holders.len() as u32).map(|holder| {
-            wanted(holder) && self.lists[holder as usize].is_none()
-        });
+        let unknown = (0..self.holders.len() as u32)
+            .map(|holder| wanted(holder) && self.lists[holder as usize].is_none());
         let unknown: Vec<bool> = unknown.collect();
         for (list, _) in self.lists.iter_mut().zip(&unknown).filter(|(_, unknown)| **unknown) {
             *list = Some(Vec::new());
@@ -413,7 +413,12 @@ impl<'a> Draft<'a> {
     }
 
     /// Says whether the spec lets a holder have a part: its home, and the spread of its replicas.
-    pub(in crate::balance) fn may_hold(&self, part: u32, holder: u32, instead_of: Option<u32>) -> bool {
+    pub(in crate::balance) fn may_hold(
+        &self,
+        part: u32,
+        holder: u32,
+        instead_of: Option<u32>,
+    ) -> bool {
         let candidate = &self.holders[holder as usize];
         if let Some(region) = self.home_of(part)
             && candidate.region != Some(region)
@@ -704,7 +709,12 @@ impl<'a> Draft<'a> {
         }
         edits.append(&mut self.merges);
         let total = Load::from_milli(self.measured);
-        Plan { base: self.round.assignment.generation, edits, imbalance: (self.before, after), total }
+        Plan {
+            base: self.round.assignment.generation,
+            edits,
+            imbalance: (self.before, after),
+            total,
+        }
     }
 
     fn moves(&self, steps: &[Step], loads: &mut [u64], edits: &mut Vec<Edit>) {

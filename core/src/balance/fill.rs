@@ -26,11 +26,13 @@ pub(in crate::balance) fn fill(draft: &mut Draft<'_>) {
 /// Finds what the most pressed task had better give to this one, both staying on their side of the mean.
 fn next(draft: &mut Draft<'_>, taker: u32) -> Option<(u32, u32)> {
     let marks = draft.meters[LOAD].marks;
-    let from = draft.meters[LOAD].order().last().map(|(_, from)| *from).filter(|from| *from != taker)?;
+    let from =
+        draft.meters[LOAD].order().last().map(|(_, from)| *from).filter(|from| *from != taker)?;
     let mut wanted = draft.meters[LOAD].room(taker, marks.fill_to);
     let holder = &draft.holders[taker as usize];
     if holder.newcomer && !draft.is_free() {
-        wanted = wanted.min(draft.round.policy.fill_rate.of(marks.mean).saturating_sub(holder.given));
+        wanted =
+            wanted.min(draft.round.policy.fill_rate.of(marks.mean).saturating_sub(holder.given));
     }
     let spare = draft.meters[LOAD].above(from, marks.fill_to);
     let bound = wanted.min(spare).min(draft.budget());
@@ -46,6 +48,7 @@ fn next(draft: &mut Draft<'_>, taker: u32) -> Option<(u32, u32)> {
     };
     let parts = draft.parts_of(from);
     let worth = parts.into_iter().filter(|part| fits(draft, *part));
-    let best = worth.max_by_key(|part| (score(draft, LOAD, *part, bound), std::cmp::Reverse(*part)))?;
+    let best =
+        worth.max_by_key(|part| (score(draft, LOAD, *part, bound), std::cmp::Reverse(*part)))?;
     Some((best, from))
 }

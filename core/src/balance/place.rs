@@ -15,7 +15,11 @@ pub(in crate::balance) fn place(draft: &mut Draft<'_>) {
     vacant.sort_by_key(|part| Reverse(draft.share(LOAD, *part)));
     for part in vacant {
         let leaving: Vec<u32> = draft.holders_of(part).iter().copied().collect();
-        for from in leaving.into_iter().filter(|holder| !draft.holders[*holder as usize].serving).collect::<Vec<_>>() {
+        for from in leaving
+            .into_iter()
+            .filter(|holder| !draft.holders[*holder as usize].serving)
+            .collect::<Vec<_>>()
+        {
             evict(draft, part, from);
         }
         while draft.holders_of(part).len() < wanted {
@@ -39,7 +43,9 @@ fn evict(draft: &mut Draft<'_>, part: u32, from: u32) {
     match next(draft, part, Some(from)) {
         Some(to) => draft.shift(part, Some(from), Some(to), Reason::Drain),
         // All others have it already: it has replicas enough without this one.
-        None if draft.holders_of(part).len() > 1 => draft.shift(part, Some(from), None, Reason::Drain),
+        None if draft.holders_of(part).len() > 1 => {
+            draft.shift(part, Some(from), None, Reason::Drain)
+        }
         // There is no one else: the task keeps it as long as it lives.
         None => {}
     }
@@ -76,7 +82,10 @@ fn next(draft: &mut Draft<'_>, part: u32, from: Option<u32>) -> Option<u32> {
         let holders = 0..draft.holders.len() as u32;
         let serves = |holder: &u32| draft.holders[*holder as usize].serving;
         let lacks = |holder: &u32| !draft.holds(part, *holder);
-        holders.filter(serves).filter(lacks).min_by_key(|holder| draft.meters[LOAD].pressure(*holder))
+        holders
+            .filter(serves)
+            .filter(lacks)
+            .min_by_key(|holder| draft.meters[LOAD].pressure(*holder))
     })
 }
 

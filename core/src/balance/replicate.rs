@@ -25,7 +25,8 @@ pub(in crate::balance) fn replicate(draft: &mut Draft<'_>) {
         if replicas > most || (replicas > min && weight / (replicas as u64 - 1) < below) {
             let kept = usize::try_from(weight.div_ceil(below.max(1))).unwrap_or(most);
             shrink(draft, part, kept.clamp(min, most));
-        } else if weight / replicas as u64 > above && replicas < most && !draft.round.policy.frozen {
+        } else if weight / replicas as u64 > above && replicas < most && !draft.round.policy.frozen
+        {
             let wanted = usize::try_from(weight.div_ceil(to)).unwrap_or(most).min(most);
             grow(draft, part, wanted);
         }
@@ -64,8 +65,7 @@ pub(in crate::balance) fn grow(draft: &mut Draft<'_>, part: u32, wanted: usize) 
 
 /// The least pressed holders that may have a part and lack it.
 fn takers(draft: &mut Draft<'_>, part: u32, count: usize) -> Vec<u32> {
-    let coldest: Vec<u32> =
-        draft.meters[LOAD].order().iter().map(|(_, holder)| *holder).collect();
+    let coldest: Vec<u32> = draft.meters[LOAD].order().iter().map(|(_, holder)| *holder).collect();
     let mut found = Vec::new();
     for holder in coldest {
         if found.len() == count {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use crate::assignment::Assignment;
 use crate::load::Load;
+use crate::name::TaskName;
 use crate::report::HotKey;
 use crate::slice::Slice;
-use crate::name::TaskName;
 use crate::spec::{Band, Home, JobSpec, Ratio, ReplicaBounds};
 use crate::task::SessionId;
 use crate::time::Time;

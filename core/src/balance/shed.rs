@@ -98,7 +98,9 @@ fn give_piece(draft: &mut Draft<'_>, meter: usize, hot: u32) {
         return;
     }
     let whole = |draft: &Draft<'_>, part: &u32| {
-        draft.holders_of(*part).len() == 1 && draft.slice(*part).width() > 1 && !draft.is_pinned(*part)
+        draft.holders_of(*part).len() == 1
+            && draft.slice(*part).width() > 1
+            && !draft.is_pinned(*part)
     };
     let parts = draft.parts_of(hot);
     let heaviest = parts

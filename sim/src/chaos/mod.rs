@@ -18,12 +18,12 @@ use mandoline_core::balance::{self, Policy, Round};
 use mandoline_core::command::{Command, EndReason};
 use mandoline_core::load::Load;
 use mandoline_core::name::{JobName, TaskName};
+use mandoline_core::report::HotKey;
 use mandoline_core::slice::Slice;
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::{Band, BandOf, JobSpec, Ratio};
 use mandoline_core::state::{Refused, State};
 use mandoline_core::task::TaskInfo;
-use mandoline_core::time::Time;
 
 use crate::chaos::measures::{Measures, Weighed};
 use crate::chaos::recording::{Recorded, RoundProblem};
@@ -231,19 +231,13 @@ impl Service {
             Some(recorded) => loads_of(&assignment, &recorded.loads),
             None => vec![Load::ZERO; assignment.slices.count()],
         };
-        // What the round knows beyond the load of slices goes here: hot keys are the runs one place wide.
-        let mut policy = Policy::from(spec);
-        if let Some(recorded) = recorded {
-            policy.band = band_of_mean(recorded);
-        }
-        Ok(Round {
-            now: Time::ZERO,
-            assignment,
-            loads,
-            forecast_error: Ratio::from_millionths(0),
-            fresh: recorded.is_none(),
-            policy,
-        })
+        // A run one place wide is a hot key; it is known as tasks would name it, by its own load.
+        let hot = recorded.map_or_else(Vec::new, |recorded| {
+            let keys = recorded.loads.iter().filter(|(slice, _)| slice.width() == 1);
+            keys.map(|(slice, load)| HotKey { key: slice.first(), load: *load }).collect()
+        });
+        let fresh = recorded.is_none();
+        Ok(Round { hot, fresh, ..Round::new(assignment, loads, Policy::from(spec)) })
     }
 }
 
@@ -261,15 +255,6 @@ fn spec_of(recorded: &Recorded) -> JobSpec {
         replicas: recorded.replicas,
         ..JobSpec::new(job())
     }
-}
-
-/// The tolerance in relation to the mean, for a planner that takes no band of the hint.
-fn band_of_mean(recorded: &Recorded) -> Ratio {
-    let total: Load = recorded.loads.iter().map(|(_, load)| *load).sum();
-    let mean = (total.milli() / recorded.tasks.len() as u64).max(1);
-    let distance = recorded.tolerance.of(recorded.max_load_hint.milli());
-    let millionths = u128::from(distance) * 1_000_000 / u128::from(mean);
-    Ratio::from_millionths(u32::try_from(millionths).unwrap_or(u32::MAX))
 }
 
 /// The load of each slice, in order.

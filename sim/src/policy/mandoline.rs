@@ -144,7 +144,8 @@ impl Mandoline {
         for ((slice, assigned), load) in self.assignment.slices.iter().zip(&loads) {
             let replicas = assigned.replicas.as_slice();
             for replica in replicas {
-                let report = reports.entry(replica.session).or_insert_with(|| report(replica.session));
+                let report =
+                    reports.entry(replica.session).or_insert_with(|| report(replica.session));
                 report.slices.push((slice, each(*load, replicas.len())));
             }
         }
