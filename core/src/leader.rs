@@ -19,7 +19,7 @@ use crate::plan::Plan;
 use crate::report::{LoadTable, Report, ReportError};
 use crate::roster::Roster;
 use crate::spec::JobSpec;
-use crate::state::State;
+use crate::state::{Job, State};
 use crate::task::{Phase, SessionId};
 use crate::time::Time;
 
@@ -153,7 +153,7 @@ impl Leader {
                 lead.roster.tick(now).into_iter().map(|session| Action::Propose(end(session))),
             );
             if lead.next_round <= now {
-                lead.round(now, &job.spec, &job.assignment, out);
+                lead.round(now, job, out);
             }
             if lead.next_store <= now {
                 lead.store(now, &job.assignment, out);
@@ -264,19 +264,14 @@ impl Lead {
             }
         }
         if self.busy.is_none() && is_urgent(assignment) {
-            self.plan(now, &job.spec, assignment, false, out);
+            self.plan(now, job, false, out);
         }
     }
 
     /// The time for evening out has come: the newest measurements go into the forecast, and that into a plan.
-    fn round(
-        &mut self,
-        now: Time,
-        spec: &JobSpec,
-        assignment: &Arc<Assignment>,
-        out: &mut Vec<Action>,
-    ) {
-        self.next_round = now + spec.balance_every;
+    fn round(&mut self, now: Time, job: &Job, out: &mut Vec<Action>) {
+        let assignment = &job.assignment;
+        self.next_round = now + job.spec.balance_every;
         self.forecast.update(assignment, &self.table);
         self.table.clear();
         self.loads.clear();
@@ -292,18 +287,12 @@ impl Lead {
             let mut serving = assignment.tasks.values().filter(|task| task.phase == Phase::Serving);
             let all_hear = serving.all(|task| self.roster.connected(task.session));
             self.held = if all_hear { 0 } else { self.held + 1 };
-            self.plan(now, spec, assignment, all_hear || self.held > HELD_ROUNDS, out);
+            self.plan(now, job, all_hear || self.held > HELD_ROUNDS, out);
         }
     }
 
-    fn plan(
-        &mut self,
-        now: Time,
-        spec: &JobSpec,
-        of: &Arc<Assignment>,
-        even: bool,
-        out: &mut Vec<Action>,
-    ) {
+    fn plan(&mut self, now: Time, job: &Job, even: bool, out: &mut Vec<Action>) {
+        let of = &job.assignment;
         if of.tasks.values().all(|task| task.phase != Phase::Serving) {
             return;
         }
@@ -311,13 +300,15 @@ impl Lead {
             of.slices.iter().map(|(slice, _)| self.forecast.load_of(slice)).collect();
         // Before anything was measured nothing is lost by moving it: a job that just began becomes even at once.
         let fresh = self.forecast.is_fresh();
+        let policy =
+            Policy { pins: job.pins.clone(), frozen: job.frozen, ..Policy::from(&job.spec) };
         let round = Round {
             now,
             hot: self.forecast.hot().to_vec(),
             forecast_error: self.forecast.error(),
             surprise: self.forecast.surprise(),
             fresh,
-            ..Round::new(Arc::clone(of), loads, Policy::from(spec))
+            ..Round::new(Arc::clone(of), loads, policy)
         };
         self.busy = Some(Busy::Planning(of.generation));
         out.push(Action::Plan(Box::new(if even || fresh {

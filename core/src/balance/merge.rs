@@ -7,7 +7,7 @@ use crate::balance::draft::{Draft, LOAD};
 pub(in crate::balance) fn merge(draft: &mut Draft<'_>) {
     let enough = draft.tuning.slices_merge as usize * draft.serving().max(1);
     let mut spare = draft.parts().saturating_sub(enough);
-    if spare == 0 {
+    if spare == 0 || draft.round.policy.frozen {
         return;
     }
     let cold = draft.tuning.merge_below.of(draft.meters[LOAD].marks.mean);

@@ -20,7 +20,7 @@ mod merge;
 
 use crate::plan::Plan;
 
-pub use round::{Further, InFlight, Pin, Policy, Round};
+pub use round::{Further, InFlight, Policy, Round};
 pub use tuning::Tuning;
 
 /// Decides what to change for a round.

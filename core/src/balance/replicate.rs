@@ -6,6 +6,9 @@ use crate::plan::Reason;
 /// Sets how many replicas hot slices have: removes those that are no longer needed or allowed, and adds those that are
 /// missing to the least pressed tasks.
 pub(in crate::balance) fn replicate(draft: &mut Draft<'_>) {
+    if draft.round.policy.frozen {
+        return;
+    }
     let bounds = draft.round.policy.replicas;
     let most = (bounds.max as usize).min(draft.serving());
     let min = (bounds.min as usize).min(draft.serving()).max(1);
@@ -25,8 +28,7 @@ pub(in crate::balance) fn replicate(draft: &mut Draft<'_>) {
         if replicas > most || (replicas > min && weight / (replicas as u64 - 1) < below) {
             let kept = usize::try_from(weight.div_ceil(below.max(1))).unwrap_or(most);
             shrink(draft, part, kept.clamp(min, most));
-        } else if weight / replicas as u64 > above && replicas < most && !draft.round.policy.frozen
-        {
+        } else if weight / replicas as u64 > above && replicas < most {
             let wanted = usize::try_from(weight.div_ceil(to)).unwrap_or(most).min(most);
             grow(draft, part, wanted);
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::assignment::Assignment;
 use crate::load::Load;
-use crate::name::TaskName;
+use crate::pin::Pin;
 use crate::report::HotKey;
 use crate::slice::Slice;
 use crate::spec::{Band, Home, JobSpec, Ratio, ReplicaBounds};
@@ -51,15 +51,6 @@ impl From<&JobSpec> for Policy {
             frozen: false,
         }
     }
-}
-
-/// Keys that one task serves by the operator's word.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pin {
-    /// Which keys.
-    pub slice: Slice,
-    /// Which task.
-    pub task: TaskName,
 }
 
 /// A further load, such as memory: each task is kept within a band of it as well.
