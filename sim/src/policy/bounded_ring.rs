@@ -84,36 +84,35 @@ impl Policy for BoundedRing {
             .iter()
             .map(|point| seat(point.1).expect("only members stand on the ring"))
             .collect();
-        let starts: Vec<u32> =
-            interval.loads().iter().map(|(key, _)| self.ring.next(*key) as u32).collect();
+        let starts = self.ring.firsts(interval);
 
         let most = (interval.total() / (members.len() as u64 * CHUNKS_A_TASK)).max(1);
         let mut loads = vec![0.0; members.len()];
-        let mut served: Vec<(u32, u32, u64)> = Vec::new();
+        let mut served = Vec::new();
         let mut so_far = 0.0;
-        for (key, chunk) in self.chunks(interval, most) {
+        for (place, chunk) in self.chunks(interval, most) {
             so_far += chunk as f64;
-            let start = starts[key as usize] as usize;
+            let start = starts[place as usize] as usize;
             let clockwise = seats[start..].iter().chain(&seats[..start]);
             // The bounds of all add up to more than all load, so somebody is below; rounding cannot leave nobody either, for
             // the key's own task takes it then.
             let taker = clockwise.copied().find(|seat| loads[*seat] < due[*seat] * so_far);
             let taker = taker.unwrap_or(seats[start]);
             loads[taker] += chunk as f64;
-            served.push((key, members[taker].id, chunk));
+            served.push(((place, members[taker].id), chunk));
         }
 
         served.sort_unstable();
-        let mut pairs: Vec<(SliceKey, u32)> = Vec::new();
+        let mut pairs = Vec::with_capacity(served.len());
+        let mut held = self.before.as_ref().map(Before::walk);
         let mut news = 0;
-        for (place, id, chunk) in served {
+        for chunks in served.chunk_by(|a, b| a.0 == b.0) {
+            let (place, id) = chunks[0].0;
             let key = interval.loads()[place as usize].0;
-            if pairs.last() != Some(&(key, id)) {
-                pairs.push((key, id));
+            if held.as_mut().is_some_and(|held| !held.held(key, id)) {
+                news += chunks.iter().map(|chunk| chunk.1).sum::<u64>();
             }
-            if self.before.as_ref().is_some_and(|before| !before.held(key, id)) {
-                news += chunk;
-            }
+            pairs.push((key, id));
         }
         self.before = Some(Before { ring: self.ring.clone(), pairs });
         let churn_load = news as f64 / interval.total().max(1) as f64;
@@ -127,10 +126,24 @@ impl Policy for BoundedRing {
 }
 
 impl Before {
+    fn walk(&self) -> Held<'_> {
+        Held { ring: &self.ring, rest: &self.pairs }
+    }
+}
+
+/// Says who had a key, for keys in order.
+struct Held<'a> {
+    ring: &'a Ring,
+    rest: &'a [(SliceKey, u32)],
+}
+
+impl Held<'_> {
     /// Says whether a task served the key, or would have if the key had been asked for.
-    fn held(&self, key: SliceKey, id: u32) -> bool {
-        let from = self.pairs.partition_point(|pair| pair.0 < key);
-        let mut servers = self.pairs[from..].iter().take_while(|pair| pair.0 == key).peekable();
+    fn held(&mut self, key: SliceKey, id: u32) -> bool {
+        while self.rest.first().is_some_and(|pair| pair.0 < key) {
+            self.rest = &self.rest[1..];
+        }
+        let mut servers = self.rest.iter().take_while(|pair| pair.0 == key).peekable();
         match servers.peek() {
             Some(_) => servers.any(|pair| pair.1 == id),
             None => self.ring.points()[self.ring.next(key)].1 == id,

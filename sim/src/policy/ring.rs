@@ -8,6 +8,7 @@
 use mandoline_core::key::SliceKey;
 
 use crate::fleet::Member;
+use crate::interval::Interval;
 use crate::layout::{Holders, Layout};
 use crate::policy::{Planner, Round};
 
@@ -42,6 +43,18 @@ impl Ring {
     pub(super) fn next(&self, key: SliceKey) -> usize {
         let at = self.points.partition_point(|point| point.0 < key.0);
         if at == self.points.len() { 0 } else { at }
+    }
+
+    /// Finds that for every key of an interval.
+    pub(super) fn firsts(&self, interval: &Interval) -> Vec<u32> {
+        let mut at = 0;
+        let first = |(key, _): &(SliceKey, u64)| {
+            while self.points.get(at).is_some_and(|point| point.0 < key.0) {
+                at += 1;
+            }
+            if at == self.points.len() { 0 } else { at as u32 }
+        };
+        interval.loads().iter().map(first).collect()
     }
 
     /// Gives the places, in order, each with the id of whose it is.
@@ -112,7 +125,6 @@ fn arcs(points: &[(u64, u32)]) -> Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interval::Interval;
     use crate::policy::board::tests::members;
 
     fn plan(ring: &mut ConsistentHash, members: &[Member]) -> Layout {
