@@ -118,11 +118,13 @@ impl Assigner {
             streams.clone(),
             closing.clone(),
         );
-        let admin = AdminService::new(consensus.clone(), node, connector(&access), metrics.clone());
+        let (connector, counted) = (connector(&access), metrics.clone());
+        let admin = AdminService::new(consensus.clone(), node.clone(), connector, counted);
         let watch = WatchService::new(hub.clone(), closing.clone());
         let pages = Arc::new(NodePages {
             consensus: consensus.clone(),
             hub: hub.clone(),
+            node,
             sessions,
             registry: metrics.registry(),
             metrics,
@@ -240,6 +242,7 @@ fn raft_config(config: &Config, seat: &Seat) -> RaftConfig {
 struct NodePages {
     consensus: Consensus,
     hub: Hub,
+    node: Node,
     sessions: Sessions,
     metrics: Metrics,
     registry: prometheus_client::registry::Registry,
@@ -287,6 +290,7 @@ impl Pages for NodePages {
         m.members.set(number(Some(status.members.len() as u64)));
         m.watchers.set(number(Some(self.hub.watchers() as u64)));
         m.sessions.set(number(Some(self.sessions.count() as u64)));
+        let offered = self.node.offered();
         for (name, job) in &state.jobs {
             let labels = JobLabels { job: name.to_string() };
             let set = |family: &prometheus_client::metrics::family::Family<
@@ -303,6 +307,11 @@ impl Pages for NodePages {
             set(&m.slices, job.assignment.slices.count() as u64);
             set(&m.unserved, unserved.count() as u64);
             set(&m.moves, job.churn.moves);
+            let offered = offered.get(name).cloned().unwrap_or_default();
+            set(&m.callers, offered.callers as u64);
+            set(&m.suspects, offered.suspects.len() as u64);
+            m.offered.get_or_create(&labels).set(offered.load.units());
+            m.failed.get_or_create(&labels).set(offered.failed.units());
             m.load_churn.get_or_create(&labels).set(job.churn.load as f64 / 1e6);
             m.key_churn.get_or_create(&labels).set(job.churn.keys as f64 / 1e6);
         }

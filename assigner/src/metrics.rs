@@ -45,6 +45,14 @@ pub struct Metrics {
     pub load_churn: Family<JobLabels, Gauge<f64, AtomicU64>>,
     /// Keys moved since the job began, in multiples of all keys, by job.
     pub key_churn: Family<JobLabels, Gauge<f64, AtomicU64>>,
+    /// Callers that report what they offer, by job; zero where this node does not lead.
+    pub callers: Family<JobLabels, Gauge>,
+    /// What callers offered in the last round, in units a second, by job.
+    pub offered: Family<JobLabels, Gauge<f64, AtomicU64>>,
+    /// What failed of it, by job.
+    pub failed: Family<JobLabels, Gauge<f64, AtomicU64>>,
+    /// Tasks that report far more than their callers offered, by job.
+    pub suspects: Family<JobLabels, Gauge>,
 }
 
 /// Which call, and how it ended.
@@ -106,6 +114,26 @@ impl Metrics {
             "job_key_churn_ratio",
             "Keys moved since the job began, in multiples of all keys",
             self.key_churn.clone(),
+        );
+        r.register(
+            "job_callers",
+            "Callers that report what they offer to the leader, which this node is",
+            self.callers.clone(),
+        );
+        r.register(
+            "job_offered_units",
+            "What callers offered, in units a second as of the last round",
+            self.offered.clone(),
+        );
+        r.register(
+            "job_offered_failed_units",
+            "What failed of that, in units a second",
+            self.failed.clone(),
+        );
+        r.register(
+            "job_tasks_suspect",
+            "Tasks that report far more load than their callers offered them",
+            self.suspects.clone(),
         );
         registry
     }

@@ -13,6 +13,7 @@ use mandoline_core::command::Command;
 use mandoline_core::leader::{Action, Event, Leader};
 use mandoline_core::load::Load;
 use mandoline_core::name::JobName;
+use mandoline_core::offers::{Offer, OfferError, Totals};
 use mandoline_core::plan::Plan;
 use mandoline_core::spec::Ratio;
 use mandoline_core::state::State;
@@ -45,7 +46,11 @@ const PROPOSAL_PATIENCE: Duration = Duration::from_secs(5);
 enum Ask {
     Event(Event),
     Measure(JobName, oneshot::Sender<BTreeMap<SessionId, Measure>>),
+    Offer(JobName, Box<Offer>, oneshot::Sender<Taken>),
 }
+
+/// What became of an offer: nothing where this node does not lead, or there is no such job.
+pub type Taken = Option<Result<(), OfferError>>;
 
 /// What only the leader knows of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,19 +59,24 @@ pub struct Measure {
     pub load: Load,
     /// Whether a connection of it is open.
     pub connected: bool,
+    /// Whether it says far more than its callers offered it.
+    pub suspect: bool,
 }
 
 /// Speaks with the leader's loop.
 #[derive(Clone, Debug)]
 pub struct Node {
     asks: mpsc::Sender<Ask>,
+    offered: Arc<Mutex<BTreeMap<JobName, Totals>>>,
 }
 
 impl Node {
     /// Makes a loop, to be run, and what speaks with it.
     pub fn new(consensus: Consensus, sessions: Sessions, changes: Changes) -> (Self, Loop) {
         let (asks, heard) = mpsc::channel(ASKS_MAX);
-        (Self { asks }, Loop::new(consensus, sessions, changes, heard))
+        let offered = Arc::default();
+        let run = Loop::new(consensus, sessions, changes, heard, Arc::clone(&offered));
+        (Self { asks, offered }, run)
     }
 
     /// Tells the loop what happened; waits while it has too much to hear.
@@ -78,6 +88,18 @@ impl Node {
     /// Waits for room to tell the loop something; nothing where there is no loop any more.
     pub async fn room(&self) -> Option<Room<'_>> {
         self.asks.reserve().await.ok().map(Room)
+    }
+
+    /// Tells the leader what a caller offered.
+    pub async fn offer(&self, job: JobName, offer: Offer) -> Taken {
+        let (answer, answered) = oneshot::channel();
+        self.asks.send(Ask::Offer(job, Box::new(offer), answer)).await.ok()?;
+        answered.await.ok()?
+    }
+
+    /// Gives what callers of each job offered in all, as of its last round; nothing where this node does not lead.
+    pub fn offered(&self) -> BTreeMap<JobName, Totals> {
+        self.offered.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Asks what the leader knows of a job's tasks; nothing where this node does not lead.
@@ -169,6 +191,8 @@ pub struct Loop {
     clock: Clock,
     // Of each job's spec: sessions are told when it says something else.
     versions: BTreeMap<JobName, u64>,
+    // What pages show, as of each job's last round.
+    offered: Arc<Mutex<BTreeMap<JobName, Totals>>>,
     leading: Option<Leading>,
 }
 
@@ -188,10 +212,11 @@ impl Loop {
         sessions: Sessions,
         changes: Changes,
         asks: mpsc::Receiver<Ask>,
+        offered: Arc<Mutex<BTreeMap<JobName, Totals>>>,
     ) -> Self {
         let role = consensus.role();
-        let (clock, versions) = (Clock::new(), BTreeMap::new());
-        Self { consensus, role, sessions, changes, asks, clock, versions, leading: None }
+        let (clock, versions, leading) = (Clock::new(), BTreeMap::new(), None);
+        Self { consensus, role, sessions, changes, asks, clock, versions, offered, leading }
     }
 
     /// Runs until told to stop, or until nobody is left who could ask.
@@ -221,6 +246,9 @@ impl Loop {
         if term == self.leading.as_ref().map(|leading| leading.term) {
             return;
         }
+        if term.is_none() {
+            self.offered.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
         self.leading = term.map(|term| {
             tracing::info!(term, "leading");
             Leading::new(term, Leader::new(self.clock.now(), &self.consensus.state()))
@@ -239,6 +267,12 @@ impl Loop {
                 Ask::Event(event) => events.push(event),
                 // Whoever asked may have gone.
                 Ask::Measure(job, answer) => drop(answer.send(self.measure(&job))),
+                Ask::Offer(job, offer, answer) => {
+                    let now = self.clock.now();
+                    let leader = self.leading.as_mut().map(|leading| &mut leading.leader);
+                    let taken = leader.and_then(|leader| leader.offer(now, &job, *offer));
+                    let _: Result<(), Taken> = answer.send(taken);
+                }
             }
         }
         self.happened(events);
@@ -251,7 +285,8 @@ impl Loop {
         };
         let measure = |session| {
             let (load, connected) = (leader.load_of(job, session), leader.connected(job, session));
-            (session, Measure { load, connected })
+            let suspect = leader.offered(job).is_some_and(|all| all.suspects.contains(&session));
+            (session, Measure { load, connected, suspect })
         };
         known.assignment.tasks.keys().copied().map(measure).collect()
     }
@@ -287,6 +322,25 @@ impl Loop {
 
     fn tick(&mut self) {
         self.lead(|leader, now, state, out| leader.tick(now, state, out));
+        self.show_offered();
+    }
+
+    /// Puts what callers offered where pages find it, and says of which tasks' word it is doubted.
+    fn show_offered(&self) {
+        let mut shown = self.offered.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(leading) = &self.leading else { return shown.clear() };
+        shown.retain(|job, _| leading.leader.offered(job).is_some());
+        for (job, totals) in leading.leader.all_offered() {
+            let before = shown.get(job);
+            if before == Some(totals) {
+                continue;
+            }
+            let known = |session| before.is_some_and(|before| before.suspects.contains(session));
+            for session in totals.suspects.iter().filter(|session| !known(session)) {
+                tracing::warn!(%job, %session, "A task reports far more load than its callers offered it; it is believed as far as they bear it out");
+            }
+            shown.insert(job.clone(), totals.clone());
+        }
     }
 
     /// Asks the leader, if this node leads, and has done what it says.

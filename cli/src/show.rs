@@ -98,6 +98,7 @@ pub(crate) fn task_json(task: &pb::TaskStatus) -> Value {
         "slices": task.slices,
         "load": units(task.load),
         "connected": task.connected,
+        "suspect": task.suspect,
     })
 }
 
@@ -261,7 +262,7 @@ mod tests {
         };
         let phase = pb::Phase::Serving.into();
         let task = pb::Task { session, info: Some(info), phase };
-        pb::TaskStatus { task: Some(task), slices: 2, load, connected: true }
+        pb::TaskStatus { task: Some(task), slices: 2, load, connected: true, suspect: false }
     }
 
     fn status() -> pb::StatusReply {

@@ -15,6 +15,7 @@ use crate::forecast::Forecast;
 use crate::generation::Generation;
 use crate::load::Load;
 use crate::name::JobName;
+use crate::offers::{Offer, OfferError, Offers, Totals};
 use crate::plan::Plan;
 use crate::report::{LoadTable, Report, ReportError};
 use crate::roster::Roster;
@@ -176,6 +177,26 @@ impl Leader {
         self.jobs.get(job).is_some_and(|lead| lead.roster.connected(session))
     }
 
+    /// Takes what a caller of a job has offered. `None` if there is no such job.
+    pub fn offer(
+        &mut self,
+        now: Time,
+        job: &JobName,
+        offer: Offer,
+    ) -> Option<Result<(), OfferError>> {
+        Some(self.jobs.get_mut(job)?.offers.receive(now, offer))
+    }
+
+    /// Gives what callers of each job have offered in all, as of its last round.
+    pub fn all_offered(&self) -> impl Iterator<Item = (&JobName, &Totals)> {
+        self.jobs.iter().map(|(job, lead)| (job, lead.offers.totals()))
+    }
+
+    /// Gives what callers of a job have offered in all, as of the last round.
+    pub fn offered(&self, job: &JobName) -> Option<&Totals> {
+        Some(self.jobs.get(job)?.offers.totals())
+    }
+
     fn with(&mut self, job: &JobName, act: impl FnOnce(&mut Lead)) {
         // An event of a job that is gone is late, and means nothing.
         if let Some(lead) = self.jobs.get_mut(job) {
@@ -199,6 +220,7 @@ impl Leader {
 struct Lead {
     roster: Roster,
     table: LoadTable,
+    offers: Offers,
     forecast: Forecast,
     loads: BTreeMap<SessionId, Load>,
     next_round: Time,
@@ -226,6 +248,7 @@ impl Lead {
         Self {
             roster,
             table: LoadTable::default(),
+            offers: Offers::default(),
             forecast: Forecast::new(assignment),
             loads: BTreeMap::new(),
             // What the leader before could not finish cannot wait for a round.
@@ -272,6 +295,7 @@ impl Lead {
     fn round(&mut self, now: Time, job: &Job, out: &mut Vec<Action>) {
         let assignment = &job.assignment;
         self.next_round = now + job.spec.balance_every;
+        self.offers.weigh(now, assignment, &mut self.table);
         self.forecast.update(assignment, &self.table);
         self.table.clear();
         self.loads.clear();

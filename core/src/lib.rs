@@ -17,6 +17,7 @@ pub mod load;
 pub mod sketch;
 pub mod report;
 pub mod assignment;
+pub mod offers;
 pub mod delta;
 pub mod spec;
 pub mod pin;

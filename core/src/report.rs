@@ -1,6 +1,7 @@
 //! What tasks measure, and what the leader keeps of it until the next balancing round.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Add;
 use std::time::Duration;
 
 use crate::generation::Generation;
@@ -92,18 +93,11 @@ impl Report {
 
     /// Checks what a careful task would never send.
     pub fn check(&self) -> Result<(), ReportError> {
-        if !(Duration::from_millis(1)..=Duration::from_secs(3_600)).contains(&self.window) {
-            return Err(ReportError::Window(self.window));
-        }
+        check_window(self.window)?;
         if let Some(at) = out_of_order(self.slices.iter().map(|(slice, _)| *slice)) {
             return Err(ReportError::Order(at));
         }
-        if self.hot.len() > HOT_MAX {
-            return Err(ReportError::ManyHot(self.hot.len()));
-        }
-        if let Some(pair) = self.hot.windows(2).find(|pair| pair[0].key >= pair[1].key) {
-            return Err(ReportError::HotOrder(pair[1].key));
-        }
+        check_hot(&self.hot)?;
         if let Some(hot) = self.hot.iter().find(|hot| self.load_around(hot.key).is_none()) {
             return Err(ReportError::HotOutside(hot.key));
         }
@@ -130,6 +124,13 @@ impl Report {
         clamped
     }
 
+    /// Adds up the hot keys in `slice`.
+    fn hot_within(&self, slice: Slice) -> Load {
+        let from = self.hot.partition_point(|hot| hot.key < slice.first());
+        let within = self.hot[from..].iter().take_while(|hot| slice.contains(hot.key));
+        within.map(|hot| hot.load).sum()
+    }
+
     /// Gives the load of the reported slice that `key` lies in.
     pub fn load_around(&self, key: SliceKey) -> Option<Load> {
         let at = self.slices.partition_point(|(slice, _)| slice.last() < key);
@@ -137,7 +138,7 @@ impl Report {
     }
 
     /// Estimates what this report says of `slice`, or `None` if it does not cover all of it. Where the report's slices
-    /// are wider, since split, their load is taken to lie evenly.
+    /// are wider, since split, their hot keys count for the part that they lie in, and the rest is taken to lie evenly.
     pub fn load_of(&self, slice: Slice) -> Option<Load> {
         let from = self.slices.partition_point(|(part, _)| part.last() < slice.first());
         let mut covered = 0;
@@ -145,14 +146,37 @@ impl Report {
         for (part, measured) in &self.slices[from..] {
             let Some(common) = part.overlap(slice) else { break };
             covered += common.width();
-            load += measured.share(common.width(), part.width());
+            load += if common == *part {
+                *measured
+            } else {
+                let rest = measured.saturating_sub(self.hot_within(*part));
+                let even = rest.share(common.width(), part.width());
+                (self.hot_within(common) + even).min(*measured)
+            };
         }
         (covered == slice.width()).then_some(load)
     }
 }
 
+/// Checks how long was measured.
+pub(crate) fn check_window(window: Duration) -> Result<(), ReportError> {
+    let good = (Duration::from_millis(1)..=Duration::from_secs(3_600)).contains(&window);
+    if good { Ok(()) } else { Err(ReportError::Window(window)) }
+}
+
+/// Checks that there are no more hot keys than may be, in order.
+pub(crate) fn check_hot(hot: &[HotKey]) -> Result<(), ReportError> {
+    if hot.len() > HOT_MAX {
+        return Err(ReportError::ManyHot(hot.len()));
+    }
+    match hot.windows(2).find(|pair| pair[0].key >= pair[1].key) {
+        Some(pair) => Err(ReportError::HotOrder(pair[1].key)),
+        None => Ok(()),
+    }
+}
+
 /// Gives the first slice that does not lie wholly behind the one before it.
-fn out_of_order(slices: impl Iterator<Item = Slice>) -> Option<Slice> {
+pub(crate) fn out_of_order(slices: impl Iterator<Item = Slice>) -> Option<Slice> {
     let mut before = None;
     for slice in slices {
         if before.is_some_and(|before: Slice| before.last() >= slice.first()) {
@@ -167,6 +191,32 @@ fn out_of_order(slices: impl Iterator<Item = Slice>) -> Option<Slice> {
 #[derive(Clone, Debug, Default)]
 pub struct LoadTable {
     reports: BTreeMap<SessionId, VecDeque<Report>>,
+    second: Second,
+}
+
+/// A second opinion on what tasks measured: what their callers offered them. A task that cannot keep up counts only what
+/// it took, and one that lies counts what it likes.
+#[derive(Clone, Debug, Default)]
+pub struct Second {
+    /// What callers offered each replica of a slice, sorted, without overlap.
+    pub offered: Vec<Offered>,
+    /// Keys that callers found hot, sorted.
+    pub hot: Vec<HotKey>,
+    /// Tasks whose word counts only as far as their callers bear it out.
+    pub suspects: BTreeSet<SessionId>,
+}
+
+/// What callers offered a slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offered {
+    /// Which one.
+    pub slice: Slice,
+    /// All of it.
+    pub load: Load,
+    /// Of that, each replica's part.
+    pub each: Load,
+    /// How long callers counted.
+    pub window: Duration,
 }
 
 /// How many reports of one task are kept for one round; beyond it the oldest goes. Rounds are about twice as long as
@@ -194,11 +244,42 @@ impl LoadTable {
     /// Forgets what was used.
     pub fn clear(&mut self) {
         self.reports.clear();
+        self.second = Second::default();
+    }
+
+    /// Takes a second opinion into account, until this is cleared.
+    pub fn weigh(&mut self, second: Second) {
+        self.second = second;
+    }
+
+    /// Gives what callers offered a slice, where that is known.
+    pub fn offered(&self, slice: Slice) -> Option<Load> {
+        self.second.of(slice).map(|offered| offered.load)
     }
 
     /// Gives how long `session` has measured `slice` and the load that it found, counting only windows that lay wholly
-    /// after it got the slice, at `since`.
+    /// after it got the slice, at `since`. Where its callers offered more than chance explains, their word counts, and
+    /// where they offered less to a task that is suspect.
     pub fn measured(
+        &self,
+        session: SessionId,
+        since: Generation,
+        slice: Slice,
+    ) -> Option<(Duration, Load)> {
+        let served = self.served(session, since, slice);
+        let suspect = self.second.suspects.contains(&session);
+        let Some(offered) = self.second.of(slice) else { return served.filter(|_| !suspect) };
+        match served {
+            Some((window, load)) if suspect => Some((window, load.min(offered.each))),
+            Some((window, load)) if !offered.is_beyond(load, window) => Some((window, load)),
+            // Callers name their heaviest slices: of one that they do not name they know nothing.
+            None if offered.each == Load::ZERO => None,
+            Some(_) | None => Some((offered.window, offered.each)),
+        }
+    }
+
+    /// The same by the task's word alone.
+    pub(crate) fn served(
         &self,
         session: SessionId,
         since: Generation,
@@ -228,11 +309,13 @@ impl LoadTable {
             .unwrap_or_default()
     }
 
-    /// Gives the keys that tasks named as hot, sorted, each with what all of them together have seen of it. A report that
-    /// does not name a key has seen nothing of it: a key that moved half-way counts half on each side.
+    /// Gives the keys that tasks named as hot, sorted, each with what all of them together have seen of it, or with what
+    /// callers offered if that is more. A report that does not name a key has seen nothing of it: a key that moved half-way
+    /// counts half on each side.
     pub fn hot_keys(&self) -> Vec<HotKey> {
         let mut seen = Vec::new();
-        for reports in self.reports.values() {
+        let trusted = |session: &SessionId| !self.second.suspects.contains(session);
+        for (_, reports) in self.reports.iter().filter(|(session, _)| trusted(session)) {
             let span: u128 = reports.iter().map(|report| report.window.as_millis()).sum();
             for report in reports {
                 let window = report.window.as_millis();
@@ -243,15 +326,10 @@ impl LoadTable {
                 }));
             }
         }
-        seen.sort_unstable_by_key(|hot| hot.key);
-        seen.dedup_by(|next, sum| {
-            let same = next.key == sum.key;
-            if same {
-                sum.load += next.load;
-            }
-            same
-        });
-        seen
+        let mut sum = Vec::new();
+        merge_by_key(&mut sum, &seen, Load::add);
+        merge_by_key(&mut sum, &self.second.hot, Load::max);
+        sum
     }
 
     /// Gives what the application of `session` last said of `slice`, if it did.
@@ -261,6 +339,44 @@ impl LoadTable {
             report.sizes.get(at)
         })
     }
+}
+
+impl Second {
+    fn of(&self, slice: Slice) -> Option<&Offered> {
+        let at = self.offered.binary_search_by_key(&slice, |offered| offered.slice).ok()?;
+        self.offered.get(at)
+    }
+}
+
+/// Standard deviations of counting noise by which callers may exceed a task before their word counts: below that the
+/// larger of both would only be the luckier.
+const BEYOND_SIGMAS: u128 = 3;
+
+impl Offered {
+    /// Says whether each replica was offered more than what it `served`, beyond chance. A unit is taken for a request.
+    fn is_beyond(&self, served: Load, window: Duration) -> bool {
+        let window = self.window.min(window).as_millis();
+        let count = |load: Load| u128::from(load.milli()) * window / 1_000_000;
+        let (offered, served) = (count(self.each), count(served));
+        let more = offered.saturating_sub(served);
+        more * more > BEYOND_SIGMAS * BEYOND_SIGMAS * offered.max(1)
+    }
+}
+
+/// Adds hot keys to a sorted list that may hold some of them.
+pub(crate) fn merge_by_key(into: &mut Vec<HotKey>, more: &[HotKey], both: fn(Load, Load) -> Load) {
+    if more.is_empty() {
+        return;
+    }
+    into.extend(more);
+    into.sort_by_key(|hot| hot.key);
+    into.dedup_by(|next, kept| {
+        let same = next.key == kept.key;
+        if same {
+            kept.load = both(kept.load, next.load);
+        }
+        same
+    });
 }
 
 #[cfg(test)]
@@ -354,6 +470,14 @@ mod tests {
         assert_eq!(report.load_of(slice(5, 14)), Some(Load::from_milli(70)));
         assert_eq!(report.load_of(slice(0, 19)), Some(Load::from_milli(140)));
         assert_eq!(report.load_of(slice(15, 20)), None);
+    }
+
+    #[test]
+    fn a_hot_key_weighs_on_the_part_that_it_lies_in() {
+        let hot = vec![hot(5, 60), hot(17, 10)];
+        let report = Report { hot, ..report(vec![(slice(0, 19), Load::from_milli(90))]) };
+        let load = |first, last| report.load_of(slice(first, last)).unwrap().milli();
+        assert_eq!((load(0, 4), load(5, 5), load(6, 19), load(0, 19)), (5, 61, 24, 90));
     }
 
     #[test]

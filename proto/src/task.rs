@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
-use mandoline_core::name::TaskName;
+use mandoline_core::name::{JobName, TaskName};
+use mandoline_core::offers::{Caller, Offer, SliceOffer};
 use mandoline_core::report::{HotKey, Report, Size};
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{Address, Capacity, Phase, SessionId, Task, TaskInfo};
 
-use crate::assignment::session;
+use crate::assignment::{job_name, session};
 use crate::error::{WireError, each, need};
 use crate::pb;
 
@@ -163,4 +164,45 @@ pub fn report(session: SessionId, report: pb::Report) -> Result<Report, WireErro
     };
     report.check().map_err(|error| WireError::new("report", error))?;
     Ok(report)
+}
+
+/// Writes what a caller offered to the tasks of `job`.
+pub fn offer_message(job: &JobName, offer: &Offer) -> pb::Offer {
+    let part = |part: &SliceOffer| pb::SliceOffer {
+        slice: Some(part.slice.into()),
+        load: part.load.units(),
+        failed: part.failed.units(),
+    };
+    pb::Offer {
+        job: job.to_string(),
+        caller: offer.caller.0,
+        window_ms: u64::try_from(offer.window.as_millis()).unwrap_or(u64::MAX),
+        slices: offer.slices.iter().map(part).collect(),
+        hot: offer.hot.iter().map(pb::HotKey::from).collect(),
+    }
+}
+
+/// Reads what a caller offered, and to which job.
+pub fn offer(offer: pb::Offer) -> Result<(JobName, Offer), WireError> {
+    let job = job_name(&offer.job)?;
+    let offer = Offer {
+        caller: Caller(offer.caller),
+        window: Duration::from_millis(offer.window_ms),
+        slices: each(offer.slices, "slices")?,
+        hot: each(offer.hot, "hot")?,
+    };
+    offer.check().map_err(|error| WireError::new("offer", error))?;
+    Ok((job, offer))
+}
+
+impl TryFrom<pb::SliceOffer> for SliceOffer {
+    type Error = WireError;
+
+    fn try_from(part: pb::SliceOffer) -> Result<Self, WireError> {
+        Ok(Self {
+            slice: need(part.slice, "slice")?.try_into()?,
+            load: load(part.load, "load")?,
+            failed: load(part.failed, "failed")?,
+        })
+    }
 }

@@ -10,6 +10,7 @@ use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
+use mandoline_core::offers::{Caller, Offer, SliceOffer};
 use mandoline_core::pin::Pin;
 use mandoline_core::plan::{Edit, Move, Plan, Reason};
 use mandoline_core::prng::Prng;
@@ -244,6 +245,46 @@ fn specs_that_make_no_sense_are_named() {
         bend(&mut spec);
         let error = JobSpec::try_from(spec).unwrap_err().to_string();
         assert!(error.starts_with(message), "{error}");
+    }
+}
+
+#[test]
+fn offers_come_back() {
+    let part = |first, last, failed| SliceOffer {
+        slice: slice(first, last),
+        load: Load::from_milli(1_500),
+        failed: Load::from_milli(failed),
+    };
+    let offer = Offer {
+        caller: Caller(u64::MAX),
+        window: Duration::from_millis(5_000),
+        slices: vec![part(0, 9, 0), part(10, u64::MAX, 1_500)],
+        hot: vec![HotKey { key: SliceKey(7), load: Load::from_milli(9) }],
+    };
+    let job: mandoline_core::name::JobName = "kv".parse().unwrap();
+    let both = (job.clone(), offer.clone());
+    survives(&both, task::offer_message(&job, &offer), task::offer);
+}
+
+#[test]
+fn offers_that_make_no_sense_are_named() {
+    let offer = |job: &str, load: f64, failed: f64, window_ms: u64| {
+        let slices = vec![pb::SliceOffer { slice: Some(slice(0, 9).into()), load, failed }];
+        let job = job.to_owned();
+        let offer = pb::Offer { job, caller: 1, window_ms, slices, hot: vec![] };
+        task::offer(offer).map_err(|error| error.to_string())
+    };
+    assert!(offer("kv", 2.0, 1.0, 1_000).is_ok());
+    let cases = [
+        (offer("a/b", 2.0, 1.0, 1_000), "the name \"a/b\" has '/'"),
+        (offer("kv", f64::NAN, 1.0, 1_000), "slices[0].load: NaN is no load"),
+        (offer("kv", 2.0, f64::INFINITY, 1_000), "slices[0].failed: inf is no load"),
+        (offer("kv", 2.0, 3.0, 1_000), "failed than was offered"),
+        (offer("kv", 2.0, 1.0, 0), "window is 0ns"),
+    ];
+    for (found, message) in cases {
+        let error = found.unwrap_err();
+        assert!(error.contains(message), "{error}");
     }
 }
 

@@ -17,6 +17,7 @@ use mandoline_core::command::{Command, NodeId};
 use mandoline_core::generation::Generation;
 use mandoline_core::load::Load;
 use mandoline_core::name::{JobName, TaskName};
+use mandoline_core::offers::Totals;
 use mandoline_core::plan::Move;
 use mandoline_core::slice::Slice;
 use mandoline_core::spec::JobSpec;
@@ -257,14 +258,17 @@ impl Inner {
         let name = job_name(&request.name).map_err(invalid)?;
         let state = self.consensus.state();
         let job = state.job(&name).map_err(|error| refused(&error))?;
-        Ok(job_status(job, &self.node.measure(name).await))
+        let offered = self.node.offered().remove(&name).unwrap_or_default();
+        Ok(job_status(job, &self.node.measure(name).await, &offered))
     }
 
     async fn jobs(&self) -> Vec<pb::JobStatus> {
         let state = self.consensus.state();
         let mut jobs = Vec::with_capacity(state.jobs.len());
+        let mut offered = self.node.offered();
         for (name, job) in &state.jobs {
-            jobs.push(job_status(job, &self.node.measure(name.clone()).await));
+            let offered = offered.remove(name).unwrap_or_default();
+            jobs.push(job_status(job, &self.node.measure(name.clone()).await, &offered));
         }
         jobs
     }
@@ -690,7 +694,11 @@ fn never_arrived(status: &Status) -> bool {
 }
 
 /// Says how a job is: by what the leader measured, where that is known, else by the stored loads.
-fn job_status(job: &Job, measured: &BTreeMap<SessionId, Measure>) -> pb::JobStatus {
+fn job_status(
+    job: &Job,
+    measured: &BTreeMap<SessionId, Measure>,
+    offered: &Totals,
+) -> pb::JobStatus {
     let mut carried: BTreeMap<SessionId, (u64, Load)> = BTreeMap::new();
     let mut unserved = 0;
     for (_, assigned) in job.assignment.slices.iter() {
@@ -710,6 +718,7 @@ fn job_status(job: &Job, measured: &BTreeMap<SessionId, Measure>) -> pb::JobStat
             slices,
             load: measure.map_or(stored, |measure| measure.load).milli(),
             connected: measure.is_some_and(|measure| measure.connected),
+            suspect: measure.is_some_and(|measure| measure.suspect),
         }
     };
     pb::JobStatus {
@@ -722,6 +731,9 @@ fn job_status(job: &Job, measured: &BTreeMap<SessionId, Measure>) -> pb::JobStat
         unserved,
         frozen: job.frozen,
         pins: job.pins.iter().map(pb::Pin::from).collect(),
+        callers: offered.callers as u64,
+        offered: offered.load.milli(),
+        offered_failed: offered.failed.milli(),
     }
 }
 

@@ -17,6 +17,7 @@ use mandoline_core::command::{Command, EndReason};
 use mandoline_core::generation::Generation;
 use mandoline_core::leader::Event;
 use mandoline_core::name::JobName;
+use mandoline_core::offers::{Offer, OfferError};
 use mandoline_core::spec::JobSpec;
 use mandoline_core::state::{Applied, Outcome, Refused};
 use mandoline_core::task::{Phase, SessionId, TaskInfo};
@@ -24,10 +25,11 @@ use mandoline_distributor::hub::{Hub, Subscription};
 use mandoline_proto::assignment::{job_name, session};
 use mandoline_proto::error::{WireError, need};
 use mandoline_proto::pb;
+use mandoline_proto::pb::offer_reply::Reply as OfferAnswer;
 use mandoline_proto::pb::session_reply::Reply;
 use mandoline_proto::pb::session_request::Request as Asked;
 use mandoline_proto::pb::tasks_server::{Tasks, TasksServer};
-use mandoline_proto::task::report;
+use mandoline_proto::task::{offer, report};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -113,6 +115,13 @@ impl Tasks for TaskService {
         }
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+
+    async fn offer(&self, request: Request<pb::Offer>) -> Result<Response<pb::OfferReply>, Status> {
+        let (job, offer) = offer(request.into_inner())
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let reply = self.inner.offer(job, offer).await?;
+        Ok(Response::new(pb::OfferReply { reply: Some(reply) }))
+    }
 }
 
 /// What a stream begins with, checked.
@@ -191,6 +200,26 @@ impl Inner {
         Ok(Session::new(Arc::clone(self), term, role, who, subscription, seat, &spec))
     }
 
+    /// Hands on what a caller offered, or says who leads.
+    async fn offer(&self, job: JobName, offer: Offer) -> Result<OfferAnswer, Status> {
+        let role = self.consensus.role();
+        if term_of(&role.borrow()).is_none() {
+            return Ok(OfferAnswer::Redirect(leader_of(&role.borrow())));
+        }
+        let state = self.consensus.state();
+        let known = state.job(&job).map_err(|why| Status::not_found(why.to_string()))?;
+        let report_every_ms = whole_millis(known.spec.report_every);
+        match self.node.offer(job, offer).await {
+            Some(Ok(())) => Ok(OfferAnswer::Taken(pb::Taken { report_every_ms })),
+            Some(Err(error @ (OfferError::Callers | OfferError::Slices))) => {
+                Err(Status::resource_exhausted(error.to_string()))
+            }
+            Some(Err(error)) => Err(Status::invalid_argument(error.to_string())),
+            // It leads no more, or not yet, or the job is that new: the next one will be heard.
+            None => Ok(OfferAnswer::Redirect(pb::Redirect::default())),
+        }
+    }
+
     async fn register(&self, register: Command) -> Result<SessionId, Reply> {
         match timeout(REGISTER_PATIENCE, self.consensus.propose(register)).await {
             Ok(Ok(Applied { outcome: Outcome::Session(session), .. })) => Ok(session),
@@ -250,17 +279,25 @@ const fn code_of(why: &Refused) -> pb::RefusedCode {
 
 /// Who leads, as far as is known.
 fn redirect(role: &Role) -> Reply {
-    Reply::Redirect(match role {
+    Reply::Redirect(leader_of(role))
+}
+
+fn leader_of(role: &Role) -> pb::Redirect {
+    match role {
         Role::Follower { leader: Some(leader) } => {
             pb::Redirect { node: leader.node.0, address: leader.client.clone() }
         }
         Role::Follower { leader: None } | Role::Leader { .. } => pb::Redirect::default(),
-    })
+    }
+}
+
+fn whole_millis(length: Duration) -> u64 {
+    u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn attached(session: SessionId, spec: &JobSpec) -> pb::Attached {
-    let millis = |length: Duration| u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
-    let (heartbeat_ms, report_every_ms) = (millis(spec.heartbeat), millis(spec.report_every));
+    let (heartbeat_ms, report_every_ms) =
+        (whole_millis(spec.heartbeat), whole_millis(spec.report_every));
     pb::Attached { session: session.0, heartbeat_ms, report_every_ms }
 }
 
@@ -372,7 +409,16 @@ impl Session {
                 self.grant(heartbeat.request);
             }
             Some(Asked::Report(measured)) => match report(session, measured) {
-                Ok(report) => self.inner.node.tell(Event::Reported { job, report }).await,
+                Ok(mut report) => {
+                    let clamped = report.clamp();
+                    if clamped > 0 {
+                        let problem = format!(
+                            "{clamped} hot keys carried more than their slices, and were lowered to that"
+                        );
+                        self.warn(&WireError::new("report", problem));
+                    }
+                    self.inner.node.tell(Event::Reported { job, report }).await;
+                }
                 Err(error) => self.warn(&error),
             },
             Some(Asked::Drain(pb::Drain {})) => {

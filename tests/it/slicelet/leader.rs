@@ -339,4 +339,8 @@ impl Tasks for Leader {
         }
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+
+    async fn offer(&self, _: Request<pb::Offer>) -> Result<Response<pb::OfferReply>, Status> {
+        Err(Status::unimplemented("this leader hears tasks alone"))
+    }
 }

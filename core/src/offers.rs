@@ -1,0 +1,509 @@
+//! What callers offered, and how it is weighed against what tasks measured.
+//!
+//! A task counts what it takes. What it refuses, or what never reached it, only its callers know: they report what they
+//! offered each slice, so that a task that is drowning does not pass for one that is merely busy.
+//!
+//! Callers count requests; a task may count what it likes. What callers say is weighed only where at least half of the
+//! tasks count as their callers do, within a quarter: then what they offered counts where it exceeds what was served
+//! beyond chance, and a task whose load is out of all proportion is believed only as far as its callers bear it out.
+//! Nothing is gained by the larger of two noisy figures, so within chance the task's word stands.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Add;
+use std::time::Duration;
+
+use crate::assignment::Assignment;
+use crate::load::Load;
+use crate::report::{
+    HotKey, LoadTable, Offered, ReportError, Second, check_hot, check_window, merge_by_key,
+    out_of_order,
+};
+use crate::slice::Slice;
+use crate::task::SessionId;
+use crate::time::Time;
+
+/// Callers that are heard for one job; as many as watchers of a node.
+pub const CALLERS_MAX: usize = 20_000;
+/// Slices of one offer: the heaviest, where there are more. 200 KB on the wire; what is left out counts as not offered,
+/// which raises nothing.
+pub const OFFER_MAX: usize = 4_096;
+/// Slices of all offers of one job: 48 MB.
+const SLICES_MAX: usize = 1_500_000;
+/// After so many of its windows without a word a caller is forgotten.
+const WINDOWS_KEPT: u32 = 3;
+/// A task is suspect if it says so many times the mean of the others,
+const SUSPECT_TIMES: u64 = 100;
+/// and so many times what callers offered it.
+const SUSPECT_OVER_OFFERED: u64 = 10;
+/// Requests that a task must have had to say anything of how it counts.
+const TELLING: u64 = 20;
+
+/// A number that a caller drew when it started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Caller(pub u64);
+
+/// What one caller offered over a window.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Who.
+    pub caller: Caller,
+    /// How long it counted.
+    pub window: Duration,
+    /// Load by slice, sorted, without overlap.
+    pub slices: Vec<SliceOffer>,
+    /// The heaviest keys, sorted.
+    pub hot: Vec<HotKey>,
+}
+
+/// What one caller offered a slice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SliceOffer {
+    /// Which one.
+    pub slice: Slice,
+    /// All of it, whatever came of it.
+    pub load: Load,
+    /// What failed of it.
+    pub failed: Load,
+}
+
+/// Why an offer was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OfferError {
+    /// It is wrong in a way that a task's report may be, too.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    /// It named too many slices.
+    #[error("the offer names {0} slices: name the {OFFER_MAX} heaviest")]
+    Many(usize),
+    /// More failed than was offered.
+    #[error("more of {0} failed than was offered")]
+    Failed(Slice),
+    /// Too many callers report for the job.
+    #[error("{CALLERS_MAX} callers report for this job: have fewer report, one in ten says enough")]
+    Callers,
+    /// What callers report for the job is too much.
+    #[error(
+        "callers report {SLICES_MAX} slices for this job: have fewer report, one in ten says enough"
+    )]
+    Slices,
+}
+
+impl Offer {
+    /// Checks what a careful caller would never send.
+    pub fn check(&self) -> Result<(), OfferError> {
+        check_window(self.window)?;
+        if self.slices.len() > OFFER_MAX {
+            return Err(OfferError::Many(self.slices.len()));
+        }
+        if let Some(at) = out_of_order(self.slices.iter().map(|offer| offer.slice)) {
+            return Err(ReportError::Order(at).into());
+        }
+        if let Some(offer) = self.slices.iter().find(|offer| offer.failed > offer.load) {
+            return Err(OfferError::Failed(offer.slice));
+        }
+        Ok(check_hot(&self.hot)?)
+    }
+}
+
+/// What the callers of a job last offered. Soft, as reports are.
+#[derive(Clone, Debug, Default)]
+pub struct Offers {
+    callers: BTreeMap<Caller, (Time, Offer)>,
+    slices: usize,
+    totals: Totals,
+}
+
+/// What was offered in all, as of the last round.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// How many callers report.
+    pub callers: usize,
+    /// What they offered.
+    pub load: Load,
+    /// What failed of it.
+    pub failed: Load,
+    /// Tasks that say far more than anyone offered them.
+    pub suspects: BTreeSet<SessionId>,
+}
+
+impl Offers {
+    /// Takes what a caller offered in the place of what it offered before.
+    pub fn receive(&mut self, now: Time, offer: Offer) -> Result<(), OfferError> {
+        offer.check()?;
+        let before = self.callers.get(&offer.caller).map_or(0, |(_, known)| known.slices.len());
+        if self.callers.len() >= CALLERS_MAX && !self.callers.contains_key(&offer.caller) {
+            return Err(OfferError::Callers);
+        }
+        let slices = self.slices - before + offer.slices.len();
+        if slices > SLICES_MAX {
+            return Err(OfferError::Slices);
+        }
+        self.slices = slices;
+        self.callers.insert(offer.caller, (now + offer.window * WINDOWS_KEPT, offer));
+        Ok(())
+    }
+
+    /// Gives what was offered in all, as of the last round.
+    pub const fn totals(&self) -> &Totals {
+        &self.totals
+    }
+
+    /// Weighs what callers offered against what tasks measured, before a round is planned by it.
+    pub fn weigh(&mut self, now: Time, assignment: &Assignment, table: &mut LoadTable) {
+        self.callers.retain(|_, (until, _)| now < *until);
+        self.slices = self.callers.values().map(|(_, offer)| offer.slices.len()).sum();
+        let mut totals = Totals { callers: self.callers.len(), ..Totals::default() };
+        if !self.callers.is_empty() {
+            let sums = Sums::of(assignment, self.callers.values().map(|(_, offer)| offer));
+            (totals.load, totals.failed) = (sums.load, sums.failed);
+            let offered = sums.offered(assignment);
+            let tasks = counted(assignment, table, &offered);
+            if count_alike(&tasks) {
+                let hot = self.hot();
+                let suspects = suspects(&tasks);
+                totals.suspects.clone_from(&suspects);
+                table.weigh(Second { offered, hot, suspects });
+            }
+        }
+        self.totals = totals;
+    }
+
+    fn hot(&self) -> Vec<HotKey> {
+        let named = self.callers.values().flat_map(|(_, offer)| offer.hot.iter().copied());
+        let mut hot = Vec::new();
+        merge_by_key(&mut hot, &named.collect::<Vec<_>>(), Add::add);
+        hot
+    }
+}
+
+/// What all callers offered, by the slices of an assignment.
+struct Sums {
+    slices: Vec<Sum>,
+    load: Load,
+    failed: Load,
+    window: Duration,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Sum {
+    load: Load,
+    /// Someone spoke of a wider slice: nobody knows how its load lies.
+    blurred: bool,
+}
+
+impl Sums {
+    fn of<'a>(assignment: &Assignment, offers: impl Iterator<Item = &'a Offer>) -> Self {
+        let slices = vec![Sum::default(); assignment.slices.count()];
+        let (load, failed) = (Load::ZERO, Load::ZERO);
+        let mut sums = Self { slices, load, failed, window: Duration::MAX };
+        for offer in offers {
+            sums.window = sums.window.min(offer.window);
+            for part in &offer.slices {
+                sums.load += part.load;
+                sums.failed += part.failed;
+                let first = assignment.slices.index_of(part.slice.first());
+                let last = assignment.slices.index_of(part.slice.last());
+                if first == last {
+                    sums.slices[first].load += part.load;
+                } else {
+                    sums.slices[first..=last].iter_mut().for_each(|sum| sum.blurred = true);
+                }
+            }
+        }
+        sums
+    }
+
+    fn offered(&self, assignment: &Assignment) -> Vec<Offered> {
+        let known = assignment.slices.iter().zip(&self.slices).filter(|(_, sum)| !sum.blurred);
+        let known = known.map(|((slice, assigned), sum)| {
+            let replicas = assigned.replicas.as_slice().len().max(1);
+            let each = sum.load.share(1, replicas as u128);
+            Offered { slice, load: sum.load, each, window: self.window }
+        });
+        known.collect()
+    }
+}
+
+/// What a task says that it served, and what it was offered, on the slices where both are known.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counted {
+    served: Load,
+    offered: Load,
+    /// Requests that it was offered.
+    requests: u64,
+}
+
+fn counted(
+    assignment: &Assignment,
+    table: &LoadTable,
+    offered: &[Offered],
+) -> BTreeMap<SessionId, Counted> {
+    let mut tasks: BTreeMap<SessionId, Counted> = BTreeMap::new();
+    for offered in offered {
+        let (_, assigned) = assignment.get(offered.slice.first());
+        for replica in assigned.replicas.as_slice() {
+            let served = table.served(replica.session, replica.since, offered.slice);
+            let Some((_, served)) = served else { continue };
+            let task = tasks.entry(replica.session).or_default();
+            task.served += served;
+            task.offered += offered.each;
+            let millis = u64::try_from(offered.window.as_millis()).unwrap_or(u64::MAX);
+            task.requests += offered.each.milli().saturating_mul(millis) / 1_000_000;
+        }
+    }
+    tasks
+}
+
+/// Says whether at least half of the tasks that had anything to count came to what their callers say, within a quarter.
+fn count_alike(tasks: &BTreeMap<SessionId, Counted>) -> bool {
+    let telling = || tasks.values().filter(|task| task.requests >= TELLING);
+    let alike = telling().filter(|task| {
+        let (served, offered) = (u128::from(task.served.milli()), u128::from(task.offered.milli()));
+        served * 5 >= offered * 4 && served * 4 <= offered * 5
+    });
+    let alike = alike.count();
+    alike > 0 && alike * 2 >= telling().count()
+}
+
+fn suspects(tasks: &BTreeMap<SessionId, Counted>) -> BTreeSet<SessionId> {
+    let total: Load = tasks.values().map(|task| task.served).sum();
+    let others = (tasks.len() as u64).saturating_sub(1).max(1);
+    let suspect = |task: &Counted| {
+        let mean = total.saturating_sub(task.served).milli() / others;
+        let served = task.served.milli();
+        served > mean.saturating_mul(SUSPECT_TIMES)
+            && served > task.offered.milli().saturating_mul(SUSPECT_OVER_OFFERED)
+    };
+    tasks.iter().filter(|(_, task)| suspect(task)).map(|(session, _)| *session).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::assignment::{Assigned, Replica, Replicas};
+    use crate::generation::Generation;
+    use crate::key::SliceKey;
+    use crate::report::{HOT_MAX, Report};
+    use crate::slice_map::SliceMap;
+
+    const FIVE: Duration = Duration::from_secs(5);
+
+    fn slice(first: u64, last: u64) -> Slice {
+        Slice::new(SliceKey(first), SliceKey(last)).unwrap()
+    }
+
+    fn units(units: u64) -> Load {
+        Load::from_milli(units * 1_000)
+    }
+
+    /// Slices of a hundred keys; the n-th is session n+1's, the last goes to the end.
+    fn assignment(slices: u64) -> Assignment {
+        let run = |nth: u64| {
+            let replica = Replica { session: SessionId(nth + 1), since: Generation::ZERO };
+            let replicas = Replicas::One(replica);
+            (SliceKey(nth * 100), Assigned { replicas, ..Assigned::default() })
+        };
+        let mut made = Assignment::new("kv".parse().unwrap(), Generation::ZERO);
+        made.slices = SliceMap::from_runs((0..slices).map(run).collect()).unwrap();
+        made
+    }
+
+    /// What each task of `assignment` served.
+    fn table(assignment: &Assignment, served: &[u64]) -> LoadTable {
+        let mut table = LoadTable::default();
+        for ((slice, assigned), served) in assignment.slices.iter().zip(served) {
+            let session = assigned.replicas.as_slice()[0].session;
+            let slices = vec![(slice, units(*served))];
+            table.receive(Report::new(session, Generation::ZERO, FIVE, slices)).unwrap();
+        }
+        table
+    }
+
+    fn offer(caller: u64, slices: &[(Slice, u64)]) -> Offer {
+        let part = |&(slice, load): &(Slice, u64)| SliceOffer {
+            slice,
+            load: units(load),
+            failed: Load::ZERO,
+        };
+        let slices = slices.iter().map(part).collect();
+        Offer { caller: Caller(caller), window: FIVE, slices, hot: vec![] }
+    }
+
+    /// What the table says of each slice once offers were weighed.
+    fn weighed(assignment: &Assignment, table: &mut LoadTable, offers: &mut Offers) -> Vec<u64> {
+        offers.weigh(Time::ZERO, assignment, table);
+        let of = |(slice, assigned): (Slice, &Assigned)| {
+            let session = assigned.replicas.as_slice()[0].session;
+            table
+                .measured(session, Generation::ZERO, slice)
+                .map_or(0, |(_, load)| load.milli() / 1_000)
+        };
+        assignment.slices.iter().map(of).collect()
+    }
+
+    fn offered(assignment: &Assignment, loads: &[u64]) -> Offers {
+        let mut offers = Offers::default();
+        let slices: Vec<(Slice, u64)> =
+            assignment.slices.iter().zip(loads).map(|((slice, _), load)| (slice, *load)).collect();
+        offers.receive(Time::ZERO, offer(1, &slices)).unwrap();
+        offers
+    }
+
+    #[test]
+    fn a_task_that_cannot_keep_up_has_the_load_that_it_was_offered() {
+        let assignment = assignment(4);
+        let mut served = table(&assignment, &[100, 100, 100, 100]);
+        let mut offers = offered(&assignment, &[101, 90, 400, 99]);
+        assert_eq!(weighed(&assignment, &mut served, &mut offers), [100, 100, 400, 100]);
+        assert_eq!(served.offered(slice(200, 299)), Some(units(400)));
+        assert_eq!(served.offered(slice(200, 250)), None);
+        let totals = offers.totals();
+        assert_eq!((totals.callers, totals.load, totals.suspects.len()), (1, units(690), 0));
+        served.clear();
+        assert_eq!(served.offered(slice(200, 299)), None, "weighed anew for each round");
+    }
+
+    #[test]
+    fn what_several_callers_offer_adds_up() {
+        let assignment = assignment(2);
+        let mut served = table(&assignment, &[100, 100]);
+        let mut offers = offered(&assignment, &[60, 100]);
+        offers.receive(Time::ZERO, offer(2, &[(slice(0, 49), 40), (slice(50, 99), 70)])).unwrap();
+        // In the place of what it said before.
+        offers.receive(Time::ZERO, offer(2, &[(slice(0, 49), 80), (slice(50, 99), 70)])).unwrap();
+        assert_eq!(weighed(&assignment, &mut served, &mut offers), [210, 100]);
+    }
+
+    #[test]
+    fn tasks_that_count_something_else_are_taken_at_their_word() {
+        let assignment = assignment(3);
+        for served in [[10, 10, 10], [3_000, 2_000, 9_000]] {
+            let mut table = table(&assignment, &served);
+            let mut offers = offered(&assignment, &[100, 400, 100]);
+            assert_eq!(weighed(&assignment, &mut table, &mut offers), served);
+        }
+    }
+
+    #[test]
+    fn a_word_on_a_wider_slice_raises_nothing() {
+        let assignment = assignment(4);
+        let mut table = table(&assignment, &[100, 100, 100, 100]);
+        let mut offers = Offers::default();
+        let spoken = [(slice(0, 99), 100), (slice(100, 299), 900), (slice(300, 399), 100)];
+        offers.receive(Time::ZERO, offer(1, &spoken)).unwrap();
+        assert_eq!(weighed(&assignment, &mut table, &mut offers), [100, 100, 100, 100]);
+    }
+
+    #[test]
+    fn a_task_that_lies_is_believed_as_far_as_its_callers_bear_it_out() {
+        let assignment = assignment(4);
+        let mut served = table(&assignment, &[100, 1_000_000_000, 100, 100]);
+        let mut offers = offered(&assignment, &[100, 120, 100, 100]);
+        assert_eq!(weighed(&assignment, &mut served, &mut offers), [100, 120, 100, 100]);
+        assert_eq!(offers.totals().suspects, BTreeSet::from([SessionId(2)]));
+        // Without callers there is nothing to hold against it.
+        let mut served = table(&assignment, &[100, 1_000_000_000, 100, 100]);
+        let alone = weighed(&assignment, &mut served, &mut Offers::default());
+        assert_eq!(alone, [100, 1_000_000_000, 100, 100]);
+    }
+
+    #[test]
+    fn a_lie_on_a_slice_that_nobody_spoke_of_is_no_measurement() {
+        let assignment = assignment(4);
+        let mut table = table(&assignment, &[100, 1_000_000, 100, 100]);
+        let extra = Report::new(
+            SessionId(2),
+            Generation::ZERO,
+            FIVE,
+            vec![(slice(100, 199), units(1_000_000)), (slice(500, 599), units(7))],
+        );
+        table.receive(extra).unwrap();
+        let mut offers = offered(&assignment, &[100, 100, 100, 100]);
+        offers.weigh(Time::ZERO, &assignment, &mut table);
+        assert_eq!(table.measured(SessionId(2), Generation::ZERO, slice(500, 599)), None);
+    }
+
+    #[test]
+    fn a_task_that_says_nothing_has_what_it_was_offered() {
+        let assignment = assignment(3);
+        let mut table = table(&assignment, &[100, 100]);
+        let mut offers = offered(&assignment, &[100, 100, 70]);
+        assert_eq!(weighed(&assignment, &mut table, &mut offers), [100, 100, 70]);
+        let mut offers = offered(&assignment, &[100, 100, 0]);
+        offers.weigh(Time::ZERO, &assignment, &mut table);
+        assert_eq!(table.measured(SessionId(3), Generation::ZERO, slice(200, u64::MAX)), None);
+    }
+
+    #[test]
+    fn hot_keys_have_the_greater_load() {
+        let hot = |key, load| HotKey { key: SliceKey(key), load: units(load) };
+        let assignment = assignment(2);
+        let mut table = table(&assignment, &[100, 100]);
+        let slices = vec![(slice(0, 99), units(100))];
+        let report = Report::new(SessionId(1), Generation::ZERO, FIVE, slices);
+        table.receive(Report { hot: vec![hot(3, 60), hot(5, 30)], ..report }).unwrap();
+        let mut offers = offered(&assignment, &[40, 50]);
+        for caller in 2..4 {
+            let offer = Offer {
+                hot: vec![hot(3, 20), hot(101, 9)],
+                ..offer(caller, &[(slice(0, 9), 30), (slice(100, 109), 25)])
+            };
+            offers.receive(Time::ZERO, offer).unwrap();
+        }
+        offers.weigh(Time::ZERO, &assignment, &mut table);
+        // The first report of two has named none: half of 60 and 30.
+        assert_eq!(table.hot_keys(), [hot(3, 40), hot(5, 15), hot(101, 18)]);
+    }
+
+    #[test]
+    fn callers_that_fall_silent_are_forgotten() {
+        let assignment = assignment(2);
+        let mut offers = offered(&assignment, &[100, 100]);
+        offers.weigh(Time::ZERO + FIVE * 2, &assignment, &mut LoadTable::default());
+        assert_eq!(offers.totals().callers, 1);
+        offers.weigh(Time::ZERO + FIVE * 3, &assignment, &mut LoadTable::default());
+        assert_eq!((offers.totals(), offers.slices), (&Totals::default(), 0));
+    }
+
+    #[test]
+    fn offers_that_make_no_sense_are_refused_by_name() {
+        let good = offer(1, &[(slice(0, 9), 5), (slice(10, 19), 5)]);
+        let mut offers = Offers::default();
+        offers.receive(Time::ZERO, good.clone()).unwrap();
+        let mut check = |offer: Offer, error: OfferError| {
+            assert_eq!(offers.receive(Time::ZERO, offer), Err(error));
+            assert_eq!(offers.slices, 2, "the one before stays in force");
+        };
+        let never = Duration::ZERO;
+        check(Offer { window: never, ..good.clone() }, ReportError::Window(never).into());
+        let overlap = offer(1, &[(slice(0, 9), 5), (slice(9, 19), 5)]);
+        check(overlap, ReportError::Order(slice(9, 19)).into());
+        let many: Vec<(Slice, u64)> = (0..=OFFER_MAX as u64).map(|n| (slice(n, n), 1)).collect();
+        check(offer(1, &many), OfferError::Many(OFFER_MAX + 1));
+        let mut failed = good.clone();
+        failed.slices[1].failed = units(6);
+        check(failed, OfferError::Failed(slice(10, 19)));
+        let hot = |key| HotKey { key: SliceKey(key), load: Load::ZERO };
+        check(
+            Offer { hot: vec![hot(2), hot(1)], ..good.clone() },
+            ReportError::HotOrder(SliceKey(1)).into(),
+        );
+        let many = vec![hot(1); HOT_MAX + 1];
+        check(Offer { hot: many, ..good }, ReportError::ManyHot(HOT_MAX + 1).into());
+    }
+
+    #[test]
+    fn callers_and_what_they_report_have_a_bound() {
+        let mut offers = Offers::default();
+        for caller in 0..CALLERS_MAX as u64 {
+            offers.receive(Time::ZERO, offer(caller, &[])).unwrap();
+        }
+        let one_more = offer(u64::MAX, &[]);
+        assert_eq!(offers.receive(Time::ZERO, one_more), Err(OfferError::Callers));
+        assert_eq!(offers.receive(Time::ZERO, offer(7, &[])), Ok(()), "known already");
+        let many: Vec<(Slice, u64)> = (0..OFFER_MAX as u64).map(|n| (slice(n, n), 1)).collect();
+        let refused =
+            (0..400).find_map(|caller| offers.receive(Time::ZERO, offer(caller, &many)).err());
+        assert_eq!(refused, Some(OfferError::Slices));
+    }
+}
