@@ -2,7 +2,8 @@
 //!
 //! A trace is a format of ours, so anything odd in it is an error with its line. An access log is what some server wrote
 //! over months: a malformed line is counted and passed over, unless more than half are malformed, and requests that were
-//! logged late (servers log when a reply ends) are sorted within a second and counted beyond it.
+//! logged late (servers log when a reply ends) are sorted within a second and counted beyond it. Who knows that a trace is
+//! damaged may ask for a lenient reader, which treats it so too.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -12,17 +13,17 @@ use std::time::Duration;
 use crate::access_log::{self, KeyPart, LogProblem};
 use crate::event::Event;
 use crate::lines::{InputError, Line, Lines};
-use crate::trace;
+use crate::trace::{self, TraceProblem};
 
-/// What a reader of an access log passed over or put right. All zero for a trace.
+/// What a reader of an access log, or a lenient one of a trace, passed over or put right.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Skipped {
     /// Lines that could not be read, passed over.
     pub malformed: u64,
     /// Lines without the part that is the key, passed over.
     pub without_key: u64,
-    /// Requests logged more than a second too late for their place; they keep their key and are given the time of the
-    /// event before.
+    /// Requests logged more than a second too late for their place, in a trace ever so little; they keep their key and are
+    /// given the time of the event before.
     pub late: u64,
 }
 
@@ -56,11 +57,31 @@ impl Replay {
         Ok(Self { source, origin: None, events: 0, ended: false })
     }
 
+    /// Passes over malformed lines of a trace, and puts right times that run backwards, rather than end there. A log is
+    /// read so anyway.
+    #[must_use]
+    pub fn lenient(mut self) -> Self {
+        if let Source::Trace(trace) = &mut self.source {
+            trace.lenient = true;
+        }
+        self
+    }
+
     /// Says what was passed over so far.
     pub fn skipped(&self) -> Skipped {
         match &self.source {
-            Source::Trace(_) => Skipped::default(),
+            Source::Trace(trace) => trace.skipped,
             Source::Log(log) => log.skipped,
+        }
+    }
+
+    /// Gives the first line that was passed over as malformed, and what is wrong with it.
+    pub fn first_malformed(&self) -> Option<(u64, String)> {
+        match &self.source {
+            Source::Trace(trace) => {
+                trace.first_malformed.as_ref().map(|(n, p)| (*n, p.to_string()))
+            }
+            Source::Log(log) => log.first_malformed.as_ref().map(|(n, p)| (*n, p.to_string())),
         }
     }
 
@@ -148,29 +169,47 @@ struct TraceReader {
     lines: Lines,
     line: Line,
     before: Duration,
+    lenient: bool,
+    skipped: Skipped,
+    first_malformed: Option<(u64, TraceProblem)>,
 }
 
 impl TraceReader {
     fn new(lines: Lines) -> Self {
-        Self { lines, line: Line::default(), before: Duration::ZERO }
+        Self {
+            lines,
+            line: Line::default(),
+            before: Duration::ZERO,
+            lenient: false,
+            skipped: Skipped::default(),
+            first_malformed: None,
+        }
     }
 
     fn read(&mut self) -> Result<Option<Event>, InputError> {
-        if !self.lines.next_into(&mut self.line)? {
-            return Ok(None);
+        while self.lines.next_into(&mut self.line)? {
+            let (path, line) = (|| self.lines.path(), self.line.number);
+            let mut event = match trace::parse(&self.line.bytes) {
+                Ok(event) => event,
+                Err(problem) if self.lenient => {
+                    self.skipped.malformed += 1;
+                    self.first_malformed.get_or_insert((line, problem));
+                    continue;
+                }
+                Err(problem) => return Err(InputError::Trace { path: path(), line, problem }),
+            };
+            if event.at < self.before {
+                if !self.lenient {
+                    let (at, before) = (event.at.as_secs_f64(), self.before.as_secs_f64());
+                    return Err(InputError::Unsorted { path: path(), line, at, before });
+                }
+                self.skipped.late += 1;
+                event.at = self.before;
+            }
+            self.before = event.at;
+            return Ok(Some(event));
         }
-        let (path, line) = (|| self.lines.path(), self.line.number);
-        let event = trace::parse(&self.line.bytes).map_err(|problem| InputError::Trace {
-            path: path(),
-            line,
-            problem,
-        })?;
-        if event.at < self.before {
-            let (at, before) = (event.at.as_secs_f64(), self.before.as_secs_f64());
-            return Err(InputError::Unsorted { path: path(), line, at, before });
-        }
-        self.before = event.at;
-        Ok(Some(event))
+        Ok(None)
     }
 }
 
@@ -345,6 +384,17 @@ mod tests {
             error(&[b"0 a\n", &b"k".repeat(70_000)[..]].concat())
                 .starts_with("FILE:2: the line is longer")
         );
+    }
+
+    #[test]
+    fn a_lenient_reader_passes_over_bad_lines_and_counts_them() {
+        let file = file(b"0 a\nnan b\n5 b\n4 c\n6 d x\n7 e\n");
+        let mut replay = Replay::open(file.path(), None).unwrap().lenient();
+        let events: Vec<Event> = replay.by_ref().collect::<Result<_, _>>().unwrap();
+        assert_eq!(text(&events), "0 a 1; 5 b 1; 5 c 1; 7 e 1");
+        assert_eq!(replay.skipped(), Skipped { malformed: 2, without_key: 0, late: 1 });
+        let (line, problem) = replay.first_malformed().unwrap();
+        assert!(line == 2 && problem.starts_with("the time \"nan\""), "{line}: {problem}");
     }
 
     #[test]
