@@ -22,4 +22,5 @@ pub mod layout;
 pub mod policy;
 pub mod scenario;
 pub mod contest;
+pub mod field;
 pub mod chaos;

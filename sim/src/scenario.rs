@@ -278,6 +278,13 @@ impl FromStr for Recipe {
     }
 }
 
+impl Recipe {
+    /// Counts the keys.
+    pub fn keys(&self) -> u64 {
+        self.shape.keys.keys()
+    }
+}
+
 impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&self.text)
@@ -328,9 +335,13 @@ fn whole(
 }
 
 fn unknown(word: &str, known: &'static [&'static str]) -> ScenarioError {
+    ScenarioError::Word { word: word.to_owned(), near: nearest(word, known), known }
+}
+
+/// Gives which of the known words was probably meant, if one comes near.
+pub(crate) fn nearest(word: &str, known: &[&'static str]) -> Option<&'static str> {
     let near = known.iter().map(|known| (distance(word, known), *known)).min();
-    let near = near.filter(|(distance, _)| *distance <= 2).map(|(_, known)| known);
-    ScenarioError::Word { word: word.to_owned(), near, known }
+    near.filter(|(distance, _)| *distance <= 2).map(|(_, known)| known)
 }
 
 /// Counts the letters to put in, take out or change until `a` is `b`.
