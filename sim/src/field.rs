@@ -5,7 +5,11 @@ use std::str::FromStr;
 
 use crate::contest::Entry;
 use crate::policy::Planned;
+use crate::policy::bounded_ring::BoundedRing;
+use crate::policy::dicer::{Dicer, DicerConfig};
 use crate::policy::fixed::Fixed;
+use crate::policy::ring::ConsistentHash;
+use crate::policy::slicer::{Slicer, SlicerConfig};
 use crate::scenario::nearest;
 
 /// The name of a policy.
@@ -13,7 +17,21 @@ use crate::scenario::nearest;
 pub struct Name(&'static str);
 
 /// The names of all policies and what each is, in the order in which they are shown.
-pub const ALL: [(Name, &str); 1] = [(Name("static"), "the first assignment, for ever")];
+pub const ALL: [(Name, &str); 7] = [
+    (Name("slicer"), "Slicer's weighted moves as published, every interval"),
+    (Name("slicer+band"), "the same, that stops when the busiest task is within 10 % of the mean"),
+    (Name("dicer"), "Dicer's published algorithm with its default tolerance of 10 %"),
+    (Name("ring"), "consistent hashing, 1,000 virtual nodes a task"),
+    (Name("ring-100"), "consistent hashing, 100 virtual nodes a task"),
+    (Name("bounded-ring"), "consistent hashing with bounded loads, 1.15, request by request"),
+    (Name("static"), "the first assignment, for ever"),
+];
+
+/// How far above the mean a task may be for `slicer+band`: as in most of what is measured elsewhere.
+const SLICER_BAND: f64 = 0.10;
+/// How far above its due a task may be loaded with `bounded-ring`, and how many virtual nodes it has.
+const BOUND: f64 = 1.15;
+const BOUNDED_NODES: u32 = 100;
 
 /// A name is of no policy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -58,8 +76,26 @@ pub struct Terms {
 impl Name {
     /// Gives what makes the policy.
     pub fn entry(self, terms: Terms) -> Entry<'static> {
-        let Terms { replicas_max: _ } = terms;
+        let Terms { replicas_max } = terms;
+        let slicer = move |band| {
+            Planned::new(Slicer::new(SlicerConfig {
+                band,
+                replicas_max,
+                ..SlicerConfig::default()
+            }))
+        };
         match self.0 {
+            "slicer" => Box::new(move |_| Box::new(slicer(None))),
+            "slicer+band" => Box::new(move |_| Box::new(slicer(Some(SLICER_BAND)))),
+            "dicer" => Box::new(move |_| {
+                let config = DicerConfig { replicas_max, ..DicerConfig::default() };
+                Box::new(Planned::new(Dicer::new(config)))
+            }),
+            "ring" => Box::new(|_| Box::new(Planned::new(ConsistentHash::new(1_000)))),
+            "ring-100" => Box::new(|_| Box::new(Planned::new(ConsistentHash::new(100)))),
+            "bounded-ring" => {
+                Box::new(|seed| Box::new(BoundedRing::new(BOUNDED_NODES, BOUND, seed)))
+            }
             "static" => Box::new(|_| Box::new(Planned::new(Fixed::default()))),
             name => unreachable!("{name} is no name"),
         }
@@ -75,7 +111,9 @@ mod tests {
         for (name, what) in ALL {
             assert_eq!(name.to_string().parse(), Ok(name));
             assert!(!what.is_empty());
-            assert_eq!(name.entry(Terms::default())(1).name(), name.to_string());
+            let made = name.entry(Terms::default())(1).name();
+            // A ring says how many virtual nodes it has.
+            assert!(made.starts_with(&name.to_string()), "{name}: {made}");
         }
     }
 

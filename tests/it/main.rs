@@ -27,3 +27,4 @@ mod away;
 mod durability;
 mod disk_full;
 mod sim_chaos;
+mod sim_balance;

@@ -6,6 +6,9 @@
 
 mod progress;
 mod clock;
+mod input;
+mod plot;
+mod balance;
 mod chaos;
 
 use std::process::ExitCode;
@@ -17,12 +20,14 @@ use crate::failure::Failure;
 /// Tries balancers on recorded or made-up load, with no cluster
 #[derive(Debug, Subcommand)]
 pub(crate) enum SimCommand {
+    Balance(Box<balance::BalanceArgs>),
     DicerChaos(chaos::ChaosArgs),
 }
 
 /// Answers `sim`.
 pub(crate) async fn run(command: SimCommand) -> Result<ExitCode, Failure> {
     let work = tokio::task::spawn_blocking(|| match command {
+        SimCommand::Balance(args) => balance::run(&args),
         SimCommand::DicerChaos(args) => chaos::run(&args),
     });
     tokio::select! {
