@@ -8,6 +8,7 @@ use crate::policy::Planned;
 use crate::policy::bounded_ring::BoundedRing;
 use crate::policy::dicer::{Dicer, DicerConfig};
 use crate::policy::fixed::Fixed;
+use crate::policy::mandoline::Mandoline;
 use crate::policy::ring::ConsistentHash;
 use crate::policy::slicer::{Slicer, SlicerConfig};
 use crate::scenario::nearest;
@@ -17,7 +18,8 @@ use crate::scenario::nearest;
 pub struct Name(&'static str);
 
 /// The names of all policies and what each is, in the order in which they are shown.
-pub const ALL: [(Name, &str); 7] = [
+pub const ALL: [(Name, &str); 9] = [
+    (Name("mandoline"), "our own planner, as the assigner runs it"),
     (Name("slicer"), "Slicer's weighted moves as published, every interval"),
     (Name("slicer+band"), "the same, that stops when the busiest task is within 10 % of the mean"),
     (Name("dicer"), "Dicer's published algorithm with its default tolerance of 10 %"),
@@ -25,6 +27,7 @@ pub const ALL: [(Name, &str); 7] = [
     (Name("ring-100"), "consistent hashing, 100 virtual nodes a task"),
     (Name("bounded-ring"), "consistent hashing with bounded loads, 1.15, request by request"),
     (Name("static"), "the first assignment, for ever"),
+    (Name("clairvoyant"), "our own planner, shown the load to come: a yardstick, for nobody can"),
 ];
 
 /// How far above the mean a task may be for `slicer+band`: as in most of what is measured elsewhere.
@@ -85,6 +88,10 @@ impl Name {
             }))
         };
         match self.0 {
+            "mandoline" => Box::new(move |_| Box::new(Planned::new(Mandoline::new(replicas_max)))),
+            "clairvoyant" => {
+                Box::new(move |_| Box::new(Planned::new(Mandoline::clairvoyant(replicas_max))))
+            }
             "slicer" => Box::new(move |_| Box::new(slicer(None))),
             "slicer+band" => Box::new(move |_| Box::new(slicer(Some(SLICER_BAND)))),
             "dicer" => Box::new(move |_| {

@@ -25,7 +25,17 @@ fn the_json_form_has_every_policy_with_its_figures() {
     let found = json(&["sim", "balance", "--workload", SMALL, "--tasks", "4", "--json"]);
     let policies = found["policies"].as_array().unwrap();
     let names: Vec<&str> = policies.iter().map(|p| p["policy"].as_str().unwrap()).collect();
-    for name in ["slicer", "slicer+band", "dicer", "ring", "bounded-ring", "static"] {
+    let expected = [
+        "mandoline",
+        "slicer",
+        "slicer+band",
+        "dicer",
+        "ring",
+        "bounded-ring",
+        "static",
+        "clairvoyant",
+    ];
+    for name in expected {
         assert!(names.contains(&name), "{names:?}");
     }
     for policy in policies {
