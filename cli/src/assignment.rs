@@ -293,6 +293,7 @@ impl Page {
             "job": self.assignment.job.as_str(),
             "generation": self.assignment.generation.to_string(),
             "frozen": self.frozen,
+            "spill": self.assignment.spill.map(|cap| cap.to_string()),
             "pins": self.pins.iter().map(pin).collect::<Vec<_>>(),
             "slices": self.slices().map(slice).collect::<Vec<_>>(),
         });
@@ -321,9 +322,13 @@ impl Page {
             Wanted::Key(key) => format!("  key at {key}"),
             _ => String::new(),
         };
+        let spill =
+            self.assignment.spill.map_or_else(String::new, |cap| format!("  spill above {cap}"));
         let Assignment { job, generation, slices, .. } = &self.assignment;
-        let mut page =
-            format!("job {job}  generation {generation}  {} slices{frozen}{key}\n", slices.count());
+        let mut page = format!(
+            "job {job}  generation {generation}  {} slices{frozen}{spill}{key}\n",
+            slices.count()
+        );
         let mut tasks: BTreeMap<&str, Vec<String>> = BTreeMap::new();
         for (slice, task) in &self.pins {
             tasks.entry(task).or_default().push(slice.to_string());
@@ -402,6 +407,7 @@ mod tests {
     fn page(wanted: Wanted) -> Page {
         let number = |number| Generation { incarnation: 1, number };
         let mut assignment = Assignment::new("kv".parse().unwrap(), number(9));
+        assignment.spill = Some(mandoline_core::spec::Ratio::percent(115));
         for (id, name) in [(1, "a"), (2, "b")] {
             let session = SessionId(id);
             let address = format!("h:{id}").parse().unwrap();
@@ -425,7 +431,7 @@ mod tests {
     #[test]
     fn an_assignment_is_shown_to_people() {
         let expected = "\
-job kv  generation 1.9  2 slices  frozen
+job kv  generation 1.9  2 slices  frozen  spill above 115%
 pinned to a: 0000000000000000..00000000000000ff
 
 SLICE                               TASKS  LOAD  SINCE    PINNED
@@ -441,6 +447,7 @@ SLICE                               TASKS  LOAD  SINCE    PINNED
     fn an_assignment_is_shown_to_programs() {
         let all = page(Wanted::All).json();
         assert_eq!(all["frozen"], true);
+        assert_eq!(all["spill"], "115%");
         assert_eq!(all["pins"][0]["task"], "a");
         assert_eq!(all["slices"][1]["replicas"][1]["since"], "1.4");
         assert_eq!(all["slices"][1]["load"], 1.5);

@@ -10,6 +10,7 @@ use crate::load::Load;
 use crate::name::JobName;
 use crate::slice::Slice;
 use crate::slice_map::SliceMap;
+use crate::spec::Ratio;
 use crate::task::{SessionId, Task};
 
 /// One of the tasks that a slice is assigned to.
@@ -92,6 +93,9 @@ pub struct Assignment {
     pub tasks: BTreeMap<SessionId, Arc<Task>>,
     /// Each slice's replicas. Invariant: they name tasks in `tasks`, each at most once a slice.
     pub slices: SliceMap<Assigned>,
+    /// What callers need of the spec: the load of a task in relation to the mean above which they may pass it over, if they
+    /// may at all.
+    pub spill: Option<Ratio>,
 }
 
 impl Assignment {
@@ -102,6 +106,7 @@ impl Assignment {
             generation,
             tasks: BTreeMap::new(),
             slices: SliceMap::uniform(Assigned::default()),
+            spill: None,
         }
     }
 

@@ -6,6 +6,7 @@ use crate::assignment::{Assigned, Assignment};
 use crate::generation::Generation;
 use crate::name::JobName;
 use crate::slice::Slice;
+use crate::spec::Ratio;
 use crate::task::{SessionId, Task};
 
 /// What became of a task.
@@ -30,6 +31,8 @@ pub struct Delta {
     pub tasks: Vec<TaskChange>,
     /// The slices that are now so, sorted, without overlap. A merged slice stands once, whatever lay there before.
     pub slices: Vec<(Slice, Assigned)>,
+    /// The cap for spill as it is now, changed or not.
+    pub spill: Option<Ratio>,
 }
 
 /// Why a delta did not apply. The assignment is as it was; ask for a full one.
@@ -87,6 +90,7 @@ impl Delta {
             };
         }
         new.slices.set_all(&self.slices);
+        new.spill = self.spill;
         new.generation = self.to;
         // A task that is gone may be named anywhere; else only the slices that changed can be broken.
         match new.broken_slice() {
@@ -119,7 +123,8 @@ mod tests {
     }
 
     fn delta(from: u64, to: u64, tasks: Vec<TaskChange>, slices: Vec<(Slice, Assigned)>) -> Delta {
-        Delta { job: "kv".parse().unwrap(), from: number(from), to: number(to), tasks, slices }
+        let (from, to) = (number(from), number(to));
+        Delta { job: "kv".parse().unwrap(), from, to, tasks, slices, spill: None }
     }
 
     fn slice(first: u64, last: u64) -> Slice {
@@ -164,6 +169,15 @@ mod tests {
         }
         let other = Delta { job: "other".parse().unwrap(), ..delta(5, 6, vec![], vec![]) };
         assert!(matches!(other.apply_to(&known), Err(DeltaError::Job { .. })));
+    }
+
+    #[test]
+    fn a_cap_for_spill_comes_and_goes() {
+        let start = Assignment::new("kv".parse().unwrap(), Generation::ZERO);
+        let cap = Some(Ratio::percent(115));
+        let with = Delta { spill: cap, ..delta(0, 1, vec![], vec![]) }.apply_to(&start).unwrap();
+        assert_eq!((with.spill, &with.slices), (cap, &start.slices));
+        assert_eq!(delta(1, 2, vec![], vec![]).apply_to(&with).unwrap().spill, None);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::name::{JobName, TaskName};
 use crate::pin::{PINS_MAX, Pin};
 use crate::plan::{self, EditError, Move, Plan, SLICES_MAX};
 use crate::slice::Slice;
-use crate::spec::{JobSpec, SpecError};
+use crate::spec::{JobSpec, Ratio, SpecError};
 use crate::task::{Address, Phase, SessionId, TASKS_MAX, Task, TaskInfo, TaskInfoError};
 
 /// The most jobs of a cluster: beyond that, run another cluster.
@@ -276,7 +276,10 @@ impl State {
             self.jobs.entry(spec.name.clone()).or_insert_with(|| Job::new(spec.clone(), first));
         job.spec = spec;
         job.version = version + 1;
-        Ok(Outcome::Version(job.version).into())
+        // Callers know of the cap by the assignment alone.
+        let differs = job.assignment.spill != job.spill();
+        let delta = differs.then(|| job.step(vec![], vec![]));
+        Ok(Applied { delta, outcome: Outcome::Version(job.version) })
     }
 
     fn register(
@@ -366,9 +369,16 @@ impl Job {
 
     /// Begins a job that nobody serves.
     pub fn new(spec: JobSpec, first: Generation) -> Self {
-        let assignment = Arc::new(Assignment::new(spec.name.clone(), first));
+        let mut assignment = Assignment::new(spec.name.clone(), first);
+        assignment.spill = spec.spill.map(|spill| spill.cap);
+        let assignment = Arc::new(assignment);
         let (churn, history) = (Churn::default(), VecDeque::new());
         Self { spec, version: 0, assignment, frozen: false, pins: Vec::new(), churn, history }
+    }
+
+    /// The cap for spill that the spec asks for.
+    fn spill(&self) -> Option<Ratio> {
+        self.spec.spill.map(|spill| spill.cap)
     }
 
     fn find(&self, wanted: impl Fn(&Task) -> bool) -> Option<&Task> {
@@ -413,7 +423,8 @@ impl Job {
     /// Moves the assignment one generation on.
     fn step(&mut self, tasks: Vec<TaskChange>, slices: Vec<(Slice, Assigned)>) -> Delta {
         let from = self.assignment.generation;
-        let delta = Delta { job: self.spec.name.clone(), from, to: from.next(), tasks, slices };
+        let (job, spill) = (self.spec.name.clone(), self.spill());
+        let delta = Delta { job, from, to: from.next(), tasks, slices, spill };
         self.assignment =
             Arc::new(delta.apply_to(&self.assignment).expect("a step is made for what there is"));
         delta
@@ -510,7 +521,7 @@ mod tests {
     use crate::command::EndReason;
     use crate::key::SliceKey;
     use crate::plan::{Edit, Reason};
-    use crate::spec::{Band, Ratio};
+    use crate::spec::{Band, Spill};
 
     fn kv() -> JobName {
         "kv".parse().unwrap()
@@ -678,6 +689,36 @@ mod tests {
         let senseless = JobSpec { band: Band::Adaptive(Ratio::percent(0)), ..spec };
         let refused = refuse(&mut state, Command::ApplyJob { spec: senseless, if_version: None });
         assert!(matches!(refused, Refused::Spec(_)));
+    }
+
+    #[test]
+    fn callers_hear_of_a_changed_cap_by_a_generation_of_its_own() {
+        let mut state = State::default();
+        let apply = |state: &mut State, percent: Option<u32>, band| {
+            let spill = percent.map(|percent| Spill { cap: Ratio::percent(percent) });
+            let spec =
+                JobSpec { spill, band: Band::Adaptive(Ratio::percent(band)), ..JobSpec::new(kv()) };
+            let applied = state.apply(Command::ApplyJob { spec, if_version: None }).unwrap();
+            (applied.delta, state.jobs[&kv()].assignment.clone())
+        };
+        let (delta, first) = apply(&mut state, Some(115), 3);
+        assert_eq!(
+            (delta, first.spill),
+            (None, Some(Ratio::percent(115))),
+            "a new job is told whole"
+        );
+        let (delta, same) = apply(&mut state, Some(115), 9);
+        assert_eq!((delta, same.generation), (None, first.generation), "callers need not know");
+        let (delta, other) = apply(&mut state, Some(130), 9);
+        assert_eq!(delta.unwrap().apply_to(&same), Ok((*other).clone()));
+        assert_eq!(
+            (other.spill, other.generation),
+            (Some(Ratio::percent(130)), first.generation.next())
+        );
+        // What happens next keeps it, until it is taken back.
+        register(&mut state, info("a", 1, 1)).unwrap();
+        assert_eq!(state.jobs[&kv()].assignment.spill, other.spill);
+        assert_eq!(apply(&mut state, None, 9).1.spill, None);
     }
 
     #[test]

@@ -565,7 +565,7 @@ mod tests {
 
     fn delta(from: &str, to: &str, slices: Vec<(Slice, Assigned)>) -> Delta {
         let (from, to) = (from.parse().unwrap(), to.parse().unwrap());
-        Delta { job: "kv".parse().unwrap(), from, to, tasks: vec![], slices }
+        Delta { job: "kv".parse().unwrap(), from, to, tasks: vec![], slices, spill: None }
     }
 
     fn check(mut play: Play, transcript: &str) {

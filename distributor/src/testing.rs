@@ -60,6 +60,7 @@ pub(crate) fn step(old: &Assignment) -> (Arc<Assignment>, Delta) {
         to,
         tasks: vec![TaskChange::Set(Arc::new(task))],
         slices: vec![(slice, assigned)],
+        spill: old.spill,
     };
     (Arc::new(delta.apply_to(old).unwrap()), delta)
 }

@@ -10,6 +10,7 @@ use mandoline_core::load::Load;
 use mandoline_core::name::{JobName, TaskName};
 use mandoline_core::slice::Slice;
 use mandoline_core::slice_map::SliceMap;
+use mandoline_core::spec::Ratio;
 use mandoline_core::task::{SessionId, Task};
 
 use crate::error::{WireError, each, need};
@@ -108,7 +109,20 @@ impl From<&Assignment> for pb::Assignment {
             generation: Some(assignment.generation.into()),
             tasks: assignment.tasks.values().map(|task| task.as_ref().into()).collect(),
             slices: assignment.slices.iter().map(run).collect(),
+            spill_cap: assignment.spill.map_or(0, Ratio::millionths),
         }
+    }
+}
+
+/// Reads a cap; one at the mean or below would have most tasks passed over.
+fn spill(cap: u32) -> Result<Option<Ratio>, WireError> {
+    match cap {
+        0 => Ok(None),
+        1..=1_000_000 => {
+            let cap = Ratio::from_millionths(cap);
+            Err(WireError::new("spill_cap", format!("is {cap}, which is not above 100%")))
+        }
+        cap => Ok(Some(Ratio::from_millionths(cap))),
     }
 }
 
@@ -137,6 +151,7 @@ impl TryFrom<pb::Assignment> for Assignment {
             generation: need(assignment.generation, "generation")?.into(),
             tasks: tasks.into_iter().map(|task| (task.session, Arc::new(task))).collect(),
             slices,
+            spill: spill(assignment.spill_cap)?,
         };
         match assignment.broken_slice() {
             Some(slice) => Err(WireError::new(
@@ -166,6 +181,7 @@ impl From<&Delta> for pb::Delta {
             to: Some(delta.to.into()),
             tasks: delta.tasks.iter().map(change).collect(),
             slices: delta.slices.iter().map(patch).collect(),
+            spill_cap: delta.spill.map_or(0, Ratio::millionths),
         }
     }
 }
@@ -207,6 +223,7 @@ impl TryFrom<pb::Delta> for Delta {
             to: need(delta.to, "to")?.into(),
             tasks: each(delta.tasks, "tasks")?,
             slices: slices.collect(),
+            spill: spill(delta.spill_cap)?,
         })
     }
 }

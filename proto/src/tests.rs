@@ -53,6 +53,7 @@ fn assigned(sessions: &[u64]) -> Assigned {
 
 fn assignment(slices: u64) -> Assignment {
     let mut assignment = Assignment::new("kv".parse().unwrap(), NOW);
+    assignment.spill = Some(Ratio::percent(115));
     assignment.tasks = [1, 2].map(|id| (SessionId(id), member(id))).into();
     for at in 1..slices {
         assignment
@@ -65,7 +66,8 @@ fn assignment(slices: u64) -> Assignment {
 fn delta() -> Delta {
     let tasks = vec![TaskChange::Set(member(3)), TaskChange::Gone(SessionId(1))];
     let slices = vec![(slice(0, 9), assigned(&[3])), (slice(10, 99), assigned(&[]))];
-    Delta { job: "kv".parse().unwrap(), from: NOW, to: NOW.next(), tasks, slices }
+    let spill = Some(Ratio::percent(120));
+    Delta { job: "kv".parse().unwrap(), from: NOW, to: NOW.next(), tasks, slices, spill }
 }
 
 fn step() -> Move {
@@ -298,7 +300,8 @@ fn fields_that_make_no_sense_are_named() {
         bend(&mut message);
         Assignment::try_from(message).unwrap_err().to_string()
     };
-    let cases: [(Bend, &str); 8] = [
+    let cases: [(Bend, &str); 9] = [
+        (|m| m.spill_cap = 900_000, "spill_cap: is 90%, which is not above 100%"),
         (|m| m.job = "a/b".into(), "job: the name \"a/b\" has '/'"),
         (|m| m.job = "x".repeat(64), "job: the name is 64 bytes long"),
         (|m| m.generation = None, "generation: is missing"),

@@ -422,6 +422,7 @@ mod tests {
             generation: number(generation),
             tasks: BTreeMap::from([task(1), task(2)]),
             slices: SliceMap::from_runs(runs.iter().map(run).collect()).unwrap(),
+            spill: None,
         })
     }
 

@@ -138,4 +138,5 @@ fn an_operator_freezes_pins_and_looks() {
     assert_eq!(again["spec"]["spill"]["cap"], "115%");
     assert_eq!(again["spec"]["homes"][0]["region"], "eu");
     assert_eq!(again["pins"], 2, "a spec leaves pins alone");
+    assert_eq!(scene.json(&["assignment", "show", "kv"])["spill"], "115%", "callers are told");
 }

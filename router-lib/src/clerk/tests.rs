@@ -47,6 +47,7 @@ fn delta(number: u64) -> Delta {
         to,
         tasks: vec![TaskChange::Set(Arc::new(task))],
         slices: vec![(Slice::FULL, assigned)],
+        spill: None,
     }
 }
 
