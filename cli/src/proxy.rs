@@ -101,7 +101,8 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         .sources(args.assigners.map_or_else(default_assigners, text::plain))
         .peers(args.watch_peers.map_or_else(Vec::new, text::plain))
         .connector(connector(&access))
-        .named(format!("proxy {listen}"));
+        .named(format!("proxy {listen}"))
+        .report_offered(true);
     if let Some(path) = args.cache {
         builder = builder.cache(path);
     }

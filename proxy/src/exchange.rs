@@ -49,8 +49,10 @@ impl Exchange {
         self.began
     }
 
-    pub(crate) const fn has_key(&mut self, key: SliceKey) {
+    /// The request's key is known: from here on it counts as offered, second tries apart.
+    pub(crate) fn has_key(&mut self, key: SliceKey) {
         self.key = Some(key);
+        self.worker.lookup.offered(key);
     }
 
     pub(crate) fn tries(&mut self, target: &Target) {
@@ -91,6 +93,9 @@ impl Drop for Exchange {
             outcome: self.outcome,
             duration: self.began.elapsed(),
         };
+        if let (Some(key), Outcome::Failed) = (self.key, self.outcome) {
+            self.worker.lookup.failed(key);
+        }
         self.worker.counters.record(&record);
         if let Some(observer) = &self.worker.config.observer {
             observer.observe(&record);

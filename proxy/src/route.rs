@@ -17,6 +17,9 @@ const FRESH_WAIT: Duration = Duration::from_millis(200);
 /// clerk leaves a source that lags after half a second, and the next one that lags too after a second more.
 const NEWS_WAIT: Duration = Duration::from_secs(2);
 
+/// What a request costs, as far as a proxy knows.
+const ONE: f64 = 1.0;
+
 /// What all workers route by: the clerk of the job that the proxy serves.
 #[derive(Clone, Debug)]
 pub struct Router {
@@ -57,6 +60,16 @@ impl Target {
 impl Lookup {
     pub(crate) fn new(router: &Router) -> Self {
         Self { clerk: router.clerk.clone(), router: RefCell::new(router.clerk.router()) }
+    }
+
+    /// Counts a request for a key, whatever comes of it.
+    pub(crate) fn offered(&self, key: SliceKey) {
+        self.clerk.offer_at(key, ONE).expect("one is a cost");
+    }
+
+    /// Counts that a request which was offered has failed.
+    pub(crate) fn failed(&self, key: SliceKey) {
+        self.clerk.failed_at(key, ONE).expect("one is a cost");
     }
 
     /// Finds the owner of a key, unless nobody serves it. Touches nothing that other workers write.

@@ -6,7 +6,9 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
+use mandoline_core::load::{LOAD_MAX_UNITS, Load};
 use mandoline_core::slice::Slice;
 use mandoline_core::slice_map::SliceMap;
 
@@ -64,6 +66,13 @@ impl Tally {
         let counted = cells.filter(|cell| cell.load(Ordering::Relaxed) != 0);
         counted.map(|cell| cell.swap(0, Ordering::Relaxed)).fold(0, u64::saturating_add)
     }
+}
+
+/// Turns what was counted over a window into load.
+pub(crate) fn per_second(thousandths: u64, window: Duration) -> Load {
+    let rate = u128::from(thousandths) * 1_000_000_000 / window.as_nanos().max(1);
+    let max = (LOAD_MAX_UNITS * 1_000.0) as u64;
+    Load::from_milli(u64::try_from(rate).unwrap_or(max).min(max))
 }
 
 /// Shares what was counted on `slice` among the slices that lie there now, by width. The parts make up the whole.

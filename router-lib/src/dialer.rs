@@ -1,5 +1,6 @@
 //! Whom to ask next, and when: the list in order, wherever someone points, and a pause before it all begins again.
 
+use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use mandoline_core::prng::Prng;
@@ -102,6 +103,12 @@ impl Dialer {
             self.addresses.rotate_left(place);
         }
     }
+}
+
+/// Draws a number that no other process draws: the standard library seeds each `RandomState` from the system's
+/// randomness.
+pub(crate) fn drawn() -> u64 {
+    RandomState::new().hash_one((std::process::id(), std::time::UNIX_EPOCH.elapsed().ok()))
 }
 
 #[cfg(test)]

@@ -53,12 +53,13 @@
 
 pub mod snapshot;
 mod cache;
-pub mod clerk;
 mod counters;
 mod hot;
+mod dialer;
+mod offered;
+pub mod clerk;
 mod owned;
 mod install;
-mod dialer;
 mod life;
 mod link;
 mod session;

@@ -12,13 +12,13 @@ use arc_swap::ArcSwap;
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
-use mandoline_core::load::{LOAD_MAX_UNITS, Load};
+use mandoline_core::load::Load;
 use mandoline_core::report::{HOT_MAX, HotKey, METRICS_MAX, Report, Size};
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{Address, SessionId};
 use tokio::time::Instant;
 
-use crate::counters::{Tally, spread};
+use crate::counters::{Tally, per_second, spread};
 use crate::hot::{Found, Hot};
 use crate::snapshot::Snapshot;
 
@@ -351,12 +351,6 @@ fn metered(meter: &Meter, view: &View, mut room: usize) -> Vec<Size> {
         );
     }
     sizes
-}
-
-fn per_second(thousandths: u64, window: Duration) -> Load {
-    let rate = u128::from(thousandths) * 1_000_000_000 / window.as_nanos();
-    let max = (LOAD_MAX_UNITS * 1_000.0) as u64;
-    Load::from_milli(u64::try_from(rate).unwrap_or(max).min(max))
 }
 
 /// Reports neighbours together, two by two, until there are few enough.

@@ -21,7 +21,6 @@
 //! ```
 
 use std::fmt;
-use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -45,6 +44,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use crate::counters::{COST_MAX_UNITS, CostError};
 use crate::counters::{ONE_UNIT, thousandths};
+use crate::dialer::drawn;
 use crate::owned::{Callback, Meter, Owned};
 use crate::session::{Order, Session, Setup};
 pub use crate::session::{State, Why};
@@ -513,10 +513,4 @@ fn listen(text: &str) -> Result<(Address, TcpListener), StartError> {
 
 fn address(text: &str, what: &'static str) -> Result<Address, StartError> {
     text.parse().map_err(|error| StartError::Address { what, error })
-}
-
-/// Draws a number that no other process draws: the standard library seeds each `RandomState` from the system's
-/// randomness.
-fn drawn() -> u64 {
-    RandomState::new().hash_one((std::process::id(), std::time::UNIX_EPOCH.elapsed().ok()))
 }

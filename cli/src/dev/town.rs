@@ -89,6 +89,7 @@ impl Town {
         let clerk = Clerk::builder(job.clone())
             .sources(assigners)
             .named("dev")
+            .report_offered(true)
             .start()
             .map_err(|error| Failure::new("the clerk did not start").caused_by(&error))?;
         // The node that it asks may lag behind the one that says what is newest.
