@@ -6,6 +6,7 @@ mod text;
 mod file;
 mod job_file;
 mod job_text;
+mod job_schema;
 mod keys;
 mod ports;
 mod log;

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use crate::client::{Admin, Client, ClientArgs};
 use crate::failure::Failure;
 use crate::job_file;
+use crate::job_schema;
 use crate::show::{self, Format};
 use crate::text::Text;
 use crate::units::Span;
@@ -69,6 +70,15 @@ pub(crate) enum JobCommand {
         #[command(flatten)]
         ask: AskArgs,
     },
+    /// Checks a spec as `apply` does, and asks nobody
+    Validate {
+        /// The spec; `-` reads standard input
+        file: PathBuf,
+    },
+    /// Prints the JSON Schema of specs, for editors
+    ///
+    /// Example: mandoline job schema > job.schema.json
+    Schema,
     /// Shows a job, its tasks and what they carry; ends with 1 if there is no such job
     Get {
         /// The job's name
@@ -196,6 +206,12 @@ pub(crate) async fn job(command: JobCommand) -> Result<ExitCode, Failure> {
             let json = json!({ "name": spec.name.as_str(), "version": version });
             ask.output.print(&json, format!("job {} is at version {version}\n", spec.name));
         }
+        JobCommand::Validate { file } => {
+            let (text, name) = read(&file)?;
+            let spec = job_file::parse(&text, &name)?;
+            show::text(&format!("{name}: job {} can be applied\n", spec.name));
+        }
+        JobCommand::Schema => show::text(job_schema::SCHEMA),
         JobCommand::Get { name, ask } => {
             let jobs = list(&Client::new(&ask.client)?).await?;
             let found = jobs.iter().find(|job| job_name(job) == name.0.as_str());

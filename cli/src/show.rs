@@ -28,10 +28,15 @@ impl Format {
             Self::Table => table.to_string(),
             Self::Json => format!("{json:#}\n"),
         };
-        // A reader that went away, such as `head`, is no error.
-        use std::io::Write as _;
-        drop(std::io::stdout().write_all(text.as_bytes()));
+        self::text(&text);
     }
+}
+
+/// Prints to stdout.
+pub(crate) fn text(text: &str) {
+    // A reader that went away, such as `head`, is no error.
+    use std::io::Write as _;
+    drop(std::io::stdout().write_all(text.as_bytes()));
 }
 
 /// The whole cluster.

@@ -112,6 +112,16 @@ fn an_operator_freezes_pins_and_looks() {
     scene.refused(&["assignment", "show", "nope"], 1, "no job nope");
     scene.refused(&["assignment", "show", "kv", "--task", "kv-9"], 1, "no task kv-9");
     scene.refused(&["moves", "nope"], 1, "no job nope");
+    // What is pinned goes there, and says why.
+    for (keys, task) in [(LOW, "kv-1"), ("78af5f94892f3950..78af5f94892f3950", "kv-0")] {
+        until("a pinned slice to be where it was put", || {
+            let page = scene.json(&["assignment", "show", "kv", "--task", task]);
+            page["slices"].as_array()?.iter().any(|slice| slice["slice"] == keys).then_some(())
+        });
+    }
+    let reasons = scene.json(&["moves", "kv"]);
+    let reasons = reasons.as_array().unwrap().iter().map(|step| &step["reason"]);
+    assert!(reasons.into_iter().any(|reason| reason == "pin"));
     let pins = scene.json(&["assignment", "show", "kv"])["pins"].clone();
     assert_eq!(pins.as_array().unwrap().len(), 3, "{pins}");
     assert_eq!((&pins[0]["slice"], &pins[0]["task"]), (&LOW.into(), &"kv-1".into()));

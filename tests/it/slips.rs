@@ -54,6 +54,21 @@ fn a_slip_in_a_job_is_named_before_anyone_is_asked() {
 }
 
 #[test]
+fn a_job_is_checked_without_a_cluster() {
+    let validate = ["job", "validate", "-"];
+    check(
+        &validate,
+        "name: kv\nband: {fixed: 1%, of: hint}\n",
+        &["band is 1% of hint", "max_load_hint"],
+    );
+    let good = run_with(&validate, "name: kv\nspill: {cap: 1.15}\n");
+    assert!(good.status.success(), "{}", text(&good.stderr));
+    let schema = run(&["job", "schema"]);
+    let schema: serde_json::Value = serde_json::from_slice(&schema.stdout).unwrap();
+    assert_eq!(schema["required"][0], "name");
+}
+
+#[test]
 fn a_slip_in_a_flag_is_named() {
     check(&["status", "--timeout", "5"], "", &["--timeout", "\"5\" is no duration"]);
     check(&["proxy", "--key", "pat:1"], "", &["--key"]);
@@ -66,6 +81,8 @@ fn a_slip_in_a_flag_is_named() {
     let open = ["demo", "task", "--name", "a", "--watch-listen", "0.0.0.0:0"];
     check(&open, "", &["open to strangers", "watch is plain so far", "--insecure"]);
     check(&["cluster", "remove", "x"], "", &["is no node"]);
+    check(&["assignment", "pin", "kv", "abc", "kv-0"], "", &["\"abc\" is no slice", "key:KEY"]);
+    check(&["moves", "kv", "--newest", "0"], "", &["--newest", "1..=1000"]);
 }
 
 #[test]
