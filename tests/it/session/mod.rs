@@ -2,6 +2,7 @@
 
 mod cluster;
 mod raw;
+mod measure;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
