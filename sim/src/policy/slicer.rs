@@ -365,7 +365,11 @@ fn relief(board: &Board, piece: u32, change: Change, hottest: u32, mean: f64) ->
         everyone += (now - mean).max(0.0) - (then - mean).max(0.0);
     };
     for seat in &held.holders {
-        affect(*seat, if leaves == Some(*seat) { -each } else { after - each });
+        if leaves == Some(*seat) {
+            affect(*seat, -each);
+        } else if after != each {
+            affect(*seat, after - each);
+        }
     }
     if let Some(seat) = joins {
         affect(seat, after);
@@ -462,6 +466,19 @@ mod tests {
         let best = |hot: f64| best_move(&config(), &both(hot), 0, (hot + 40.0) / 2.0, 0.0);
         assert_eq!(best(100.0), None);
         assert_eq!(best(10.0).map(|best| best.change), Some(Change::Remove));
+    }
+
+    #[test]
+    fn a_move_is_judged_by_the_tasks_that_it_affects() {
+        // Tasks 0 and 1 are as full as each other and share a slice; that task 1 stays so is no reason against helping task 0.
+        let slices_before: [(u64, f64, &[u32]); 4] =
+            [(0, 20.0, &[0, 1]), (1, 90.0, &[0]), (128, 90.0, &[1]), (192, 0.0, &[2])];
+        let board = board(3, &slices_before);
+        let moved = relief(&board, 0, Change::Reassign(2), 0, 100.0 * 2.0 / 3.0);
+        assert!((moved.fullest - 0.15).abs() < 1e-9 && (moved.everyone - 0.15).abs() < 1e-9);
+        // A replica on task 2 helps both: 10 - 20/3 each.
+        let replica = relief(&board, 0, Change::Replicate(2), 0, 100.0 * 2.0 / 3.0);
+        assert!((replica.fullest - 0.05).abs() < 1e-9 && (replica.everyone - 0.1).abs() < 1e-9);
     }
 
     /// Four slices, the two in the middle a 256th wide: 50 on task 0, then 4 on task 1, 2 on task 0, and 40 on task 1.
