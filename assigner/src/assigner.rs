@@ -306,6 +306,8 @@ impl Pages for NodePages {
             set(&m.tasks, job.assignment.tasks.len() as u64);
             set(&m.slices, job.assignment.slices.count() as u64);
             set(&m.unserved, unserved.count() as u64);
+            set(&m.frozen, u64::from(job.frozen));
+            set(&m.pins, job.pins.len() as u64);
             set(&m.moves, job.churn.moves);
             let offered = offered.get(name).cloned().unwrap_or_default();
             set(&m.callers, offered.callers as u64);

@@ -39,6 +39,10 @@ pub struct Metrics {
     pub slices: Family<JobLabels, Gauge>,
     /// Slices that nobody serves, by job.
     pub unserved: Family<JobLabels, Gauge>,
+    /// One while the job is frozen, by job.
+    pub frozen: Family<JobLabels, Gauge>,
+    /// Pins, by job.
+    pub pins: Family<JobLabels, Gauge>,
     /// Moves of replicas since the job began, by job.
     pub moves: Family<JobLabels, Gauge>,
     /// Load moved since the job began, in multiples of the load at the time, by job.
@@ -104,6 +108,16 @@ impl Metrics {
         r.register("job_tasks", "Tasks of the job", self.tasks.clone());
         r.register("job_slices", "Slices of the job", self.slices.clone());
         r.register("job_slices_unserved", "Slices that nobody serves", self.unserved.clone());
+        r.register(
+            "job_frozen",
+            "One while an operator keeps slices where they are",
+            self.frozen.clone(),
+        );
+        r.register(
+            "job_pins",
+            "Ranges of keys that an operator nailed to a task",
+            self.pins.clone(),
+        );
         r.register("job_moves", "Moves of replicas since the job began", self.moves.clone());
         r.register(
             "job_load_churn_ratio",

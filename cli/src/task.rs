@@ -3,6 +3,7 @@
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::Args;
@@ -59,6 +60,17 @@ pub(crate) struct TaskArgs {
     /// How much it can carry, as a multiple of an ordinary task [default: 1]
     #[arg(long, env = "MANDOLINE_CAPACITY", value_name = "TIMES")]
     capacity: Option<f64>,
+    /// What placement may look at, such as zone=a,region=eu [default: nothing]
+    #[arg(
+        long = "label",
+        env = "MANDOLINE_LABELS",
+        value_name = "KEY=VALUE,..",
+        value_delimiter = ','
+    )]
+    labels: Option<Vec<Text<Label>>>,
+    /// Which version of the program this is: in a rollout, slices go to the newest [default: none]
+    #[arg(long, env = "MANDOLINE_REVISION")]
+    revision: Option<String>,
     /// How much its values may take [default: 256MiB]
     #[arg(long, env = "MANDOLINE_MEMORY", value_name = "SIZE")]
     memory: Option<Size>,
@@ -67,6 +79,26 @@ pub(crate) struct TaskArgs {
     grace: Option<Span>,
     #[command(flatten)]
     access: AccessArgs,
+}
+
+/// What placement may look at: `zone=a`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Label {
+    key: String,
+    value: String,
+}
+
+impl FromStr for Label {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((key, value)) if !key.is_empty() && !value.is_empty() => {
+                Ok(Self { key: key.to_owned(), value: value.to_owned() })
+            }
+            _ => Err(format!("{text:?} is no label: give KEY=VALUE, such as zone=a")),
+        }
+    }
 }
 
 /// What a task of the sample service needs to start.
@@ -80,6 +112,8 @@ pub(crate) struct Setup {
     pub(crate) watch: Option<SocketAddr>,
     pub(crate) assigners: Vec<Address>,
     pub(crate) capacity: f64,
+    pub(crate) labels: Vec<Label>,
+    pub(crate) revision: String,
     pub(crate) memory: Size,
     pub(crate) grace: Span,
     pub(crate) connector: Connector,
@@ -101,6 +135,8 @@ impl Setup {
             watch: None,
             assigners,
             capacity: 1.0,
+            labels: Vec::new(),
+            revision: String::new(),
             memory: MEMORY,
             grace: GRACE,
             connector: Connector::default(),
@@ -133,6 +169,7 @@ impl Task {
         let mut builder = Slicelet::builder(setup.job.as_str(), name.as_str(), &address)
             .assigners(setup.assigners.iter().map(Address::as_str))
             .capacity(setup.capacity)
+            .revision(&setup.revision)
             .grace(setup.grace.0)
             .probe(tokio::runtime::Handle::current())
             .connector(setup.connector)
@@ -141,6 +178,9 @@ impl Task {
                     kept.forget(*slice);
                 }
             });
+        for Label { key, value } in &setup.labels {
+            builder = builder.label(key, value);
+        }
         if let Some(watch) = setup.watch {
             builder = builder.watch_address(&watch.to_string());
         }
@@ -182,7 +222,7 @@ impl Task {
 pub(crate) async fn run(mut args: TaskArgs) -> Result<ExitCode, Failure> {
     if let Some(path) = &args.config {
         let from_file: TaskArgs = file::read(path)?;
-        overlay!(args, from_file; name, listen, advertise, watch_listen, job, assigners, capacity, memory, grace);
+        overlay!(args, from_file; name, listen, advertise, watch_listen, job, assigners, capacity, labels, revision, memory, grace);
         args.access.overlay(from_file.access);
     }
     let Some(Text(name)) = args.name else {
@@ -202,6 +242,8 @@ pub(crate) async fn run(mut args: TaskArgs) -> Result<ExitCode, Failure> {
         watch: args.watch_listen.map(|Text(address)| address),
         assigners: args.assigners.map_or_else(default_assigners, crate::text::plain),
         capacity: args.capacity.unwrap_or(1.0),
+        labels: args.labels.map_or_else(Vec::new, crate::text::plain),
+        revision: args.revision.unwrap_or_default(),
         memory: args.memory.unwrap_or(MEMORY),
         grace: args.grace.unwrap_or(GRACE),
         connector: connector(&access),

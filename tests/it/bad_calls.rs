@@ -71,6 +71,45 @@ async fn a_bad_call_is_refused_by_name() {
         let refusal = admin.drain_task(request).await.unwrap_err();
         assert_eq!(refusal.code(), code, "{refusal}");
     }
+    let odd = |first, last| pb::PinSliceRequest {
+        job: "kv".to_owned(),
+        slice: Some(pb::Slice { first, last }),
+        task: "a".to_owned(),
+    };
+    for (request, code, says) in [
+        (odd(9, 5), Code::InvalidArgument, "slice: 0000000000000009 lies behind"),
+        (
+            pb::PinSliceRequest { slice: None, ..odd(0, 1) },
+            Code::InvalidArgument,
+            "slice: is missing",
+        ),
+        (
+            pb::PinSliceRequest { task: String::new(), ..odd(0, 1) },
+            Code::InvalidArgument,
+            "task: the name is empty",
+        ),
+        (
+            pb::PinSliceRequest { job: "nope".to_owned(), ..odd(0, 1) },
+            Code::NotFound,
+            "no job nope",
+        ),
+        (odd(0, 1), Code::NotFound, "job kv has no task a"),
+    ] {
+        let refusal = admin.pin_slice(request).await.unwrap_err();
+        assert_eq!(refusal.code(), code, "{refusal}");
+        assert!(refusal.message().contains(says), "{refusal}");
+    }
+    let unknown = || "nope".to_owned();
+    let freeze = pb::FreezeJobRequest { job: unknown(), unfreeze: false };
+    let moves = pb::ListMovesRequest { job: unknown(), newest: 0 };
+    let assignment = pb::GetAssignmentRequest { job: unknown() };
+    for refusal in [
+        admin.freeze_job(freeze).await.unwrap_err(),
+        admin.list_moves(moves).await.unwrap_err(),
+        admin.get_assignment(assignment).await.unwrap_err(),
+    ] {
+        assert_eq!(refusal.code(), Code::NotFound, "{refusal}");
+    }
     let add = |node, client: &str| pb::AddMemberRequest {
         node,
         client_address: client.to_owned(),

@@ -104,6 +104,12 @@ fn a_cluster_of_processes_does_the_main_job() {
     assert_eq!(job["spec"]["heartbeat"], "500ms");
     assert_eq!(run(&["job", "get", "nope", "--assigners", &list]).status.code(), Some(1));
 
+    // By hand, too, and the leader hears of it.
+    let frozen = run(&["assignment", "freeze", "kv", "--assigners", &follower]);
+    assert!(frozen.status.success(), "{}", text(&frozen.stderr));
+    assert_eq!(cluster.status()["jobs"][0]["frozen"], true);
+    assert!(run(&["assignment", "unfreeze", "kv", "--assigners", &follower]).status.success());
+
     // Tasks come, and a proxy.
     let mut tasks = [task("kv-0", &list), task("kv-1", &list)];
     let served = until("both tasks to serve", || {

@@ -25,9 +25,9 @@ impl Scene {
         let scene = Self { assigner, _processes: vec![], _data: data };
         let spec = "name: kv\nheartbeat: 500ms\nreport_every: 500ms\nbalance_every: 1s\n";
         scene.run_with(&["job", "apply", "-"], spec);
-        for name in ["kv-0", "kv-1"] {
+        for (name, labels) in [("kv-0", "zone=a,region=us"), ("kv-1", "zone=b,region=eu")] {
             let listen = ["--listen", "127.0.0.1:0", "--assigners", &scene.assigner];
-            let args = [&["demo", "task", "--name", name], &listen[..]].concat();
+            let args = [&["demo", "task", "--name", name, "--label", labels], &listen[..]].concat();
             processes.push(Process::start(&args));
         }
         let scene = Self { _processes: processes, ..scene };
@@ -149,4 +149,16 @@ fn an_operator_freezes_pins_and_looks() {
     assert_eq!(again["spec"]["homes"][0]["region"], "eu");
     assert_eq!(again["pins"], 2, "a spec leaves pins alone");
     assert_eq!(scene.json(&["assignment", "show", "kv"])["spill"], "115%", "callers are told");
+    // And the group lives where its home is.
+    let home = again["spec"]["homes"][0]["slice"].as_str().unwrap();
+    let (first, last) = home.split_once("..").unwrap();
+    until("the group to be at home", || {
+        let page = scene.json(&["assignment", "show", "kv"]);
+        let all = page["slices"].as_array()?.clone();
+        let within = |slice: &&Value| {
+            let text = text_of(slice);
+            text.split_once("..").is_some_and(|(a, b)| a <= last && first <= b)
+        };
+        all.iter().filter(within).all(|slice| task_of(slice) == "kv-1").then_some(())
+    });
 }

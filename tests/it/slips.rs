@@ -78,6 +78,7 @@ fn a_slip_in_a_flag_is_named() {
     let kept = ["dev", "--port-base", "0", "--data-dir", "/nonexistent"];
     check(&kept, "", &["the same ports each time", "--port-base"]);
     check(&["demo", "task"], "", &["the task has no name", "--name"]);
+    check(&["demo", "task", "--name", "a", "--label", "zone"], "", &["no label: give KEY=VALUE"]);
     let open = ["demo", "task", "--name", "a", "--watch-listen", "0.0.0.0:0"];
     check(&open, "", &["open to strangers", "watch is plain so far", "--insecure"]);
     check(&["cluster", "remove", "x"], "", &["is no node"]);

@@ -4,19 +4,25 @@
 //! the files that are missing.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
+use mandoline_core::command::Command;
+use mandoline_core::load::Load;
+use mandoline_core::slice::Slice;
+use mandoline_core::spec::{Band, BandOf, Home, JobSpec, Metric, Ratio, ReplicaBounds, Spill};
 use mandoline_core::state::State;
+use mandoline_core::task::TaskInfo;
 use mandoline_proto::pb;
 use prost::Message;
 
-use super::kit::apply;
+use super::kit::{apply, job};
 use super::storage::{at, entry, identity, snapshot_meta};
 use crate::raft::disk::Change;
 use crate::raft::log::seal_entry;
 use crate::raft::machine;
 use crate::raft::record::{self, Kind};
-use crate::raft::types::Vote;
+use crate::raft::types::{Entry, Payload, Vote};
 use crate::raft::wire;
 
 fn golden(name: &str) -> PathBuf {
@@ -66,6 +72,58 @@ fn log_records_are_written_and_read_as_ever() {
         wire::identity(record::open_as(Kind::Identity, 0, &kept).unwrap()).unwrap(),
         identity()
     );
+}
+
+#[test]
+fn what_an_operator_asked_by_hand_is_written_and_read_as_ever() {
+    let task = |name: &str| name.parse().unwrap();
+    let slice: Slice = "00..ff".parse().unwrap();
+    let commands = [
+        Command::ApplyJob { spec: asked(), if_version: Some(1) },
+        Command::Freeze { job: job("a") },
+        Command::Unfreeze { job: job("a") },
+        Command::Pin { job: job("a"), slice, task: task("t") },
+        Command::Unpin { job: job("a"), slice },
+    ];
+    let mut records = Vec::new();
+    for (index, command) in (2..).zip(&commands) {
+        let entry =
+            Entry { log_id: at(1, index), payload: Payload::Normal(Arc::new(command.clone())) };
+        let sealed = seal_entry(&entry);
+        let wire: pb::RaftEntry = record::open_as(Kind::Entry, index, &sealed).unwrap();
+        assert_eq!(wire::entry(wire).unwrap(), entry);
+        records.extend_from_slice(&sealed);
+    }
+    same("entries-by-hand", &records);
+
+    let mut state = State::default();
+    let info = TaskInfo::new(task("t"), 1, "h:1".parse().unwrap());
+    let register = Command::Register { job: job("a"), info, stopped: None };
+    let [_, freeze, _, pin, _] = commands;
+    for command in
+        [apply("a"), Command::ApplyJob { spec: asked(), if_version: None }, register, freeze, pin]
+    {
+        state.apply(command).unwrap();
+    }
+    let kept = same("state-by-hand", &pb::State::from(&state).encode_to_vec());
+    assert_eq!(State::try_from(pb::State::decode(kept.as_slice()).unwrap()).unwrap(), state);
+}
+
+/// A spec that asks for everything.
+fn asked() -> JobSpec {
+    JobSpec {
+        band: Band::Fixed { ratio: Ratio::percent(2), of: BandOf::Hint },
+        churn_budget: Ratio::percent(5),
+        fill_rate: Ratio::percent(50),
+        max_load_hint: Some(Load::from_milli(1_000_000)),
+        reservation: Ratio::percent(10),
+        replicas: ReplicaBounds { min: 2, max: ReplicaBounds::ALL },
+        spread: Some("zone".to_owned()),
+        homes: vec![Home { slice: Slice::of_group(b"tenant"), region: "eu".to_owned() }],
+        metrics: vec![Metric { name: "memory".to_owned(), band: Ratio::percent(20) }],
+        spill: Some(Spill { cap: Ratio::percent(115) }),
+        ..JobSpec::new(job("a"))
+    }
 }
 
 #[test]
