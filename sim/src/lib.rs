@@ -23,4 +23,5 @@ pub mod policy;
 pub mod scenario;
 pub mod contest;
 pub mod field;
+pub mod sensitivity;
 pub mod chaos;
