@@ -24,4 +24,5 @@ pub mod scenario;
 pub mod contest;
 pub mod field;
 pub mod sensitivity;
+pub mod advise;
 pub mod chaos;

@@ -28,3 +28,4 @@ mod durability;
 mod disk_full;
 mod sim_chaos;
 mod sim_balance;
+mod sim_advise;

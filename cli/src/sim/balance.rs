@@ -220,8 +220,9 @@ struct Form<'a> {
     policies: Vec<PolicyForm<'a>>,
 }
 
+/// How a policy did.
 #[derive(Serialize)]
-struct PolicyForm<'a> {
+pub(crate) struct PolicyForm<'a> {
     policy: &'a str,
     /// Nothing where there was no load at all.
     imbalance: Option<ImbalanceForm>,

@@ -32,12 +32,8 @@ pub(crate) struct Reading<'a> {
 
 /// A recorded load, cut into intervals.
 #[derive(Debug)]
-#[allow(dead_code)] // `advise` uses the rest of it
 pub(crate) struct Recording {
     pub(crate) intervals: Vec<Interval>,
-    pub(crate) requests: u64,
-    /// When the last request came, counted from the first.
-    pub(crate) span: Duration,
     skipped: Skipped,
     first_malformed: Option<(u64, String)>,
 }
@@ -50,11 +46,8 @@ impl Reading<'_> {
             replay = replay.lenient();
         }
         let progress = Progress::new("requests", None);
-        let (mut requests, mut span) = (0, Duration::ZERO);
         let events = replay.by_ref().inspect(|event| {
             if let Ok(event) = event {
-                requests += 1;
-                span = event.at;
                 progress.add(1);
                 each(event);
             }
@@ -65,7 +58,7 @@ impl Reading<'_> {
             })
             .map_err(|error| refuse(&error))?;
         let (skipped, first_malformed) = (replay.skipped(), replay.first_malformed());
-        Ok(Recording { intervals, requests, span, skipped, first_malformed })
+        Ok(Recording { intervals, skipped, first_malformed })
     }
 }
 
@@ -147,7 +140,7 @@ mod tests {
         let refused = read(text, false).unwrap_err().to_string();
         assert!(refused.contains(":2: the weight \"x\"") && refused.contains("try: --lenient"));
         let read = read(text, true).unwrap();
-        assert_eq!((read.intervals.len(), read.requests, read.keys()), (3, 4, 2));
+        assert_eq!((read.intervals.len(), read.keys()), (3, 2));
         let said = read.skipped();
         assert!(said[0].starts_with("1 broken line(s) passed over, the first is line 2: "));
         assert!(said[1].starts_with("1 request(s) out of order"), "{said:?}");

@@ -10,6 +10,8 @@ mod input;
 mod plot;
 mod balance;
 mod chaos;
+mod sensitivity;
+mod advise;
 
 use std::process::ExitCode;
 
@@ -22,6 +24,8 @@ use crate::failure::Failure;
 pub(crate) enum SimCommand {
     Balance(Box<balance::BalanceArgs>),
     DicerChaos(chaos::ChaosArgs),
+    Sensitivity(sensitivity::SensitivityArgs),
+    Advise(advise::AdviseArgs),
 }
 
 /// Answers `sim`.
@@ -29,6 +33,8 @@ pub(crate) async fn run(command: SimCommand) -> Result<ExitCode, Failure> {
     let work = tokio::task::spawn_blocking(|| match command {
         SimCommand::Balance(args) => balance::run(&args),
         SimCommand::DicerChaos(args) => chaos::run(&args),
+        SimCommand::Sensitivity(args) => sensitivity::run(&args),
+        SimCommand::Advise(args) => advise::run(&args),
     });
     tokio::select! {
         done = work => done.expect("the simulator does not panic"),
