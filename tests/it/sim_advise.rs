@@ -37,7 +37,7 @@ fn advice_names_the_hot_key_what_it_bounds_and_a_spec() {
     for part in [
         "3600 requests for 50 keys in 60 min",
         " %  u0\n",
-        "Beyond 3 task(s)",
+        "Beyond 2 task(s)",
         "\nmandoline ",
         "\nring ",
         "less than a day",
@@ -49,7 +49,7 @@ fn advice_names_the_hot_key_what_it_bounds_and_a_spec() {
     let found = json(&[&args[..], &["--json", "--job", "kv"]].concat());
     assert_eq!((&found["requests"], &found["keys"]), (&3_600.into(), &50.into()));
     assert_eq!(found["hottest"][0]["key"], "u0");
-    assert_eq!(found["tasks_bound"], 3);
+    assert_eq!(found["tasks_bound"], 2);
     assert!(found["replicas_needed"].as_u64().unwrap() > 1, "{found}");
     assert!(found["policies"].as_array().unwrap().len() >= 6, "{found}");
     assert!(found["warnings"][0].is_string(), "{found}");
