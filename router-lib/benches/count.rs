@@ -1,19 +1,20 @@
 //! Nanoseconds to count a request: `cargo bench -p mandoline --bench count`.
 //!
-//! What each part costs alone and what a task pays for all of it, by one thread and by two at once; slices begin at even
+//! CPU time of the thread, so that a busy machine does not count. What each part costs alone and what a task pays for all of it, by one thread and by two at once; slices begin at even
 //! places, the task owns all of them, and keys are drawn by Zipf's law (0.99) from a million, and evenly.
 
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{Criterion, criterion_group, criterion_main};
 use mandoline::{Address, Assignment, Generation, SessionId, SliceKey, Slicelet, Task};
 use mandoline_core::assignment::{Assigned, Replica, Replicas};
 use mandoline_core::prng::Prng;
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::task::{Phase, TaskInfo};
-use tokio::time::Instant;
+use rustix::time::{ClockId, clock_gettime};
 
 // What is measured is private to the library.
 #[allow(dead_code, unused_imports, unreachable_pub)]
@@ -63,7 +64,44 @@ fn even() -> Vec<SliceKey> {
     (0..DRAWN).map(|_| SliceKey(prng.bits())).collect()
 }
 
-/// Runs `count` so often on each of `threads`, and gives how long the slowest took.
+/// The CPU time of the thread that asks.
+struct CpuTime;
+
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).expect("time goes on")
+}
+
+impl Measurement for CpuTime {
+    type Intermediate = Duration;
+    type Value = Duration;
+
+    fn start(&self) -> Duration {
+        cpu_time()
+    }
+
+    fn end(&self, began: Duration) -> Duration {
+        cpu_time() - began
+    }
+
+    fn add(&self, one: &Duration, other: &Duration) -> Duration {
+        *one + *other
+    }
+
+    fn zero(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn to_f64(&self, value: &Duration) -> f64 {
+        WallTime.to_f64(value)
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        WallTime.formatter()
+    }
+}
+
+/// Runs `count` so often on each of `threads`, and gives what the slowest took.
 fn threads(
     threads: usize,
     times: u64,
@@ -71,11 +109,11 @@ fn threads(
     count: impl Fn(SliceKey) + Sync,
 ) -> Duration {
     let run = |from: usize| {
-        let began = Instant::now();
+        let began = cpu_time();
         for n in 0..times {
             count(keys[(from + n as usize) % DRAWN]);
         }
-        began.elapsed()
+        cpu_time() - began
     };
     std::thread::scope(|scope| {
         let runs: Vec<_> = (0..threads).map(|from| scope.spawn(move || run(from * 999))).collect();
@@ -83,7 +121,23 @@ fn threads(
     })
 }
 
-fn count(c: &mut Criterion) {
+/// A window's first requests, each of which is sampled.
+fn quiet(times: u64, keys: &[SliceKey]) -> Duration {
+    const WINDOW: usize = 2_000;
+    let hot = hot::Hot::new();
+    let (mut spent, mut left) = (Duration::ZERO, times as usize);
+    while left > 0 {
+        let now = left.min(WINDOW);
+        let began = cpu_time();
+        keys[..now].iter().for_each(|key| hot.note(*key, 1_000));
+        spent += cpu_time() - began;
+        drop(hot.take());
+        left -= now;
+    }
+    spent
+}
+
+fn count(c: &mut Criterion<CpuTime>) {
     let mut group = c.benchmark_group("count");
     for (name, keys) in [("zipf", zipf()), ("even", even())] {
         let mut at = 0;
@@ -98,6 +152,9 @@ fn count(c: &mut Criterion) {
         });
         group.bench_function(format!("sketch alone/{name}"), |b| {
             b.iter(|| hot.note(black_box(next()), 1_000));
+        });
+        group.bench_function(format!("sketch alone, quiet/{name}"), |b| {
+            b.iter_custom(|times| quiet(times, &keys));
         });
         group.bench_function(format!("slicelet, looked up only/{name}"), |b| {
             b.iter(|| black_box(slicelet.owns_at(next())));
@@ -118,5 +175,9 @@ fn count(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, count);
+criterion_group!(
+    name = benches;
+    config = Criterion::default().with_measurement(CpuTime);
+    targets = count
+);
 criterion_main!(benches);

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use mandoline_core::key::SliceKey;
 use mandoline_core::load::{LOAD_MAX_UNITS, Load};
 use mandoline_core::slice::Slice;
 use mandoline_core::slice_map::SliceMap;
@@ -75,8 +76,22 @@ pub(crate) fn per_second(thousandths: u64, window: Duration) -> Load {
     Load::from_milli(u64::try_from(rate).unwrap_or(max).min(max))
 }
 
-/// Shares what was counted on `slice` among the slices that lie there now, by width. The parts make up the whole.
-pub(crate) fn spread<V>(counted: u64, slice: Slice, now: &SliceMap<V>, into: &mut [u64]) {
+/// Shares what was counted on `slice` among the slices that lie there now: what its `hot` keys (sorted) carried where they
+/// lie, and the rest by width. The parts make up the whole.
+pub(crate) fn spread<V>(
+    mut counted: u64,
+    slice: Slice,
+    now: &SliceMap<V>,
+    hot: &[(SliceKey, u64)],
+    into: &mut [u64],
+) {
+    let from = hot.partition_point(|(key, _)| *key < slice.first());
+    for (key, carried) in hot[from..].iter().take_while(|(key, _)| slice.contains(*key)) {
+        let carried = (*carried).min(counted);
+        let sum = &mut into[now.index_of(*key)];
+        *sum = sum.saturating_add(carried);
+        counted -= carried;
+    }
     let mut given = 0;
     let mut covered = 0;
     let places = now.index_of(slice.first())..=now.index_of(slice.last());
@@ -129,7 +144,6 @@ thread_local! {
 
 #[cfg(test)]
 mod tests {
-    use mandoline_core::key::SliceKey;
     use mandoline_core::prng::Prng;
 
     use super::*;
@@ -165,8 +179,15 @@ mod tests {
         let mut now = SliceMap::uniform(());
         now.split(SliceKey(1 << 62));
         let mut into = [0, 0];
-        spread(1_001, Slice::FULL, &now, &mut into);
+        spread(1_001, Slice::FULL, &now, &[], &mut into);
         assert_eq!(into, [250, 751]);
+        let mut into = [0, 0];
+        let hot = [(SliceKey(5), 600), (SliceKey(1 << 62), 1)];
+        spread(1_001, Slice::FULL, &now, &hot, &mut into);
+        assert_eq!(into, [700, 301]);
+        let mut into = [0, 0];
+        spread(400, Slice::FULL, &now, &hot, &mut into);
+        assert_eq!(into, [400, 0], "an estimate is no more than the whole");
 
         let mut prng = Prng::new(3);
         for _ in 0..100 {
@@ -176,11 +197,14 @@ mod tests {
                 after.split(SliceKey(prng.bits()));
             }
             let mut into = vec![0; after.count()];
+            let mut hot: Vec<_> =
+                (0..5).map(|_| (SliceKey(prng.bits()), prng.below(1 << 41))).collect();
+            hot.sort_unstable();
             let mut total = 0;
             for (slice, ()) in before.iter() {
                 let counted = prng.below(1 << 40);
                 total += counted;
-                spread(counted, slice, &after, &mut into);
+                spread(counted, slice, &after, &hot, &mut into);
             }
             assert_eq!(into.iter().sum::<u64>(), total);
         }

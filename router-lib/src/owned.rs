@@ -173,13 +173,18 @@ fn settle(retired: &mut Vec<Arc<View>>, now: &View) {
     }
     let slices = &now.assignment().slices;
     let mut counted = vec![0; slices.count()];
+    // Looked up once, where a slice was split: most are split round a hot key.
+    let mut hot: Option<Vec<(SliceKey, u64)>> = None;
     retired.retain(|old| {
         // Asked before it is drained: nobody can take hold of it anew, so what it counts afterwards is nothing.
         let in_use = Arc::strong_count(old) > 1;
         for (index, (slice, _)) in old.assignment().slices.iter().enumerate() {
             let late = old.tally.take(index);
             if late > 0 {
-                spread(late, slice, slices, &mut counted);
+                let split = slices.index_of(slice.first()) < slices.index_of(slice.last());
+                let hot: &[_] =
+                    if split { hot.get_or_insert_with(|| now.hot.so_far()) } else { &[] };
+                spread(late, slice, slices, hot, &mut counted);
             }
         }
         in_use
@@ -557,6 +562,22 @@ mod tests {
         assert_eq!(report.hot, expected);
         tokio::time::advance(Duration::from_secs(3)).await;
         assert!(window.close(&owned, Instant::now()).unwrap().hot.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_key_that_is_set_apart_keeps_what_it_carried() {
+        let (owned, _) = owned();
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]));
+        let mut window = Window::begin(&owned, Instant::now());
+        for n in 0..1_000_u64 {
+            let key = if n % 2 == 0 { 500 } else { n << 50 };
+            owned.view().claim(SliceKey(key), 1_000);
+        }
+        owned.install(Some(SessionId(1)), assignment(3, &[(0, 1, 2), (500, 1, 2), (501, 1, 2)]));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let report = window.close(&owned, Instant::now()).unwrap();
+        let load = |place: usize| report.slices[place].1.milli() / 1_000;
+        assert_eq!((load(0), load(1), load(2)), (0, 500, 500));
     }
 
     fn metered_by(meter: impl Fn(&[Slice]) -> Vec<Size> + Send + Sync + 'static) -> Vec<Size> {

@@ -3,14 +3,20 @@
 use std::time::Duration;
 
 use mandoline::clerk::Clerk;
+use mandoline_core::extract::Extract;
 use mandoline_core::prng::Prng;
 use mandoline_proto::pb;
 use mandoline_proto::pb::admin_client::AdminClient;
 use mandoline_proto::pb::offer_reply::Reply as Answer;
 use mandoline_proto::pb::tasks_client::TasksClient;
+use mandoline_proxy::config::Config;
+use mandoline_proxy::proxy::Proxy;
+use mandoline_proxy::route::Router;
 use tokio::time::{Instant, interval};
+use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
+use crate::kit::ask;
 use crate::session::cluster::{Cluster, PATIENCE, kv};
 use crate::session::raw::{Raw, info, register};
 use crate::session::{Asked, Reply, SliceKey, ready, share_everything, task};
@@ -168,6 +174,31 @@ async fn what_a_clerk_offers_reaches_the_leader_wherever_it_asks() {
     let job = driven("word of what was offered", seen).await;
     assert!((job.offered_failed * 2..job.offered_failed * 4).contains(&job.offered), "{job:?}");
     assert!(clerk.offer(b"a key", f64::NAN).is_err() && clerk.failed(b"a key", -1.0).is_err());
+}
+
+#[tokio::test]
+async fn a_proxy_tells_what_it_could_not_deliver() {
+    let cluster = Cluster::with_job(1).await;
+    let address = cluster.nodes[0].address.clone();
+    // It owns everything, and nobody listens where it says that it serves.
+    let task = task(&cluster, 1).start().unwrap();
+    ready(&task).await;
+    let clerk = Clerk::builder(kv()).sources([address.parse().unwrap()]).report_offered(true);
+    let clerk = clerk.start().unwrap();
+    clerk.ready().await;
+    let (stop, any) = (CancellationToken::new(), "127.0.0.1:0".parse().unwrap());
+    let config = Config::new(any, Extract::Path(1));
+    let proxy = Proxy::start(config, Router::new(clerk), &stop).unwrap();
+    let local = proxy.local_addr();
+    let told = async || {
+        let asked = tokio::task::spawn_blocking(move || ask(local, "GET", "/kv/key", ""));
+        let answer = asked.await.unwrap().unwrap();
+        assert!(answer.status >= 500, "{answer:?}");
+        let job = job(&address).await;
+        (job.callers == 1 && job.offered > 0 && job.offered_failed > 0).then_some(())
+    };
+    driven("word of what failed", told).await;
+    proxy.stop().await;
 }
 
 /// Tasks that say what a test has them say, and what is thought of them.

@@ -9,6 +9,8 @@ use self::leader::{Leader, kv, quick};
 use mandoline::slicelet::{Claim, NotReady, Shutdown, Slicelet, StartError, State, Why};
 use mandoline_core::command::Command;
 use mandoline_core::key::SliceKey;
+use mandoline_core::load::Load;
+use mandoline_core::report::Size;
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{SessionId, TaskInfo};
 use mandoline_proto::pb::session_request::Request as Asked;
@@ -130,6 +132,37 @@ async fn load_is_reported_by_slice_and_nonsense_is_refused() {
     assert_eq!(loads[0], 0.0);
     let units = loads[1] * window as f64 / 1_000.0;
     assert!((490.0..510.0).contains(&units), "{units} of 500 units in {window} ms");
+}
+
+#[tokio::test]
+async fn hot_keys_and_what_the_meter_says_are_reported() {
+    let leader = Leader::start().await;
+    let meter = |slices: &[Slice]| {
+        let size = |slice: &Slice| {
+            let (slice, metrics) = (*slice, vec![Load::from_milli(2_500)]);
+            Size { slice, metrics, move_cost: Some(1 << 30) }
+        };
+        slices.iter().map(size).collect()
+    };
+    let slicelet = task(&[&leader]).meter(meter).start().unwrap();
+    let session = ready(&slicelet).await;
+    leader.give(Slice::FULL, session);
+    comes_to(&slicelet, "given everything", |task| task.owns(b"x")).await;
+    for n in 0..500_u64 {
+        assert_eq!(slicelet.claim(b"hot"), Claim::Mine);
+        assert_eq!(slicelet.claim(&n.to_be_bytes()), Claim::Mine);
+    }
+    let hot = |asked: &Asked| match asked {
+        Asked::Report(report) if !report.hot.is_empty() => Some(report.clone()),
+        _ => None,
+    };
+    let report = leader.hears("a report with a hot key", hot).await;
+    let [hot] = report.hot.as_slice() else { panic!("one key is hot: {:?}", report.hot) };
+    assert_eq!(hot.key, SliceKey::of(b"hot").0);
+    let all: f64 = report.slices.iter().map(|slice| slice.load).sum();
+    assert!((all * 0.4..all * 0.6).contains(&hot.load), "{} of {all}", hot.load);
+    let size = &report.sizes[0];
+    assert_eq!((size.metrics.as_slice(), size.move_cost), ([2.5].as_slice(), Some(1 << 30)));
 }
 
 #[tokio::test]
