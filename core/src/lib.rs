@@ -26,6 +26,7 @@ pub mod watch;
 pub mod roster;
 pub mod plan;
 pub mod balance;
+pub mod sizes;
 pub mod command;
 pub mod state;
 pub mod leader;

@@ -332,6 +332,11 @@ impl LoadTable {
         sum
     }
 
+    /// Says whether any application said something of its slices.
+    pub fn has_sizes(&self) -> bool {
+        self.reports.values().flatten().any(|report| !report.sizes.is_empty())
+    }
+
     /// Gives what the application of `session` last said of `slice`, if it did.
     pub fn sizes_of(&self, session: SessionId, slice: Slice) -> Option<&Size> {
         self.reports.get(&session)?.iter().rev().find_map(|report| {

@@ -353,7 +353,8 @@ fn hot_keys_and_sizes_that_make_no_sense_are_named() {
         task::report(SessionId(1), report).map_err(|error| error.to_string())
     };
     assert!(report(&[(1, 1.0), (9, 4.0)], vec![1.0]).is_ok());
-    let cases: [(&[(u64, f64)], Vec<f64>, &str); 6] = [
+    type Case<'a> = (&'a [(u64, f64)], Vec<f64>, &'a str);
+    let cases: [Case<'_>; 6] = [
         (&[(1, f64::NAN)], vec![], "hot[0].load: NaN is no load"),
         (&[(1, 1.0), (2, 1e300)], vec![], "hot[1].load: "),
         (&[(2, 1.0), (1, 1.0)], vec![], "hot keys are out of order or come twice at"),
