@@ -7,7 +7,8 @@
 //! (L/max)² (L - max) above it, 100 max for one that holds nothing, the load of every replica beyond the first, and a quarter of
 //! all load that is not where it was. A newcomer's lower bound is the mean, so that rollouts balance as they go.
 //!
-//! Its source says that this algorithm is not the one that Databricks runs.
+//! Its source says that this algorithm is not the one that Databricks runs. `dicer/recorded.rs` compares with what the original
+//! answered: over a thousand rounds of its chaos test, spread, churn, slices and replicas come out alike.
 //!
 //! What differs from the original, and what is not known of it:
 //!
@@ -537,6 +538,9 @@ const GAIN_MIN: f64 = 1e-10;
 const TINY: f64 = 1e-12;
 /// For their 30 seconds. A doubled fleet takes about 40.
 const STEPS_A_TASK: usize = 400;
+
+#[cfg(test)]
+mod recorded;
 
 #[cfg(test)]
 mod tests {
