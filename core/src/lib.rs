@@ -21,6 +21,7 @@ pub mod report;
 pub mod assignment;
 pub mod offers;
 pub mod delta;
+pub mod spill;
 pub mod forecast;
 pub mod watch;
 pub mod roster;

@@ -19,6 +19,7 @@ pub mod interval;
 pub mod synthetic;
 pub mod fleet;
 pub mod layout;
+pub mod requests;
 pub mod policy;
 pub mod scenario;
 pub mod contest;

@@ -4,6 +4,7 @@
 //! request, such as a ring with bounded loads, is a `Policy` of its own.
 
 pub mod fixed;
+pub mod spilling;
 mod board;
 pub mod slicer;
 pub mod dicer;
