@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use mandoline_core::spec::Ratio;
+
 use crate::contest::Entry;
 use crate::policy::Planned;
 use crate::policy::bounded_ring::BoundedRing;
@@ -11,6 +13,8 @@ use crate::policy::fixed::Fixed;
 use crate::policy::mandoline::Mandoline;
 use crate::policy::ring::ConsistentHash;
 use crate::policy::slicer::{Slicer, SlicerConfig};
+use crate::policy::spilling::Spilling;
+use crate::requests::Network;
 use crate::scenario::nearest;
 
 /// The name of a policy.
@@ -18,8 +22,12 @@ use crate::scenario::nearest;
 pub struct Name(&'static str);
 
 /// The names of all policies and what each is, in the order in which they are shown.
-pub const ALL: [(Name, &str); 9] = [
+pub const ALL: [(Name, &str); 10] = [
     (Name("mandoline"), "our own planner, as the assigner runs it"),
+    (
+        Name("mandoline+spill"),
+        "the same, and four callers that pass over tasks above 1.15, request by request",
+    ),
     (Name("slicer"), "Slicer's weighted moves as published, every interval"),
     (Name("slicer+band"), "the same, that stops when the busiest task is within 10 % of the mean"),
     (Name("dicer"), "Dicer's published algorithm with its default tolerance of 10 %"),
@@ -35,6 +43,9 @@ const SLICER_BAND: f64 = 0.10;
 /// How far above its due a task may be loaded with `bounded-ring`, and how many virtual nodes it has.
 const BOUND: f64 = 1.15;
 const BOUNDED_NODES: u32 = 100;
+
+/// Above which load, in relation to the mean, `mandoline+spill` passes a task over.
+const SPILL_CAP: Ratio = Ratio::percent(115);
 
 /// A name is of no policy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -89,6 +100,10 @@ impl Name {
         };
         match self.0 {
             "mandoline" => Box::new(move |_| Box::new(Planned::new(Mandoline::new(replicas_max)))),
+            "mandoline+spill" => Box::new(move |seed| {
+                let (planner, network) = (Mandoline::new(replicas_max), Network::default());
+                Box::new(Spilling::new(planner, SPILL_CAP, network, seed))
+            }),
             "clairvoyant" => {
                 Box::new(move |_| Box::new(Planned::new(Mandoline::clairvoyant(replicas_max))))
             }

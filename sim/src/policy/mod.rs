@@ -4,12 +4,12 @@
 //! request, such as a ring with bounded loads, is a `Policy` of its own.
 
 pub mod fixed;
-pub mod spilling;
 mod board;
 pub mod slicer;
 pub mod dicer;
 pub mod ring;
 pub mod bounded_ring;
+pub mod spilling;
 pub mod mandoline;
 
 use crate::fleet::Member;
