@@ -730,4 +730,23 @@ mod tests {
         assert_eq!(tops(&[]), [(5, 100.0)], "1 in 101 is less than 5 % of its slice");
         assert_eq!(tops(&[0]), []);
     }
+
+    #[test]
+    fn odd_loads_and_fleets_are_planned_for() {
+        let one = Interval::new(vec![(SliceKey(u64::MAX), 1_000_000)]);
+        let ends = Interval::new(vec![(SliceKey(0), 1), (SliceKey(u64::MAX), u64::MAX / 2)]);
+        let none = Interval::default();
+        let mut policy = Planned::new(Dicer::new(DicerConfig::default()));
+        let mut seen = None;
+        for (count, next) in [(1, &one), (5, &ends), (70, &none), (70, &one), (2, &one), (2, &none)]
+        {
+            let members = members(count);
+            let silent: Vec<u32> = (0..count / 3).collect();
+            let round = Round { members: &members, seen, silent: &silent, next, interval: 0 };
+            policy.observe(&round);
+            policy.plan(&round);
+            assert_eq!(policy.serve(&members, next).unserved, 0.0, "{count} tasks");
+            seen = Some(next);
+        }
+    }
 }

@@ -408,6 +408,7 @@ mod tests {
     use super::*;
     use crate::interval::Interval;
     use crate::policy::board::tests::{PART, board, layout, members, slices};
+    use crate::policy::{Planned, Policy};
 
     fn config() -> SlicerConfig {
         SlicerConfig::default()
@@ -591,5 +592,24 @@ mod tests {
         assert_eq!(of(&after, 3), 0);
         let churn = Layout::churn(&before, &after, &Interval::default());
         assert!((churn.keys - 0.25).abs() < 1e-9, "{churn:?}");
+    }
+
+    #[test]
+    fn odd_loads_and_fleets_are_planned_for() {
+        let one = Interval::new(vec![(SliceKey(u64::MAX), 1_000_000)]);
+        let ends = Interval::new(vec![(SliceKey(0), 1), (SliceKey(u64::MAX), u64::MAX / 2)]);
+        let none = Interval::default();
+        let mut policy = Planned::new(Slicer::new(config()));
+        let mut seen = None;
+        for (count, next) in [(1, &one), (5, &ends), (70, &none), (70, &one), (2, &one), (2, &none)]
+        {
+            let members = members(count);
+            let silent: Vec<u32> = (0..count / 3).collect();
+            let round = Round { members: &members, seen, silent: &silent, next, interval: 0 };
+            policy.observe(&round);
+            policy.plan(&round);
+            assert_eq!(policy.serve(&members, next).unserved, 0.0, "{count} tasks");
+            seen = Some(next);
+        }
     }
 }
