@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Add;
 use std::time::Duration;
 
-use crate::assignment::Assignment;
+use crate::assignment::{Assignment, Replica};
 use crate::load::Load;
 use crate::report::{
     HotKey, LoadTable, Offered, ReportError, Second, check_hot, check_window, merge_by_key,
@@ -156,8 +156,8 @@ impl Offers {
         if !self.callers.is_empty() {
             let sums = Sums::of(assignment, self.callers.values().map(|(_, offer)| offer));
             (totals.load, totals.failed) = (sums.load, sums.failed);
-            let offered = sums.offered(assignment);
-            let tasks = counted(assignment, table, &offered);
+            let offered = sums.known(assignment).map(|(offered, _)| offered).collect();
+            let tasks = sums.counted(assignment, table);
             if count_alike(&tasks) {
                 let hot = self.hot();
                 let suspects = suspects(&tasks);
@@ -213,14 +213,33 @@ impl Sums {
         sums
     }
 
-    fn offered(&self, assignment: &Assignment) -> Vec<Offered> {
+    /// What each slice whose load is known was offered, and whose it is.
+    fn known<'a>(
+        &'a self,
+        assignment: &'a Assignment,
+    ) -> impl Iterator<Item = (Offered, &'a [Replica])> {
         let known = assignment.slices.iter().zip(&self.slices).filter(|(_, sum)| !sum.blurred);
-        let known = known.map(|((slice, assigned), sum)| {
-            let replicas = assigned.replicas.as_slice().len().max(1);
-            let each = sum.load.share(1, replicas as u128);
-            Offered { slice, load: sum.load, each, window: self.window }
-        });
-        known.collect()
+        known.map(|((slice, assigned), sum)| {
+            let replicas = assigned.replicas.as_slice();
+            let each = sum.load.share(1, replicas.len().max(1) as u128);
+            (Offered { slice, load: sum.load, each, window: self.window }, replicas)
+        })
+    }
+
+    fn counted(&self, assignment: &Assignment, table: &LoadTable) -> BTreeMap<SessionId, Counted> {
+        let mut tasks: BTreeMap<SessionId, Counted> = BTreeMap::new();
+        let millis = u64::try_from(self.window.as_millis()).unwrap_or(u64::MAX);
+        for (offered, replicas) in self.known(assignment) {
+            for replica in replicas {
+                let served = table.served(replica.session, replica.since, offered.slice);
+                let Some((_, served)) = served else { continue };
+                let task = tasks.entry(replica.session).or_default();
+                task.served += served;
+                task.offered += offered.each;
+                task.requests += offered.each.milli().saturating_mul(millis) / 1_000_000;
+            }
+        }
+        tasks
     }
 }
 
@@ -231,27 +250,6 @@ struct Counted {
     offered: Load,
     /// Requests that it was offered.
     requests: u64,
-}
-
-fn counted(
-    assignment: &Assignment,
-    table: &LoadTable,
-    offered: &[Offered],
-) -> BTreeMap<SessionId, Counted> {
-    let mut tasks: BTreeMap<SessionId, Counted> = BTreeMap::new();
-    for offered in offered {
-        let (_, assigned) = assignment.get(offered.slice.first());
-        for replica in assigned.replicas.as_slice() {
-            let served = table.served(replica.session, replica.since, offered.slice);
-            let Some((_, served)) = served else { continue };
-            let task = tasks.entry(replica.session).or_default();
-            task.served += served;
-            task.offered += offered.each;
-            let millis = u64::try_from(offered.window.as_millis()).unwrap_or(u64::MAX);
-            task.requests += offered.each.milli().saturating_mul(millis) / 1_000_000;
-        }
-    }
-    tasks
 }
 
 /// Says whether at least half of the tasks that had anything to count came to what their callers say, within a quarter.
@@ -280,7 +278,7 @@ fn suspects(tasks: &BTreeMap<SessionId, Counted>) -> BTreeSet<SessionId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::assignment::{Assigned, Replica, Replicas};
+    use crate::assignment::{Assigned, Replicas};
     use crate::generation::Generation;
     use crate::key::SliceKey;
     use crate::report::{HOT_MAX, Report};

@@ -35,6 +35,8 @@ use crate::snapshot::Snapshot;
 const FIRST_EVERY: Duration = Duration::from_secs(1);
 /// How long one who is asked may take.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The longest window that an offer may have.
+const WINDOW_MAX: Duration = Duration::from_secs(3_600);
 /// After a refusal that only time can mend, so many periods are let go by: thousands of callers may hear the same.
 const REFUSED_PERIODS: u32 = 12;
 
@@ -175,19 +177,19 @@ impl Reporter {
     /// Runs until told to stop.
     pub(crate) async fn run(mut self, offered: Arc<Offered>, stop: CancellationToken) {
         let mut began = Instant::now();
-        let mut let_go_by = 0;
+        let mut let_go_by = 0_u32;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = sleep(self.every) => {}
             }
             let now = Instant::now();
-            // A caller that slept for an hour has nothing to say of it.
-            let window = now.duration_since(began).min(Duration::from_secs(3_600));
+            let window = now.duration_since(began);
             began = now;
             let offer = offered.take(self.caller, window);
-            if let_go_by > 0 {
-                let_go_by -= 1;
+            // A machine that slept through more than a window may be has nothing to say of it.
+            if let_go_by > 0 || window > WINDOW_MAX {
+                let_go_by = let_go_by.saturating_sub(1);
                 continue;
             }
             let message = offer_message(&self.job, &offer);
