@@ -204,8 +204,9 @@ impl Advice {
             1 => writeln!(text, "No key needs replicas."),
             replicas => writeln!(
                 text,
-                "For {tasks} tasks to be even, {replicas} of them have to serve it: then none has more than a third of its load\n\
-                 from that key."
+                "Where it is hottest, it is {:.1} times one task's share: too heavy to balance with. Served by {replicas} tasks, it is\n\
+                 at most a third of a task's share for each, and in nobody's way.",
+                p99 * f64::from(tasks)
             ),
         };
         let _ = writeln!(

@@ -135,18 +135,25 @@ impl Study {
     fn page(&self, grid: &[Finding], others: &[Finding], ours: &[Finding]) -> String {
         let mut text = String::new();
         let names: Vec<&str> = self.scenarios.iter().map(|(name, _)| *name).collect();
-        let first = self.scenarios.first().map_or("", |(_, scenario)| scenario.name());
+        let loads: Vec<String> = self
+            .scenarios
+            .iter()
+            .map(|(name, scenario)| format!("| {name} | `{}` |\n", scenario.name()))
+            .collect();
         let _ = write!(
             text,
             "# How much the constants matter\n\n\
-             Made by `mandoline sim sensitivity`; run it again to make it anew. {} tasks, the load `{first}` and what its\n\
-             heading adds to that, seeds {:?}. Each cell: the busiest task's load over the mean, p50 / p99 over the\n\
-             intervals; the load that changes tasks in an interval, in percent of all, a mean.\n\n\
+             Made by `mandoline sim sensitivity`; run it again to make it anew. {} tasks, seeds {:?}, these loads:\n\n\
+             | name | `--workload` |\n|---|---|\n{}\n\
+             Each cell: the busiest task's load over the mean, p50 / p99 over the intervals; the load that changes tasks in\n\
+             an interval, in percent of all, a mean.\n\n\
              ## What each constant is worth\n\n\
              How far the p99 and the churn lie apart between the best and the worst of its values here, where that is\n\
              most. A constant with small figures can be left alone; one with large figures is a choice between evenness\n\
              and churn, or a mistake.\n\n",
-            self.tasks, self.seeds
+            self.tasks,
+            self.seeds,
+            loads.concat()
         );
         let _ = writeln!(
             text,

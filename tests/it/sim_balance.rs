@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::Path;
 
+use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::kit::{json, run, text};
+use crate::kit::{Process, json, run, text, until};
 
 fn file(dir: &Path, text: &str) -> String {
     let path = dir.join("load");
@@ -183,4 +184,18 @@ fn broken_lines_are_passed_over_only_when_told_to() {
     let said = text(&lenient.stderr);
     assert!(lenient.status.success(), "{said}");
     assert!(said.contains("note: 1 broken line(s) passed over, the first is line 31"), "{said}");
+}
+
+#[test]
+fn ctrl_c_ends_it_at_once() {
+    let load = "zipf:0.99,keys=1000000,intervals=1000";
+    let mut process = Process::start(&["sim", "balance", "--tasks", "500", "--workload", load]);
+    // Once it listens for Ctrl-C: bit 1 of the signals that it catches.
+    until("the signal to be caught", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", process.id())).ok()?;
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"))?;
+        (u64::from_str_radix(caught.trim(), 16).ok()? & 2 != 0).then_some(())
+    });
+    process.signal(Signal::INT);
+    assert_eq!(process.ended(), Some(130));
 }

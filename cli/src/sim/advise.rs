@@ -18,7 +18,7 @@ use crate::failure::Failure;
 use crate::sim::balance::{self, PolicyForm};
 use crate::sim::input::{self, Reading};
 use crate::sim::progress::Progress;
-use crate::sim::{clock, failure};
+use crate::sim::{self, clock, failure};
 use crate::units::Span;
 
 /// Reads your access log, and says what sharding it by a key would give
@@ -82,9 +82,9 @@ pub(crate) fn run(args: &AdviseArgs) -> Result<ExitCode, Failure> {
     let scenario = Scenario::recorded("log", recording.intervals, fleet);
     let outcomes = contest(&scenario, advice.replicas > 1);
     if args.json {
-        print_json(args, &survey, &advice, &outcomes);
+        sim::print_json(&form(args, &survey, &advice, &outcomes))?;
     } else {
-        print_text(args, &survey, &advice, &outcomes);
+        sim::print(&text(args, &survey, &advice, &outcomes))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -122,20 +122,19 @@ fn contest(scenario: &Scenario, with_one: bool) -> Vec<Outcome> {
     outcomes
 }
 
-fn print_text(args: &AdviseArgs, survey: &Survey, advice: &Advice, outcomes: &[Outcome]) {
-    println!("{}", advice.describe(survey));
+fn text(args: &AdviseArgs, survey: &Survey, advice: &Advice, outcomes: &[Outcome]) -> String {
+    let mut parts = vec![advice.describe(survey)];
     if !outcomes.is_empty() {
-        println!("With {} tasks:", args.tasks);
-        println!("{}", balance::table(outcomes));
-        println!("{}", advice.compare(outcomes));
+        let tasks = args.tasks;
+        parts.push(format!("With {tasks} tasks:\n\n{}", balance::table(outcomes)));
+        parts.push(advice.compare(outcomes));
     }
     if !advice.warnings.is_empty() {
-        println!("Beware:");
-        advice.warnings.iter().for_each(|warning| println!("- {warning}"));
-        println!();
+        parts.push(format!("Beware:\n- {}\n", advice.warnings.join("\n- ")));
     }
-    println!("A job spec to begin with (`mandoline job apply FILE`):\n");
-    print!("{}", advice.spec(args.job.as_str(), outcomes));
+    let spec = advice.spec(args.job.as_str(), outcomes);
+    parts.push(format!("A job spec to begin with (`mandoline job apply FILE`):\n\n{spec}"));
+    parts.join("\n")
 }
 
 /// The JSON form.
@@ -170,20 +169,22 @@ struct ShareForm {
     p99: f64,
 }
 
-fn print_json(args: &AdviseArgs, survey: &Survey, advice: &Advice, outcomes: &[Outcome]) {
+fn form<'a>(
+    args: &AdviseArgs,
+    survey: &'a Survey,
+    advice: &'a Advice,
+    outcomes: &'a [Outcome],
+) -> Form<'a> {
     let (intervals, length) = advice.intervals;
-    let form = Form {
+    let hottest = survey.hottest(20).into_iter().map(|(key, share)| KeyForm { key, share });
+    Form {
         requests: survey.requests,
         keys: survey.keys(),
         seconds: survey.span.as_secs_f64(),
         interval_seconds: length.as_secs_f64(),
         intervals,
         tasks: advice.tasks,
-        hottest: survey
-            .hottest(20)
-            .into_iter()
-            .map(|(key, share)| KeyForm { key, share })
-            .collect(),
+        hottest: hottest.collect(),
         hottest_share: ShareForm { p50: advice.hottest_share.p50, p99: advice.hottest_share.p99 },
         tasks_bound: advice.tasks_bound,
         replicas_needed: advice.replicas,
@@ -191,8 +192,7 @@ fn print_json(args: &AdviseArgs, survey: &Survey, advice: &Advice, outcomes: &[O
         policies: outcomes.iter().map(PolicyForm::from).collect(),
         warnings: &advice.warnings,
         spec: advice.spec(args.job.as_str(), outcomes),
-    };
-    println!("{}", serde_json::to_string(&form).expect("numbers and names have a JSON form"));
+    }
 }
 
 #[cfg(test)]

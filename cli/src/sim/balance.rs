@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::failure::Failure;
 use crate::sim::input::{self, Reading};
 use crate::sim::progress::Progress;
-use crate::sim::{clock, failure, plot};
+use crate::sim::{self, clock, failure, plot};
 use crate::table::Table;
 use crate::units::Span;
 
@@ -173,13 +173,14 @@ pub(crate) fn run(args: &BalanceArgs) -> Result<ExitCode, Failure> {
         })?;
     }
     match args.output {
-        _ if args.json => print_json(&outcomes),
-        Output::Json => print_json(&outcomes),
-        Output::Csv => print!("{}", csv(&outcomes)),
+        _ if args.json => print_json(&outcomes)?,
+        Output::Json => print_json(&outcomes)?,
+        Output::Csv => sim::print(&csv(&outcomes))?,
         Output::Table => {
-            let tasks = args.tasks;
-            println!("{}: {tasks} tasks, {count} intervals, {warmup} to warm up", scenario.name());
-            print!("{}", table(&outcomes));
+            let name = scenario.name();
+            let head =
+                format!("{name}: {} tasks, {count} intervals, {warmup} to warm up", args.tasks);
+            sim::print(&format!("{head}\n\n{}", table(&outcomes)))?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -266,9 +267,8 @@ impl<'a> From<&'a Outcome> for PolicyForm<'a> {
     }
 }
 
-fn print_json(outcomes: &[Outcome]) {
-    let form = Form { policies: outcomes.iter().map(PolicyForm::from).collect() };
-    println!("{}", serde_json::to_string(&form).expect("numbers and names have a JSON form"));
+fn print_json(outcomes: &[Outcome]) -> Result<(), Failure> {
+    sim::print_json(&Form { policies: outcomes.iter().map(PolicyForm::from).collect() })
 }
 
 fn csv(outcomes: &[Outcome]) -> String {
@@ -316,7 +316,7 @@ pub(crate) fn table(outcomes: &[Outcome]) -> String {
         table.row(cells.chain(counts).chain(plan).chain([outcome.slices.to_string()]));
     }
     let mut text = format!(
-        "\n{table}\nP50 to MAX: the busiest task's load over the mean, over the intervals. LOAD%, KEYS%: the share of load and\n\
+        "{table}\nP50 to MAX: the busiest task's load over the mean, over the intervals. LOAD%, KEYS%: the share of load and\n\
          of key space that is newly on a task, a mean an interval. MS: processor time of a plan.\n"
     );
     for outcome in outcomes.iter().filter(|outcome| outcome.unserved > 0.0) {

@@ -9,8 +9,8 @@ use mandoline_sim::percentile::Percentiles;
 use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::sim::clock;
 use crate::sim::progress::Progress;
+use crate::sim::{self, clock};
 use crate::table::Table;
 
 /// Answers the recorded rounds of Dicer's chaos test, and compares
@@ -42,12 +42,11 @@ pub(crate) fn run(args: &ChaosArgs) -> Result<ExitCode, Failure> {
     let progress = Progress::new("rounds", None);
     let found = chaos::replay(&args.file, &mut clock::cpu_time, &mut |_| progress.add(1));
     drop(progress);
-    let found = found.map_err(|error| crate::sim::failure(&error))?;
+    let found = found.map_err(|error| sim::failure(&error))?;
     if args.json {
-        let form = Form::from(&found);
-        println!("{}", serde_json::to_string(&form).expect("numbers and names have a JSON form"));
+        sim::print_json(&Form::from(&found))?;
     } else {
-        print!("{}", as_text(&found));
+        sim::print(&as_text(&found))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -13,9 +13,11 @@ mod chaos;
 mod sensitivity;
 mod advise;
 
+use std::io::{ErrorKind, Write as _};
 use std::process::ExitCode;
 
 use clap::Subcommand;
+use serde::Serialize;
 
 use crate::failure::Failure;
 
@@ -45,6 +47,22 @@ pub(crate) async fn run(command: SimCommand) -> Result<ExitCode, Failure> {
             std::process::exit(130);
         }
     }
+}
+
+/// Prints results. Whoever stops reading them has seen enough: that is no failure.
+fn print(text: &str) -> Result<(), Failure> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::new("cannot write the results").because(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints a result in its JSON form, on one line.
+fn print_json(form: &impl Serialize) -> Result<(), Failure> {
+    let json = serde_json::to_string(form).expect("numbers and names have a JSON form");
+    print(&format!("{json}\n"))
 }
 
 /// An error of the simulator as a failure: what lies below it is why.

@@ -7,7 +7,7 @@ use mandoline_sim::sensitivity::Study;
 
 use crate::failure::Failure;
 use crate::sim::progress::Progress;
-use crate::sim::{clock, failure};
+use crate::sim::{self, clock, failure};
 
 /// Studies how much the constants of Slicer's algorithm and of ours matter
 ///
@@ -31,6 +31,6 @@ pub(crate) fn run(args: &SensitivityArgs) -> Result<ExitCode, Failure> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let page = study.markdown(threads, &clock::cpu_time, &|_| progress.add(1));
     drop(progress);
-    print!("{page}");
+    sim::print(&page)?;
     Ok(ExitCode::SUCCESS)
 }
