@@ -241,6 +241,15 @@ impl Advice {
                 "What is left above that comes faster than a planner can follow. If any task can serve any key, if only slower,\n\
                  as with caches, let callers spill: it bounds the busiest task as it happens.\n",
             );
+            if let Some((spilling, churn)) = of("mandoline+spill") {
+                let _ = writeln!(
+                    text,
+                    "With that it is {:.2} and {:.2}, and {:.3} % of the load.",
+                    spilling.p50,
+                    spilling.p99,
+                    churn * 100.0
+                );
+            }
         }
         if let Some((one, churn)) = of("mandoline, one task a key").filter(|_| self.replicas > 1) {
             let _ = writeln!(

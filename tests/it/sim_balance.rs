@@ -28,6 +28,7 @@ fn the_json_form_has_every_policy_with_its_figures() {
     let names: Vec<&str> = policies.iter().map(|p| p["policy"].as_str().unwrap()).collect();
     let expected = [
         "mandoline",
+        "mandoline+spill",
         "slicer",
         "slicer+band",
         "dicer",

@@ -103,7 +103,7 @@ fn contest(scenario: &Scenario, with_one: bool) -> Vec<Outcome> {
     if with_one {
         entries.push(("mandoline, one task a key", name("mandoline"), one));
     }
-    let others = ["slicer+band", "dicer", "ring", "bounded-ring", "static"];
+    let others = ["mandoline+spill", "slicer+band", "dicer", "ring", "bounded-ring", "static"];
     entries.extend(others.map(|other| (other, name(other), many)));
     let policies: Vec<Entry<'_>> =
         entries.iter().map(|(_, name, terms)| name.entry(*terms)).collect();
