@@ -204,8 +204,14 @@ pub(crate) fn task_table<'a>(jobs: impl IntoIterator<Item = &'a pb::JobStatus>) 
 
 /// The spec of a job and where it stands, for people.
 pub(crate) fn job_page(job: &pb::JobStatus) -> String {
+    let by_hand = match (job.frozen, job.pins.len()) {
+        (false, 0) => String::new(),
+        (true, 0) => "frozen by hand\n\n".to_owned(),
+        (false, pins) => format!("pinned by hand: {pins}\n\n"),
+        (true, pins) => format!("frozen by hand; pinned by hand: {pins}\n\n"),
+    };
     format!(
-        "{}\n{}\n{}",
+        "{}\n{by_hand}{}\n{}",
         job_text::yaml(job.spec.as_ref()),
         job_table(std::slice::from_ref(job)),
         task_table([job]),

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::kit::{Process, ask, free_row, run, text};
+use crate::kit::{Process, ask, free_row, json, run, text};
 
 #[test]
 fn dev_prints_what_works_and_stops_on_ctrl_c() {
@@ -27,6 +27,26 @@ fn dev_prints_what_works_and_stops_on_ctrl_c() {
     dev.signal(Signal::INT);
     assert_eq!(dev.ended(), Some(0), "{}", dev.stderr());
     assert!(dev.stdout().contains("stopped in"), "{}", dev.stdout());
+}
+
+#[test]
+fn dev_asks_what_a_file_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = dir.path().join("shop.yaml");
+    std::fs::write(&spec, "name: shop\nband: 10%\nbalance_every: 2s\n").unwrap();
+    let spec = spec.to_str().unwrap();
+    let args = ["--port-base", "0", "--tasks", "2", "--spec", spec, "--report-every", "300ms"];
+    let mut dev = Process::start(&[&["dev"], &args[..]].concat());
+    dev.line("Ctrl-C stops it all.");
+    let node = dev.line("assigners ").split_whitespace().next().unwrap().to_owned();
+    let job = json(&["job", "get", "shop", "-o", "json", "--assigners", &node]);
+    assert_eq!(job["spec"]["band"], "10%");
+    // A flag wins over the file, and the file over what dev usually asks.
+    assert_eq!(job["spec"]["report_every"], "300ms");
+    assert_eq!(job["spec"]["balance_every"], "2s");
+    assert_eq!(job["unserved"], 0);
+    dev.signal(Signal::INT);
+    assert_eq!(dev.ended(), Some(0), "{}", dev.stderr());
 }
 
 #[test]

@@ -91,6 +91,7 @@ fn an_operator_freezes_pins_and_looks() {
     assert_eq!(scene.json(&["assignment", "show", "kv"])["frozen"], true);
     assert!(scene.run_with(&["assignment", "show", "kv"], "").contains("frozen"));
     assert_eq!(scene.json(&["job", "get", "kv"])["frozen"], true);
+    assert!(scene.run_with(&["job", "get", "kv"], "").contains("frozen by hand"));
     scene.run_with(&["assignment", "unfreeze", "kv"], "");
     assert_eq!(scene.json(&["assignment", "show", "kv"])["frozen"], false);
 

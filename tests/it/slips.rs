@@ -73,6 +73,7 @@ fn a_slip_in_a_flag_is_named() {
     check(&["status", "--timeout", "5"], "", &["--timeout", "\"5\" is no duration"]);
     check(&["proxy", "--key", "pat:1"], "", &["--key"]);
     check(&["dev", "--load", "zipf"], "", &["--load"]);
+    check(&["dev", "--spec", "/nonexistent.yaml"], "", &["cannot read /nonexistent.yaml"]);
     check(&["assigner", "--init", "--join", "a:7401"], "", &["cannot be used with"]);
     check(&["assigner", "--listen", "0.0.0.0:0"], "", &["TLS", "--insecure"]);
     let kept = ["dev", "--port-base", "0", "--data-dir", "/nonexistent"];

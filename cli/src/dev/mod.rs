@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
+use mandoline_core::spec::JobSpec;
 use mandoline_sim::access_log::KeyPart;
 use mandoline_sim::workload::Workload;
 use tokio::time::Instant;
@@ -21,8 +22,9 @@ use crate::dev::report::Report;
 use crate::dev::town::Town;
 use crate::drive::{Driver, Limits, Load, Pace, Rate, Speed};
 use crate::failure::Failure;
-use crate::stop;
+use crate::task::demo_job;
 use crate::units::Span;
+use crate::{file, job_file, stop};
 
 /// Starts everything in one process on loopback: assigners, tasks, a proxy, and load if asked for
 ///
@@ -76,12 +78,15 @@ pub(crate) struct DevArgs {
     /// Where the proxy listens [default: 127.0.0.1:8080, or a free port with --port-base 0]
     #[arg(long, value_name = "IP:PORT")]
     listen: Option<SocketAddr>,
-    /// How often tasks report their load
-    #[arg(long, default_value = "500ms", value_name = "DURATION")]
-    report_every: Span,
-    /// How often the load is balanced
-    #[arg(long, default_value = "1s", value_name = "DURATION")]
-    balance_every: Span,
+    /// What is asked of the job, as `job apply` reads it; what the file leaves out has the defaults of a job, not those of dev
+    #[arg(long, value_name = "FILE")]
+    spec: Option<PathBuf>,
+    /// How often tasks report their load [default: 500ms, or what the spec says]
+    #[arg(long, value_name = "DURATION")]
+    report_every: Option<Span>,
+    /// How often the load is balanced [default: 1s, or what the spec says]
+    #[arg(long, value_name = "DURATION")]
+    balance_every: Option<Span>,
     /// One more task joins after so long
     #[arg(long, value_name = "DURATION")]
     add_task_at: Option<Span>,
@@ -91,6 +96,27 @@ pub(crate) struct DevArgs {
 }
 
 impl DevArgs {
+    /// What is asked of the job.
+    fn spec(&self) -> Result<JobSpec, Failure> {
+        let mut spec = match &self.spec {
+            Some(path) => job_file::parse(&file::read_text(path)?, &path.display().to_string())?,
+            // A person looks on: rounds are short.
+            None => JobSpec {
+                report_every: Duration::from_millis(500),
+                balance_every: Duration::from_secs(1),
+                ..JobSpec::new(demo_job())
+            },
+        };
+        if let Some(Span(length)) = self.report_every {
+            spec.report_every = length;
+        }
+        if let Some(Span(length)) = self.balance_every {
+            spec.balance_every = length;
+        }
+        spec.check().map_err(Failure::new)?;
+        Ok(spec)
+    }
+
     fn load(&self) -> Option<Load> {
         if let Some(path) = &self.replay {
             let pace = match (self.rate, self.speed) {

@@ -25,7 +25,7 @@ use crate::dev::newest::{Newest, Tally};
 use crate::dev::nodes::{self, Node};
 use crate::failure::Failure;
 use crate::ports;
-use crate::task::{Setup, Task, demo_job};
+use crate::task::{Setup, Task};
 
 /// Everything that `dev` starts.
 #[derive(Debug)]
@@ -47,6 +47,7 @@ pub(crate) struct Town {
 impl Town {
     /// Starts everything, and waits until every key is served.
     pub(crate) async fn start(args: &DevArgs) -> Result<Self, Failure> {
+        let spec = args.spec()?;
         let temporary = match &args.data_dir {
             Some(_) if args.port_base == 0 => {
                 return Err(Failure::new("--data-dir and --port-base 0 do not go together")
@@ -69,11 +70,11 @@ impl Town {
         // The proxy binds with SO_REUSEPORT, beside whoever did so too: find that out first.
         drop(ports::bind(listen, "requests to the proxy")?);
 
-        let job = demo_job();
+        let job = spec.name.clone();
         let nodes = nodes::start(args.assigners, args.port_base, &data).await?;
         let newest = Newest::follow(&job, nodes.iter().map(|node| &node.hub));
         let assigners: Vec<Address> = nodes.iter().map(|node| node.seat.client.clone()).collect();
-        apply_job(args, &job, &assigners).await?;
+        apply_job(&spec, &assigners).await?;
 
         let mut tasks = vec![];
         for index in 0..usize::from(args.tasks) {
@@ -214,14 +215,8 @@ impl Town {
 }
 
 /// Makes the job as asked, unless it is so already.
-async fn apply_job(args: &DevArgs, job: &JobName, assigners: &[Address]) -> Result<(), Failure> {
-    let spec = JobSpec {
-        report_every: args.report_every.0,
-        balance_every: args.balance_every.0,
-        ..JobSpec::new(job.clone())
-    };
-    spec.check().map_err(Failure::new)?;
-    let spec = pb::JobSpec::from(&spec);
+async fn apply_job(spec: &JobSpec, assigners: &[Address]) -> Result<(), Failure> {
+    let (job, spec) = (&spec.name, pb::JobSpec::from(spec));
     let client = Client::to(assigners.to_vec(), START_WITHIN);
     let known = client
         .ask(pb::ListJobsRequest {}, async |mut admin, request| admin.list_jobs(request).await)
