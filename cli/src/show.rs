@@ -192,7 +192,7 @@ pub(crate) fn task_table<'a>(jobs: impl IntoIterator<Item = &'a pb::JobStatus>) 
                 name.to_owned(),
                 format!("s{session}"),
                 info.address,
-                phase.to_owned(),
+                if task.suspect { format!("{phase}, suspect") } else { phase.to_owned() },
                 yes(task.connected),
                 task.slices.to_string(),
                 format!("{:.1}", units(task.load)),

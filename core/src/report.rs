@@ -51,8 +51,8 @@ pub struct Size {
 /// of them.
 pub const HOT_MAX: usize = 256;
 
-/// The most metrics of one slice.
-pub const METRICS_MAX: usize = 8;
+/// The most metrics of one slice, and so of a job's spec.
+pub const METRICS_MAX: usize = 4;
 
 /// Why a report was refused. The one before it stays in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -364,7 +364,8 @@ impl Offered {
         let count = |load: Load| u128::from(load.milli()) * window / 1_000_000;
         let (offered, served) = (count(self.each), count(served));
         let more = offered.saturating_sub(served);
-        more * more > BEYOND_SIGMAS * BEYOND_SIGMAS * offered.max(1)
+        // The variance of a difference of counts is their sum.
+        more * more > BEYOND_SIGMAS * BEYOND_SIGMAS * (offered + served).max(1)
     }
 }
 
