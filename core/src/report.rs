@@ -8,6 +8,7 @@ use crate::generation::Generation;
 use crate::key::SliceKey;
 use crate::load::Load;
 use crate::slice::Slice;
+use crate::spec::METRICS_MAX;
 use crate::task::SessionId;
 
 /// What a task measured on its slices over a window.
@@ -50,9 +51,6 @@ pub struct Size {
 /// The most hot keys of one report. A task names keys that carry more than a 256th of its load, and there are never more
 /// of them.
 pub const HOT_MAX: usize = 256;
-
-/// The most metrics of one slice, and so of a job's spec.
-pub const METRICS_MAX: usize = 4;
 
 /// Why a report was refused. The one before it stays in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

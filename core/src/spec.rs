@@ -7,14 +7,13 @@ use std::time::Duration;
 
 use crate::load::Load;
 use crate::name::JobName;
-use crate::report;
 use crate::slice::Slice;
 use crate::task::TASKS_MAX;
 
 /// The most homes of a job: a spec of them all still fits one message of the wire beside everything else.
 pub const HOMES_MAX: usize = 10_000;
 /// The most loads beside the main one: each costs the planner a column, and every report a number a slice.
-pub const METRICS_MAX: usize = report::METRICS_MAX;
+pub const METRICS_MAX: usize = 4;
 
 /// A share or a ratio in millionths, so that it is exact and the same everywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

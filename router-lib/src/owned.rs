@@ -13,8 +13,9 @@ use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
-use mandoline_core::report::{HOT_MAX, HotKey, METRICS_MAX, Report, Size};
+use mandoline_core::report::{HOT_MAX, HotKey, Report, Size};
 use mandoline_core::slice::Slice;
+use mandoline_core::spec::METRICS_MAX;
 use mandoline_core::task::{Address, SessionId};
 use tokio::time::Instant;
 
