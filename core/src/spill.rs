@@ -49,8 +49,12 @@ pub struct Seat {
     pub session: u64,
     /// Stays the same over lives, and sets the task's place in every key's order: such as a hash of its name.
     pub name: u64,
-    /// What it can carry, as a multiple of others.
+    /// What it can carry, as a multiple of others. Above zero.
     pub capacity: f64,
+    /// Where it is. Keys spill within a region only: some may not leave it, and none is better served far away.
+    pub region: u64,
+    /// Whether keys may spill to it. A task that is about to stop serves what it holds, and no more.
+    pub is_open: bool,
 }
 
 /// Where a request goes.
@@ -79,6 +83,8 @@ pub struct Overflow {
     // Of all gauges.
     capacity: f64,
     window: Window,
+    // What one request counts for.
+    cost: u64,
     memory: Memory,
     prng: Prng,
 }
@@ -94,6 +100,7 @@ impl Overflow {
             capacity: 0.0,
             // Soon over, since nothing is known of how long it should be.
             window: Window::first(WINDOW_MIN),
+            cost: 1,
             memory: Memory::new(MEMORY_SLOTS),
             prng: Prng::new(seed),
         }
@@ -127,14 +134,20 @@ impl Overflow {
         self.window.load = self.gauges.iter().map(Gauge::load).sum();
     }
 
+    /// Says what one request counts for, on average, in the units in which tasks count; 1 before. Zero counts as 1.
+    pub fn reckon(&mut self, cost: u64) {
+        self.cost = cost.max(1);
+    }
+
     /// Counts the tasks.
     pub fn seats(&self) -> usize {
         self.gauges.len()
     }
 
-    /// Chooses a task for a request that costs so much, for a key held by `holders`: at least one, by their places.
-    pub fn choose(&mut self, now: Time, key: SliceKey, holders: &[u32], cost: u64) -> Choice {
+    /// Chooses a task for so many requests for a key that go one way. `holders` hold the key: at least one, by their places.
+    pub fn choose(&mut self, now: Time, key: SliceKey, holders: &[u32], requests: u64) -> Choice {
         self.advance(now);
+        let cost = requests * self.cost;
         let halfway = (1.0 + self.cap) / 2.0;
         let draw = self.prng.unit();
         let request = |line: Line| Request { line, cost, draw };
@@ -145,6 +158,7 @@ impl Overflow {
         }
         if let Some((seat, since)) = self.memory.recall(key, now, self.round)
             && !holders.contains(&seat)
+            && self.may_take(seat, holder)
         {
             // A task that served the key in an earlier window is as good as one that holds it: it takes its part early.
             let early = (since < self.window.began).then_some(Line::plain(halfway));
@@ -164,7 +178,8 @@ impl Overflow {
         }
         // Tasks below the mean first: one that is filled to the cap spills keys of its own.
         let lines = [Line::plain(1.0), Line::plain(halfway), Line::of_other(self.cap)];
-        let found = lines.into_iter().find_map(|line| self.walk(key, holders, request(line)));
+        let found =
+            lines.into_iter().find_map(|line| self.walk(key, holder, holders, request(line)));
         match found {
             Some(seat) => {
                 self.memory.note(key, seat, now);
@@ -180,8 +195,8 @@ impl Overflow {
         self.advance(now);
         let (began, window) = (self.window.began, &mut self.window);
         let Some(gauge) = self.gauges.get_mut(seat as usize) else { return };
-        // Answers overtake each other.
-        if ticket < gauge.heard {
+        // Answers overtake each other, and one to somebody else's request says nothing here.
+        if ticket < gauge.heard || ticket.0 > gauge.sent {
             return;
         }
         let before = gauge.others();
@@ -195,11 +210,11 @@ impl Overflow {
     fn advance(&mut self, now: Time) {
         if self.window.has_ended(now) {
             let mean = self.window.load as f64 / self.capacity.max(f64::MIN_POSITIVE);
-            self.window = self.window.next(now, mean, self.round);
+            self.window = self.window.next(now, mean, self.round, self.cost);
             self.gauges.iter_mut().for_each(Gauge::begin);
         }
         let mean = self.window.load as f64 / self.capacity.max(f64::MIN_POSITIVE);
-        self.window.rise(now, mean);
+        self.window.rise(now, mean, self.cost);
     }
 
     /// Says whether a request would put a task above a line, as far as was heard, or this caller above its own part of it.
@@ -224,6 +239,12 @@ impl Overflow {
         gauge.own() as f64 + draw * cost as f64 > due.max(known)
     }
 
+    /// Says whether a task may serve what another one holds.
+    fn may_take(&self, seat: u32, holder: u32) -> bool {
+        let (seat, holder) = (self.gauges[seat as usize].seat, self.gauges[holder as usize].seat);
+        seat.is_open && seat.region == holder.region
+    }
+
     /// Gives the less loaded of two holders drawn by lot: nearly as even as the least loaded of all, and two looks.
     fn less_loaded(&mut self, holders: &[u32]) -> u32 {
         let [first, _, ..] = holders else { return holders[0] };
@@ -243,11 +264,12 @@ impl Overflow {
 
     /// Finds the first task of the key's order that is below a line. One pass: the order is that of a hash of key and task
     /// (rendezvous), so a task that comes or goes changes the place of no other.
-    fn walk(&self, key: SliceKey, holders: &[u32], request: Request) -> Option<u32> {
+    fn walk(&self, key: SliceKey, holder: u32, holders: &[u32], request: Request) -> Option<u32> {
         let mut best = None;
         for (seat, gauge) in (0..).zip(&self.gauges) {
             let place = mix(key.0 ^ gauge.seat.name);
             if best.is_none_or(|(first, _)| place > first)
+                && self.may_take(seat, holder)
                 && !self.is_above(seat, request)
                 && !holders.contains(&seat)
             {
@@ -356,12 +378,13 @@ impl Window {
     }
 
     /// Gives the one that `now` lies in. `mean` is what a task took in this one.
-    fn next(&self, now: Time, mean: f64, longest: Duration) -> Self {
+    fn next(&self, now: Time, mean: f64, longest: Duration, cost: u64) -> Self {
         // Windows without a request have passed unnoticed.
         let passed = now.since(self.began).as_nanos() / self.length.as_nanos().max(1);
         let rate = mean / passed.max(1) as f64 / self.length.as_secs_f64();
         let mut length = longest;
-        while length >= 2 * WINDOW_MIN && rate * length.as_secs_f64() / 2.0 >= ENOUGH {
+        while length >= 2 * WINDOW_MIN && rate * length.as_secs_f64() / 2.0 >= ENOUGH * cost as f64
+        {
             length /= 2;
         }
         let nanos = u64::try_from(length.as_nanos()).unwrap_or(u64::MAX).max(1);
@@ -371,10 +394,10 @@ impl Window {
         Self { began, length, mean_before, own_before, load_before, ..Self::first(length) }
     }
 
-    fn rise(&mut self, now: Time, mean: f64) {
+    fn rise(&mut self, now: Time, mean: f64, cost: u64) {
         let left = 1.0 - now.since(self.began).as_secs_f64() / self.length.as_secs_f64();
         self.mean = mean;
-        self.noise = NOISE * self.mean_before.max(mean).sqrt() * left.max(0.0);
+        self.noise = NOISE * (self.mean_before.max(mean) * cost as f64).sqrt() * left.max(0.0);
     }
 
     /// Gives the share of all requests that this caller sends. By the window before too, for at first it has heard of nobody else's.
@@ -522,7 +545,7 @@ mod tests {
     const ROUND: Duration = Duration::from_secs(10);
 
     fn seat(number: u64) -> Seat {
-        Seat { session: number, name: mix(number), capacity: 1.0 }
+        Seat { session: number, name: mix(number), capacity: 1.0, region: 0, is_open: true }
     }
 
     fn overflow(tasks: u64) -> Overflow {
@@ -642,6 +665,34 @@ mod tests {
         overflow.seat(&[]);
         assert_eq!(overflow.seats(), 0);
         overflow.hear(now, 2, Ticket(1), 1);
+    }
+
+    #[test]
+    fn keys_spill_within_their_region_and_never_to_a_task_that_is_about_to_stop() {
+        let mut overflow = Overflow::new(CAP, ROUND, 1);
+        let far = Seat { region: 7, ..seat(3) };
+        overflow.seat(&[seat(1), Seat { is_open: false, ..seat(2) }, far, seat(4)]);
+        let choices = drive(&mut overflow, 0..20, |n| (SliceKey(n), 0));
+        let counts = counts(&choices, 4);
+        assert!(counts[1] == 0 && counts[2] == 0 && counts[3] > 4_000, "{counts:?}");
+    }
+
+    #[test]
+    fn what_a_request_costs_changes_nothing_where_all_cost_the_same() {
+        let run = |cost: u64| {
+            let mut overflow = overflow(3);
+            overflow.reckon(cost);
+            let mut served = [0; 3];
+            let choose = |n: u64| {
+                let now = Time::from_millis(n);
+                let choice = overflow.choose(now, SliceKey(mix(n) % 50), &[(n % 2) as u32], 1);
+                served[choice.seat as usize] += cost;
+                overflow.hear(now, choice.seat, choice.ticket, served[choice.seat as usize]);
+                choice.seat
+            };
+            (0..20_000).map(choose).collect::<Vec<_>>()
+        };
+        assert_eq!(run(1), run(1_000));
     }
 
     #[test]

@@ -8,22 +8,22 @@
 
 use std::future::Future;
 use std::pin::pin;
-use std::rc::Rc;
 use std::time::Duration;
 
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
+use mandoline::Utilisation;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
 use crate::exchange::Exchange;
-use crate::metrics::TaskCount;
-use crate::names::{GENERATION, strip_hop_by_hop};
-use crate::pool::{Lease, Upstream};
+use crate::metrics::{Count, TaskCount};
+use crate::names::{GENERATION, LOAD, SPILL, strip_hop_by_hop};
+use crate::pool::Lease;
 use crate::refusal::Refusal;
 use crate::route::Target;
 use crate::upload::{Tape, Upload};
@@ -85,9 +85,11 @@ pub(crate) async fn forward(
         let pause = if lags { pauses.next() } else { None };
         let next = match pause {
             _ if !may_be_repeated => return Err(refusal(setback, head)),
+            // A task that cannot take what was spilled to it says nothing about the owner, who has not been asked yet.
+            _ if target.is_spilled => worker.lookup.route_to_owner(key, &worker.pool),
             Some(pause) => {
                 sleep(pause).await;
-                worker.lookup.route(key, &worker.pool)
+                worker.lookup.route_to_owner(key, &worker.pool)
             }
             None if lags || is_fresh => return Err(refusal(setback, head)),
             None => {
@@ -125,7 +127,10 @@ async fn attempt(
 ) -> Result<Answer, Setback> {
     let upstream = &target.upstream;
     upstream.counters.count(TaskCount::Tried);
-    let answer = exchange_messages(worker, upstream, head, tape, exchange).await;
+    if target.is_spilled {
+        worker.counters.count(Count::Spilled);
+    }
+    let answer = exchange_messages(worker, target, head, tape, exchange).await;
     upstream.counters.count(match &answer {
         Ok((response, _)) if response.status().is_server_error() => TaskCount::Failed,
         Ok(_) => TaskCount::Answered,
@@ -137,11 +142,12 @@ async fn attempt(
 
 async fn exchange_messages(
     worker: &Worker,
-    upstream: &Rc<Upstream>,
+    target: &Target,
     head: &Parts,
     tape: &Tape,
     exchange: &Exchange,
 ) -> Result<Answer, Setback> {
+    let upstream = &target.upstream;
     let mut kept_may_do = true;
     loop {
         // A kept connection that turns out closed costs nothing but the look, so this loop ends with a new one.
@@ -154,14 +160,19 @@ async fn exchange_messages(
             })?,
         };
         let Some(upload) = tape.play() else { return Err(Setback::Broken) };
-        let sent = lease.sender.try_send_request(request(head, upload));
+        let sent = lease.sender.try_send_request(request(target, head, upload));
         let limit = worker.config.timeouts.response;
         let Some(answer) = within(sent, limit, exchange.began(), tape).await else {
             let late = if tape.is_waiting() { Refusal::SlowBody } else { Refusal::Late };
             return Err(Setback::Final(late));
         };
         let error = match answer {
-            Ok(response) => return accept(response, lease),
+            Ok(mut response) => {
+                if let Some(load) = load(&mut response) {
+                    worker.lookup.heard(target, load);
+                }
+                return accept(response, lease);
+            }
             Err(error) => error,
         };
         let unsent = error.message().is_some();
@@ -187,12 +198,21 @@ async fn exchange_messages(
     }
 }
 
-fn request(head: &Parts, upload: Upload) -> Request<Upload> {
+fn request(target: &Target, head: &Parts, upload: Upload) -> Request<Upload> {
     let mut request = Request::new(upload);
     *request.method_mut() = head.method.clone();
     *request.uri_mut() = head.uri.clone();
     *request.headers_mut() = head.headers.clone();
+    if target.is_spilled {
+        let generation = HeaderValue::try_from(target.generation.to_string());
+        request.headers_mut().insert(SPILL, generation.expect("a generation fits a header"));
+    }
     request
+}
+
+/// Takes out of an answer what its task says of its load. What cannot be read is as good as nothing, for the client waits.
+fn load(response: &mut Response<Incoming>) -> Option<Utilisation> {
+    response.headers_mut().remove(LOAD)?.to_str().ok()?.parse().ok()
 }
 
 /// Waits for an answer as long as the body gets on, and for `limit` after it last did.

@@ -12,7 +12,7 @@ use http::uri::PathAndQuery;
 use http::{Method, Uri, Version};
 use mandoline_core::extract;
 
-use crate::names::{lists, strip_hop_by_hop};
+use crate::names::{SPILL, lists, strip_hop_by_hop};
 use crate::refusal::Refusal;
 use crate::worker::Worker;
 
@@ -138,6 +138,8 @@ pub(crate) fn sign(worker: &Worker, client: &Client, host: &Host, head: &mut Par
     strip_hop_by_hop(headers);
     // The proxy meets the expectation itself: it asks for the body as soon as the task takes it.
     headers.remove(header::EXPECT);
+    // Said by the last proxy to the task alone.
+    headers.remove(SPILL);
     if trailers {
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
         headers.insert(header::CONNECTION, HeaderValue::from_static("te"));

@@ -46,6 +46,7 @@ pub(crate) enum Count {
     FirstTryRight,
     Retried,
     Unserved,
+    Spilled,
     ConnectionsOpened,
     ConnectionsClosed,
     ConnectionsTurnedAway,
@@ -55,7 +56,7 @@ pub(crate) enum Count {
     Malformed,
 }
 
-const COUNTS: [(Count, &str, &str); 15] = [
+const COUNTS: [(Count, &str, &str); 16] = [
     (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
     (
         Count::Answered,
@@ -84,6 +85,11 @@ const COUNTS: [(Count, &str, &str); 15] = [
     ),
     (Count::Retried, "mandoline_proxy_requests_retried", "Requests that were tried a second time"),
     (Count::Unserved, "mandoline_proxy_requests_unserved", "Requests for keys that no task serves"),
+    (
+        Count::Spilled,
+        "mandoline_proxy_requests_spilled",
+        "Requests sent to a task that does not own their key, since its owners were loaded above the cap",
+    ),
     (Count::ConnectionsOpened, "mandoline_proxy_connections_opened", "Client connections accepted"),
     (
         Count::ConnectionsClosed,
@@ -239,6 +245,8 @@ pub struct Stats {
     pub retried: u64,
     /// Requests for keys that no task serves.
     pub unserved: u64,
+    /// Requests sent to a task that does not own their key, since its owners were loaded above the cap.
+    pub spilled: u64,
     /// Heads that were no HTTP, too large or too slow, and so did not become requests.
     pub malformed: u64,
     /// Client connections, now.
@@ -305,6 +313,7 @@ impl Tally {
             first_try_right: self.sum(Count::FirstTryRight),
             retried: self.sum(Count::Retried),
             unserved: self.sum(Count::Unserved),
+            spilled: self.sum(Count::Spilled),
             malformed: self.sum(Count::Malformed),
             connections: self.sum(Count::ConnectionsOpened).saturating_sub(closed),
             connects: self.sum(Count::Connects),

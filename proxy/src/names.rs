@@ -9,6 +9,12 @@ pub const OWNER: HeaderName = HeaderName::from_static("mandoline-owner");
 /// In a 421 answer: the generation that the sender judged by, as `incarnation.number`.
 pub const GENERATION: HeaderName = HeaderName::from_static("mandoline-generation");
 
+/// In a request: the proxy sends it to a task that does not own the key, since those that do are loaded above the cap; the
+/// generation that it goes by, as `incarnation.number`. From a client it means nothing, and is taken away.
+pub const SPILL: HeaderName = HeaderName::from_static("mandoline-spill");
+/// In an answer: what the task has served since it began, as `requests=5120, units=5120.5`. The proxy keeps it to itself.
+pub const LOAD: HeaderName = HeaderName::from_static("mandoline-load");
+
 /// Why a response is what it is, when the proxy made it (RFC 9209).
 pub(crate) const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");

@@ -4,7 +4,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use mandoline::{Clerk, Generation, SessionId, SliceKey};
+use mandoline::snapshot::Snapshot;
+use mandoline::{Clerk, Generation, Sent, SessionId, SliceKey, Utilisation};
 use tokio::time::{Instant, timeout_at};
 
 use crate::pool::{Pool, Upstream};
@@ -49,6 +50,10 @@ pub(crate) struct Target {
     pub(crate) upstream: Rc<Upstream>,
     /// The assignment that says so.
     pub(crate) generation: Generation,
+    /// By what to know the answer, for jobs with spill.
+    sent: Option<Sent>,
+    /// Whether the task is none of the key's owners, which are loaded above the cap.
+    pub(crate) is_spilled: bool,
 }
 
 impl Target {
@@ -72,12 +77,22 @@ impl Lookup {
         self.clerk.failed_at(key, ONE).expect("one is a cost");
     }
 
-    /// Finds the owner of a key, unless nobody serves it. Touches nothing that other workers write.
+    /// Finds the owner of a key, or another task where that is loaded above the cap, unless nobody serves it. Touches nothing
+    /// that other workers write.
     pub(crate) fn route(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
-        let mut router = self.router.borrow_mut();
-        let found = router.route_at(key).ok()?;
-        let upstream = pool.upstream(found.session(), found.address());
-        Some(Target { upstream, generation: found.generation() })
+        self.router.borrow_mut().route_at(key).ok().map(|found| target(&found, pool))
+    }
+
+    /// Finds the owner of a key, however loaded.
+    pub(crate) fn route_to_owner(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
+        self.router.borrow_mut().route_to_holder(key).ok().map(|found| target(&found, pool))
+    }
+
+    /// Takes in what a task has said of its load, in its answer to a request.
+    pub(crate) fn heard(&self, target: &Target, load: Utilisation) {
+        if let Some(sent) = target.sent {
+            self.router.borrow_mut().heard(sent, load);
+        }
     }
 
     /// Finds the owner for a second try, after `tried` could not be reached or said that it does not own the key, by an
@@ -99,15 +114,21 @@ impl Lookup {
         loop {
             let known = changes.borrow_and_update().as_ref().map(|known| known.generation);
             if known >= Some(least) {
-                match self.route(key, pool) {
+                match self.route_to_owner(key, pool) {
                     Some(target) if target.session() == tried.session() => {}
                     other => return other,
                 }
             }
             // With nobody left to tell of changes there is no use in waiting.
             if !matches!(timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
-                return self.route(key, pool);
+                return self.route_to_owner(key, pool);
             }
         }
     }
+}
+
+fn target(found: &mandoline::Target<&Snapshot>, pool: &Pool) -> Target {
+    let upstream = pool.upstream(found.session(), found.address());
+    let (sent, is_spilled) = (found.sent(), found.is_spilled());
+    Target { upstream, generation: found.generation(), sent, is_spilled }
 }

@@ -76,6 +76,41 @@ pub(crate) fn per_second(thousandths: u64, window: Duration) -> Load {
     Load::from_milli(u64::try_from(rate).unwrap_or(max).min(max))
 }
 
+/// How many requests a task has served since it began, and what they cost. Never reset.
+pub(crate) struct Totals {
+    // Invariant: a power of two of lanes, each on a cache line of its own: requests, and thousandths of a unit.
+    lanes: Box<[Line]>,
+}
+
+#[derive(Default)]
+#[repr(align(64))]
+struct Line {
+    requests: AtomicU64,
+    thousandths: AtomicU64,
+}
+
+impl Totals {
+    /// Begins at zero.
+    pub(crate) fn new() -> Self {
+        Self { lanes: (0..lanes()).map(|_| Line::default()).collect() }
+    }
+
+    /// Adds a request.
+    pub(crate) fn add(&self, thousandths: u64) {
+        let line = &self.lanes[lane() & (self.lanes.len() - 1)];
+        line.requests.fetch_add(1, Ordering::Relaxed);
+        line.thousandths.fetch_add(thousandths, Ordering::Relaxed);
+    }
+
+    /// Gives how many requests there were, and what they cost.
+    pub(crate) fn sum(&self) -> (u64, u64) {
+        let each = self.lanes.iter().map(|line| {
+            (line.requests.load(Ordering::Relaxed), line.thousandths.load(Ordering::Relaxed))
+        });
+        each.fold((0, 0), |sum, line| (sum.0 + line.0, sum.1.saturating_add(line.1)))
+    }
+}
+
 /// Shares what was counted on `slice` among the slices that lie there now: what its `hot` keys (sorted) carried where they
 /// lie, and the rest by width. The parts make up the whole.
 pub(crate) fn spread<V>(

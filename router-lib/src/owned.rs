@@ -78,6 +78,18 @@ impl View {
         mine
     }
 
+    /// Says whether the task may take a request for a key that it does not own, since its job lets callers spill; counts what
+    /// it costs if so.
+    pub(crate) fn claim_spilled(&self, key: SliceKey, thousandths: u64) -> bool {
+        let is_taken = self.session.is_some() && self.assignment().spill.is_some();
+        if is_taken {
+            // By the key's slice, whoever serves it: the planner evens out what is asked for.
+            self.tally.add(self.snapshot.index_of(key), thousandths);
+            self.hot.note(key, thousandths);
+        }
+        is_taken
+    }
+
     /// Gives where another task serves `key`, as far as is known.
     pub(crate) fn other_owner(&self, key: SliceKey) -> Option<Address> {
         let (_, assigned) = self.assignment().get(key);

@@ -43,11 +43,12 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use crate::counters::{COST_MAX_UNITS, CostError};
-use crate::counters::{ONE_UNIT, thousandths};
+use crate::counters::{ONE_UNIT, Totals, thousandths};
 use crate::dialer::drawn;
 use crate::owned::{Callback, Meter, Owned};
 use crate::session::{Order, Session, Setup};
 pub use crate::session::{State, Why};
+use crate::spill::Utilisation;
 
 /// How long peers have to notice that nobody tells them anything here any more.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -62,6 +63,7 @@ const END_WITHIN: Duration = Duration::from_secs(2);
 /// slicelet ends the session at once; [`Slicelet::shutdown`] has the slices moved away first.
 pub struct Slicelet {
     owned: Arc<Owned>,
+    totals: Totals,
     state: watch::Receiver<State>,
     orders: mpsc::Sender<Order>,
     stop: CancellationToken,
@@ -178,7 +180,7 @@ impl Slicelet {
         let (_, state) = watch::channel(State::Stopped);
         let (orders, _) = mpsc::channel(1);
         let (stop, grace) = (CancellationToken::new(), Duration::ZERO);
-        Self { owned, state, orders, stop, grace, watch_address: None }
+        Self { owned, totals: Totals::new(), state, orders, stop, grace, watch_address: None }
     }
 
     /// Says whether this task owns a key right now. Counts nothing: see [`Slicelet::claim`].
@@ -202,9 +204,36 @@ impl Slicelet {
         Ok(self.claim_thousandths(key, thousandths(cost)?))
     }
 
+    /// Takes a request in that its caller has spilled here (`mandoline-spill`, [`crate::Target::is_spilled`]): says whether it
+    /// may be served, which is so while the job lets callers spill, whosever the key is; counts as [`Slicelet::claim`] does.
+    pub fn claim_spilled(&self, key: &[u8]) -> Claim {
+        self.claim_spilled_thousandths(SliceKey::of(key), ONE_UNIT)
+    }
+
+    /// Takes a spilled request in that costs something else than one unit, at a place in the key space.
+    pub fn claim_spilled_at(&self, key: SliceKey, cost: f64) -> Result<Claim, CostError> {
+        Ok(self.claim_spilled_thousandths(key, thousandths(cost)?))
+    }
+
+    fn claim_spilled_thousandths(&self, key: SliceKey, thousandths: u64) -> Claim {
+        if self.owned.view().claim_spilled(key, thousandths) {
+            self.totals.add(thousandths);
+            return Claim::Mine;
+        }
+        self.claim_thousandths(key, thousandths)
+    }
+
+    /// Gives what this task has served since it began, for its answers (`mandoline-load`): by it, callers of a job with spill
+    /// know which task is loaded above the cap. What was counted by [`Slicelet::claim`] and [`Slicelet::count`] is in it.
+    pub fn utilisation(&self) -> Utilisation {
+        let (requests, thousandths) = self.totals.sum();
+        Utilisation { requests, thousandths }
+    }
+
     fn claim_thousandths(&self, key: SliceKey, thousandths: u64) -> Claim {
         let view = self.owned.view();
         if view.claim(key, thousandths) {
+            self.totals.add(thousandths);
             return Claim::Mine;
         }
         let address = view.other_owner(key);
@@ -220,6 +249,7 @@ impl Slicelet {
     pub fn count_at(&self, key: SliceKey, cost: f64) -> Result<(), CostError> {
         let cost = thousandths(cost)?;
         self.owned.view().claim(key, cost);
+        self.totals.add(cost);
         Ok(())
     }
 
@@ -451,7 +481,8 @@ impl Builder {
         };
         spawn(setup, peers).map_err(StartError::Thread)?;
         let grace = self.grace;
-        Ok(Slicelet { owned, state: watched, orders, stop, grace, watch_address })
+        let totals = Totals::new();
+        Ok(Slicelet { owned, totals, state: watched, orders, stop, grace, watch_address })
     }
 }
 

@@ -13,6 +13,8 @@ use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::TaskName;
 use mandoline_core::slice::Slice;
+use mandoline_core::spec::Ratio;
+use mandoline_core::spill::Ticket;
 use mandoline_core::task::{Address, SessionId, Task};
 
 /// Up to how many slices the table has eight entries for each; two beyond.
@@ -42,6 +44,7 @@ pub enum NoTask {
 #[derive(Debug)]
 pub struct Snapshot {
     assignment: Arc<Assignment>,
+    spill: Option<Ratio>,
     /// Where slices begin and who serves them, in order.
     entries: Box<[Entry]>,
     /// The slice that holds the first key of each bucket; one more than there are buckets, for the last one's end.
@@ -86,7 +89,8 @@ impl Snapshot {
         };
         let entries: Box<[Entry]> = assignment.slices.iter().map(&mut entry).collect();
         let (table, shift) = table(&entries);
-        Self { assignment, entries, table, shift, tasks, many: many.into() }
+        let spill = assignment.spill;
+        Self { assignment, spill, entries, table, shift, tasks, many: many.into() }
     }
 
     /// Gives the assignment that it was built from. Its generation is zero before anything is known.
@@ -127,6 +131,28 @@ impl Snapshot {
         }
     }
 
+    /// Gives all who serve a key, as places among the tasks, and the slice that it lies in. Never empty.
+    pub(crate) fn holders(&self, key: SliceKey) -> Result<(u32, &[u32]), NoTask> {
+        let slice = self.index_of(key);
+        let entry = &self.entries[slice];
+        let holders = match entry.replicas {
+            0 => return Err(self.nobody(slice)),
+            1 => std::slice::from_ref(&entry.at),
+            several => &self.many[entry.at as usize..][..several as usize],
+        };
+        Ok((slice as u32, holders))
+    }
+
+    /// Gives the tasks, sorted by session.
+    pub(crate) fn tasks(&self) -> &[Arc<Task>] {
+        &self.tasks
+    }
+
+    /// Says above which load in relation to the mean keys spill, if they do.
+    pub(crate) fn spill(&self) -> Option<Ratio> {
+        self.spill
+    }
+
     #[cold]
     fn nobody(&self, slice: usize) -> NoTask {
         let generation = self.assignment.generation;
@@ -163,11 +189,38 @@ pub struct Target<H> {
     held: H,
     slice: u32,
     task: u32,
+    sent: Option<Sent>,
+    is_spilled: bool,
+}
+
+/// That a request was sent, to be given back with its answer: see [`crate::Clerk::heard`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sent {
+    pub(crate) session: SessionId,
+    pub(crate) ticket: Ticket,
+    /// Whose answer it will be, where a clerk has several callers.
+    pub(crate) lane: usize,
 }
 
 impl<H: Deref<Target = Snapshot>> Target<H> {
     pub(crate) fn new(held: H, (slice, task): (u32, u32)) -> Self {
-        Self { held, slice, task }
+        Self { held, slice, task, sent: None, is_spilled: false }
+    }
+
+    /// Says by what to know the answer, and whether the task is none of those that serve the key.
+    pub(crate) fn with_spill(self, sent: Sent, is_spilled: bool) -> Self {
+        Self { sent: Some(sent), is_spilled, ..self }
+    }
+
+    /// Says by what to know the answer, for jobs with spill: give it to [`crate::Clerk::heard`] with what the answer tells.
+    pub fn sent(&self) -> Option<Sent> {
+        self.sent
+    }
+
+    /// Says whether the task is none of those that serve the key, and takes it because they are loaded above the cap. Tell it
+    /// so with the request, by `mandoline-spill` or in your own protocol: it takes it by [`crate::Slicelet::claim_spilled`].
+    pub fn is_spilled(&self) -> bool {
+        self.is_spilled
     }
 
     /// Gives all that is known of the task.
@@ -205,13 +258,12 @@ impl<H: Deref<Target = Snapshot>> Target<H> {
         self.held.assignment.slices.value_at(self.slice as usize)
     }
 
-    /// Walks all tasks that serve the slice, this one among them.
+    /// Walks all tasks that serve the slice; this one is among them, unless the key was spilled.
     pub fn replicas(&self) -> impl ExactSizeIterator<Item = &Arc<Task>> {
         let entry = self.held.entries[self.slice as usize];
-        let own = std::slice::from_ref(&self.task);
-        let places = match entry.replicas {
-            1 => own,
-            several => &self.held.many[entry.at as usize..][..several as usize],
+        let places = match &entry.replicas {
+            1 => std::slice::from_ref(&self.held.entries[self.slice as usize].at),
+            several => &self.held.many[entry.at as usize..][..*several as usize],
         };
         places.iter().map(|place| &self.held.tasks[*place as usize])
     }

@@ -125,6 +125,8 @@ impl Callers {
             session: session(member.id, self.lives[member.id as usize].0),
             name: Prng::new(u64::from(member.id)).bits(),
             capacity: f64::from(member.capacity) / 1_000.0,
+            region: 0,
+            is_open: true,
         };
         let seats: Vec<Seat> = members.iter().map(seat).collect();
         self.members = members.to_vec();

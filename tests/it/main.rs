@@ -23,6 +23,7 @@ mod fate;
 mod secure;
 mod failover;
 mod task_loss;
+mod spill;
 mod away;
 mod durability;
 mod disk_full;

@@ -12,6 +12,7 @@ pub(crate) mod testing {
 
     use std::sync::Mutex;
 
+    use mandoline::Utilisation;
     use mandoline::slicelet::{Claim, CostError, Owner};
     use mandoline_core::generation::Generation;
     use mandoline_core::key::SliceKey;
@@ -48,6 +49,14 @@ pub(crate) mod testing {
                 address,
                 generation: Generation { incarnation: 1, number: 42 },
             }))
+        }
+
+        fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
+            self.claim(key, cost)
+        }
+
+        fn utilisation(&self) -> Utilisation {
+            Utilisation { requests: 1, thousandths: (self.counted() * 1_000.0) as u64 }
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The HTTP side of the sample service: `GET`, `PUT` and `DELETE` of `/kv/KEY`, for the keys that this task owns.
 //!
 //! A request for another's key is answered 421 with what this task knows of the owner, so that the caller can go there.
-//! The header `mandoline-cost` says how much a request counts as load: 1 unless told.
+//! Where the job lets callers spill, a request that came here for its owner's load (`mandoline-spill`) is served; each answer
+//! says what the task has served (`mandoline-load`). The header `mandoline-cost` says how much a request counts as load: 1 unless told.
 
 use std::convert::Infallible;
 use std::io;
@@ -17,11 +18,12 @@ use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use mandoline::Utilisation;
 use mandoline::slicelet::{Claim, CostError, Owner, Slicelet};
 use mandoline_core::extract::{Extract, Headers, Miss, Parts};
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::TaskName;
-use mandoline_proxy::names::{GENERATION, OWNER};
+use mandoline_proxy::names::{GENERATION, LOAD, OWNER, SPILL};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -36,11 +38,25 @@ use crate::demo::store::Store;
 pub(crate) trait Shard: Send + Sync + 'static {
     /// Takes a request in, and counts its cost as load on the key's slice.
     fn claim(&self, key: &[u8], cost: f64) -> Result<Claim, CostError>;
+
+    /// Does the same with a request that its caller has spilled here.
+    fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError>;
+
+    /// Gives what this task has served.
+    fn utilisation(&self) -> Utilisation;
 }
 
 impl Shard for Slicelet {
     fn claim(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
         self.claim_at(SliceKey::of(key), cost)
+    }
+
+    fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
+        self.claim_spilled_at(SliceKey::of(key), cost)
+    }
+
+    fn utilisation(&self) -> Utilisation {
+        Self::utilisation(self)
     }
 }
 
@@ -145,6 +161,8 @@ impl<S: Shard> Task<S> {
         let reply = self.route(request).await;
         let mut reply = reply.unwrap_or_else(|Refusal(status, why)| text(status, why));
         reply.headers_mut().insert(&TASK, self.name.clone());
+        let load = HeaderValue::try_from(self.shard.utilisation().to_string());
+        reply.headers_mut().insert(LOAD, load.expect("numbers fit a header"));
         reply
     }
 
@@ -170,7 +188,12 @@ impl<S: Shard> Task<S> {
         let target = Parts { path: parts.uri.path(), query: None, host: None, headers: &NoHeaders };
         let key = Extract::Path(1).key(&target)?;
         let cost = cost_of(&parts.headers)?;
-        if let Claim::Elsewhere(owner) = self.shard.claim(&key, cost)? {
+        let claim = if parts.headers.contains_key(SPILL) {
+            self.shard.claim_spilled(&key, cost)?
+        } else {
+            self.shard.claim(&key, cost)?
+        };
+        if let Claim::Elsewhere(owner) = claim {
             return Ok(misdirected(&owner));
         }
         match parts.method {
