@@ -164,6 +164,15 @@ impl Study {
                 let _ = writeln!(text, "| {of} | {knob} | {spread} |");
             }
         }
+        for (of, findings) in [("Slicer's", others), ("Ours", ours)] {
+            let (idle, rest) = idle(findings);
+            let _ = write!(
+                text,
+                "\n{of} that change next to nothing here (less than 3 % of p99 and a tenth of churn): {}. The rest: {}.\n",
+                listed(&idle),
+                listed(&rest)
+            );
+        }
         let _ = write!(
             text,
             "\n## Slicer, one constant at a time\n\n\
@@ -232,6 +241,28 @@ fn spreads(findings: &[Finding], names: &[&str]) -> Vec<(String, String)> {
             (knob.to_owned(), cells.join(" | "))
         })
         .collect()
+}
+
+/// Parts knobs into those that change next to nothing on any load, and the rest.
+fn idle(findings: &[Finding]) -> (Vec<&str>, Vec<&str>) {
+    let usual = findings.iter().find(|finding| finding.knob == USUAL);
+    let changes = |finding: &Finding| {
+        let usual = usual.map_or(&[][..], |usual| &usual.outcomes);
+        finding.outcomes.iter().zip(usual).any(|(now, usual)| {
+            let apart = |a: f64, b: f64, least: f64| a.max(b).max(least) / a.min(b).max(least);
+            apart(now.p99, usual.p99, 1.0) > 1.03 || apart(now.churn, usual.churn, 1e-3) > 1.1
+        })
+    };
+    let mut knobs: Vec<&str> = findings.iter().map(|finding| finding.knob.as_str()).collect();
+    knobs.dedup();
+    knobs.retain(|knob| *knob != USUAL);
+    let change =
+        |knob: &str| findings.iter().any(|finding| finding.knob == knob && changes(finding));
+    knobs.into_iter().partition(|knob| !change(knob))
+}
+
+fn listed(knobs: &[&str]) -> String {
+    if knobs.is_empty() { "none".to_owned() } else { knobs.join(", ") }
 }
 
 /// What the first row of each table is called.
@@ -417,6 +448,7 @@ mod tests {
         let cells = |text: &str| text.to_owned();
         assert_eq!(found[0], (cells("a"), cells("2.00 | x | 8.00 | y")));
         assert_eq!(found[1], (cells("b"), cells("1.00 | y | 1.00 | y")));
+        assert_eq!(idle(&findings), (vec!["b"], vec!["a"]));
     }
 
     #[test]

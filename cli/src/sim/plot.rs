@@ -1,7 +1,7 @@
 //! The outcome of a contest as a picture: imbalance against churn, and imbalance over time.
 //!
 //! SVG by hand: two panels of points and lines need no library. Colours follow the viewer's scheme, and each policy has a
-//! dash of its own, so that nothing rests on colour alone.
+//! number at its points and a dash in its line, so that nothing rests on colour alone.
 
 use std::fmt::Write as _;
 
@@ -17,6 +17,8 @@ const COLOURS: [&str; 10] = [
 const DASHES: [&str; 3] = ["", "6 3", "2 3"];
 /// The least churn that is told from none: one part in a million.
 const CHURN_LEAST: f64 = 1e-6;
+/// Where none stands, left of the scale.
+const NONE_AT: f64 = LEFT + 20.0;
 /// More points than this cannot be told apart in the panel's width.
 const POINTS_MAX: usize = 700;
 
@@ -102,16 +104,16 @@ fn frame(svg: &mut String, y: &Axis, caption: &str) {
 }
 
 fn against_churn(svg: &mut String, outcomes: &[Outcome], y: &Axis) {
-    let most = outcomes.iter().map(|outcome| outcome.load_churn).fold(1e-3, f64::max) * 1.5;
-    let x = Axis { least: CHURN_LEAST, most: most.min(1.5), from: LEFT + 12.0, to: RIGHT };
+    let churns = || outcomes.iter().map(|outcome| outcome.load_churn);
+    let least = churns().filter(|churn| *churn >= CHURN_LEAST).fold(1e-3, f64::min);
+    let least = 10f64.powf(least.log10().floor());
+    let most = (churns().fold(1e-2, f64::max) * 1.5).min(1.0);
+    let x = Axis { least, most, from: LEFT + 60.0, to: RIGHT };
+    let x_of = |churn: f64| if churn < CHURN_LEAST { NONE_AT } else { x.at(churn) };
     frame(svg, y, "load that changes tasks in an interval (mean), and imbalance: p50 (dot) to p99");
-    for tick in x.ticks() {
-        let at = x.at(tick);
-        let label = if tick <= CHURN_LEAST {
-            "none".to_owned()
-        } else {
-            format!("{} %", short(tick * 100.0))
-        };
+    let ticks =
+        x.ticks().into_iter().map(|tick| (x.at(tick), format!("{} %", short(tick * 100.0))));
+    for (at, label) in [(NONE_AT, "none".to_owned())].into_iter().chain(ticks) {
         let _ = writeln!(
             svg,
             "<line class=\"grid\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{}\" y2=\"{}\"/>\
@@ -123,7 +125,7 @@ fn against_churn(svg: &mut String, outcomes: &[Outcome], y: &Axis) {
     }
     for (number, outcome) in outcomes.iter().enumerate() {
         let Some(imbalance) = outcome.imbalance else { continue };
-        let (at, colour) = (x.at(outcome.load_churn), colour(number));
+        let (at, colour) = (x_of(outcome.load_churn), colour(number));
         let (half, tail) = (y.at(imbalance.p50), y.at(imbalance.p99));
         let _ = writeln!(
             svg,
@@ -131,14 +133,16 @@ fn against_churn(svg: &mut String, outcomes: &[Outcome], y: &Axis) {
              <line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{half:.1}\" y2=\"{tail:.1}\" stroke-width=\"2\"/>\
              <line x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{tail:.1}\" y2=\"{tail:.1}\" stroke-width=\"2\"/>\
              <circle cx=\"{at:.1}\" cy=\"{half:.1}\" r=\"5\"/></g>\
-             <text x=\"{:.1}\" y=\"{:.1}\" font-size=\"11\">{name}</text>",
+             <text x=\"{:.1}\" y=\"{:.1}\" font-size=\"11\">{}</text>",
             imbalance.p50,
             imbalance.p99,
             outcome.load_churn * 100.0,
             at - 4.0,
             at + 4.0,
-            at + 8.0,
-            half - 6.0,
+            // To the left and right in turn, for neighbours.
+            at + if number.is_multiple_of(2) { 8.0 } else { -16.0 },
+            half + 4.0,
+            number + 1,
             name = escape(&outcome.policy),
         );
     }
@@ -202,11 +206,12 @@ fn legend(svg: &mut String, outcomes: &[Outcome]) {
             svg,
             "<line x1=\"764\" x2=\"796\" y1=\"{y}\" y2=\"{y}\" stroke=\"{0}\" stroke-width=\"2\" \
              stroke-dasharray=\"{1}\"/><circle cx=\"780\" cy=\"{y}\" r=\"4\" fill=\"{0}\"/>\
-             <text x=\"804\" y=\"{2}\">{3}</text>",
+             <text x=\"804\" y=\"{2}\">{4}. {3}</text>",
             colour(number),
             dash(number),
             y + 4.0,
-            escape(&outcome.policy)
+            escape(&outcome.policy),
+            number + 1
         );
     }
 }
