@@ -177,6 +177,28 @@ async fn what_a_clerk_offers_reaches_the_leader_wherever_it_asks() {
 }
 
 #[tokio::test]
+async fn offers_pass_over_those_who_take_none_and_follow_the_leader() {
+    let mut cluster = Cluster::with_job(3).await;
+    let peer = task(&cluster, 1).watch_address("127.0.0.1:0").start().unwrap();
+    ready(&peer).await;
+    let mut sources = vec![peer.watch_address().unwrap().clone()];
+    sources.extend(cluster.addresses().iter().map(|address| address.parse().unwrap()));
+    let clerk = Clerk::builder(kv()).sources(sources).report_offered(true).start().unwrap();
+    clerk.ready().await;
+    let heard = async |cluster: &Cluster| {
+        let leader = cluster.leader().await.address.clone();
+        let seen = async || {
+            clerk.offer(b"a key", 1.0).unwrap();
+            (job(&leader).await.offered > 0).then_some(())
+        };
+        driven("word at the leader", seen).await;
+    };
+    heard(&cluster).await;
+    cluster.take_leader().await.kill();
+    heard(&cluster).await;
+}
+
+#[tokio::test]
 async fn a_proxy_tells_what_it_could_not_deliver() {
     let cluster = Cluster::with_job(1).await;
     let address = cluster.nodes[0].address.clone();
