@@ -10,10 +10,11 @@ use std::hint::black_box;
 use std::sync::{Arc, RwLock};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use mandoline::{Address, Assignment, Clerk, Generation, SessionId, SliceKey, Task};
+use mandoline::{Address, Assignment, Clerk, Generation, SessionId, SliceKey, Task, Utilisation};
 use mandoline_core::assignment::{Assigned, Replica};
 use mandoline_core::prng::Prng;
 use mandoline_core::slice_map::SliceMap;
+use mandoline_core::spec::Ratio;
 use mandoline_core::task::{Phase, TaskInfo};
 
 const TASKS: u64 = 50;
@@ -105,6 +106,32 @@ fn route(c: &mut Criterion) {
         b.iter(|| {
             let target = router.route(&keys[next()]).expect("a task");
             black_box(target.session())
+        });
+    });
+    // With spill: below the cap, as nearly always, and with every answer told.
+    let mut spilling = Arc::unwrap_or_clone(assignment(10_000, 1));
+    spilling.spill = Some(Ratio::percent(115));
+    let clerk = Clerk::frozen(Arc::new(spilling));
+    let mut router = clerk.router();
+    group.bench_function("router, spill/10000", |b| {
+        b.iter(|| {
+            let target = router.route(&keys[next()]).expect("a task");
+            black_box(target.session())
+        });
+    });
+    group.bench_function("clerk, spill/10000", |b| {
+        b.iter(|| {
+            let target = clerk.route(&keys[next()]).expect("a task");
+            black_box(target.session())
+        });
+    });
+    let mut served = 0;
+    group.bench_function("router, spill, and what the answer tells/10000", |b| {
+        b.iter(|| {
+            let target = router.route(&keys[next()]).expect("a task");
+            let sent = target.sent().expect("there is spill");
+            served += 1;
+            router.heard(sent, Utilisation { requests: served, thousandths: served * 1_000 });
         });
     });
     group.finish();

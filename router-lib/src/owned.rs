@@ -78,10 +78,15 @@ impl View {
         mine
     }
 
+    /// Says whether callers of the job may send keys to tasks that do not own them.
+    pub(crate) fn lets_spill(&self) -> bool {
+        self.snapshot.spill().is_some()
+    }
+
     /// Says whether the task may take a request for a key that it does not own, since its job lets callers spill; counts what
     /// it costs if so.
     pub(crate) fn claim_spilled(&self, key: SliceKey, thousandths: u64) -> bool {
-        let is_taken = self.session.is_some() && self.assignment().spill.is_some();
+        let is_taken = self.session.is_some() && self.lets_spill();
         if is_taken {
             // By the key's slice, whoever serves it: the planner evens out what is asked for.
             self.tally.add(self.snapshot.index_of(key), thousandths);

@@ -45,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 pub use crate::counters::{COST_MAX_UNITS, CostError};
 use crate::counters::{ONE_UNIT, Totals, thousandths};
 use crate::dialer::drawn;
-use crate::owned::{Callback, Meter, Owned};
+use crate::owned::{Callback, Meter, Owned, View};
 use crate::session::{Order, Session, Setup};
 pub use crate::session::{State, Why};
 use crate::spill::Utilisation;
@@ -216,15 +216,24 @@ impl Slicelet {
     }
 
     fn claim_spilled_thousandths(&self, key: SliceKey, thousandths: u64) -> Claim {
-        if self.owned.view().claim_spilled(key, thousandths) {
-            self.totals.add(thousandths);
+        let view = self.owned.view();
+        if view.claim_spilled(key, thousandths) {
+            self.total(&view, thousandths);
             return Claim::Mine;
         }
+        drop(view);
         self.claim_thousandths(key, thousandths)
     }
 
+    /// Two atomics more, so only for jobs that make use of it.
+    fn total(&self, view: &View, thousandths: u64) {
+        if view.lets_spill() {
+            self.totals.add(thousandths);
+        }
+    }
+
     /// Gives what this task has served since it began, for its answers (`mandoline-load`): by it, callers of a job with spill
-    /// know which task is loaded above the cap. What was counted by [`Slicelet::claim`] and [`Slicelet::count`] is in it.
+    /// know which task is loaded above the cap. Other jobs need none of it, and for them it stands still.
     pub fn utilisation(&self) -> Utilisation {
         let (requests, thousandths) = self.totals.sum();
         Utilisation { requests, thousandths }
@@ -233,7 +242,7 @@ impl Slicelet {
     fn claim_thousandths(&self, key: SliceKey, thousandths: u64) -> Claim {
         let view = self.owned.view();
         if view.claim(key, thousandths) {
-            self.totals.add(thousandths);
+            self.total(&view, thousandths);
             return Claim::Mine;
         }
         let address = view.other_owner(key);
@@ -248,8 +257,9 @@ impl Slicelet {
     /// Counts what a request has cost at a place, for keys that are grouped.
     pub fn count_at(&self, key: SliceKey, cost: f64) -> Result<(), CostError> {
         let cost = thousandths(cost)?;
-        self.owned.view().claim(key, cost);
-        self.totals.add(cost);
+        let view = self.owned.view();
+        view.claim(key, cost);
+        self.total(&view, cost);
         Ok(())
     }
 

@@ -178,11 +178,7 @@ impl Spill {
         // Tasks are sorted by session.
         self.heard = tasks.iter().map(|task| (task.session, known(task.session))).collect();
         self.seated = snapshot.assignment().generation;
-        self.overflow.reckon(if self.requests == 0 {
-            ONE_UNIT
-        } else {
-            self.thousandths / self.requests
-        });
+        self.overflow.reckon(self.thousandths.checked_div(self.requests).unwrap_or(ONE_UNIT));
     }
 }
 

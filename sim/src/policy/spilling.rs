@@ -168,7 +168,9 @@ mod tests {
         let (mut imbalances, mut churn) = (Vec::new(), 0.0);
         for (interval, next) in intervals.iter().enumerate() {
             let seen = interval.checked_sub(1).map(|before| &intervals[before]);
-            policy.plan(&Round { members, seen, silent: &[], next, interval });
+            let round = Round { members, seen, silent: &[], next, interval };
+            policy.observe(&round);
+            policy.plan(&round);
             let served = policy.serve(members, next);
             churn += served.churn_load;
             if next.total() >= 10 * members.len() as u64 {
