@@ -22,6 +22,7 @@ pub(in crate::balance) fn place(draft: &mut Draft<'_>) {
         {
             evict(draft, part, from);
         }
+        let wanted = wanted.max(orphans_need(draft, part));
         while draft.holders_of(part).len() < wanted {
             let reason = match draft.holders_of(part) {
                 [] if draft.was_held(part) => Reason::Lost,
@@ -32,6 +33,19 @@ pub(in crate::balance) fn place(draft: &mut Draft<'_>) {
             draft.shift(part, None, Some(to), reason);
         }
     }
+}
+
+/// How many tasks should serve what nobody serves: all of its load moves however many they are, so it is given at once to
+/// as many as a hot slice has.
+fn orphans_need(draft: &Draft<'_>, part: u32) -> usize {
+    let Draft { round, tuning, .. } = draft;
+    let (weight, mean) = (draft.meters[LOAD].weight[part as usize], draft.meters[LOAD].marks.mean);
+    let is_light = weight <= tuning.grow_above.of(mean);
+    if is_light || round.policy.frozen || !draft.holders_of(part).is_empty() {
+        return 0;
+    }
+    let most = (round.policy.replicas.max as usize).min(draft.serving());
+    usize::try_from(weight.div_ceil(tuning.grow_to.of(mean).max(1))).map_or(most, |n| n.min(most))
 }
 
 fn is_vacant(draft: &Draft<'_>, part: u32, wanted: usize) -> bool {

@@ -10,6 +10,7 @@ use crate::key::SliceKey;
 use crate::load::Load;
 use crate::plan::{Edit, Move, Reason};
 use crate::prng::Prng;
+use crate::report::HotKey;
 use crate::slice::Slice;
 use crate::slice_map::SliceMap;
 use crate::spec::{Band, JobSpec, Ratio, ReplicaBounds};
@@ -191,6 +192,22 @@ fn what_a_lost_task_served_is_placed_whatever_the_budget() {
     let plan = plan(&round);
     assert!(plan.moves().all(|step| step.from.is_none() && step.reason == Reason::Lost));
     assert_eq!(plan.moved(), Load::from_milli(600));
+}
+
+#[test]
+fn a_hot_key_whose_last_task_is_lost_gets_all_its_replicas_at_once() {
+    let slice = |n: usize| {
+        let (first, holder) = (n * 512, if n == 77 { "" } else { ["a", "b", "c"][n % 3] });
+        let load = if n == 77 { 1_000 } else { 10 };
+        format!("{first:04x}..{:04x} {holder} {load}\n", first + 511)
+    };
+    let slices: String = (0..128).map(slice).collect();
+    let mut round = round(&format!("task a b c d\nreplicas 1..4\n{slices}"));
+    let key = SliceKey((77 * 512 + 9) << 48);
+    round.hot = vec![HotKey { key, load: Load::from_milli(900) }];
+    let plan = plan(&round);
+    let takes = plan.moves().filter(|step| step.slice.first() == key && step.to.is_some());
+    assert_eq!(takes.count(), 4);
 }
 
 #[test]
