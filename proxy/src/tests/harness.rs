@@ -20,6 +20,7 @@ use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::JobName;
 use mandoline_core::slice_map::SliceMap;
+use mandoline_core::spec::Ratio;
 use mandoline_core::task::{Phase, SessionId, Task, TaskInfo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -79,6 +80,15 @@ impl Owners {
 
     /// From each place on, up to the next, a session at an address serves.
     pub(super) async fn give(&self, number: u64, runs: &[(u64, u64, SocketAddr)]) {
+        self.publish(number, runs, None).await;
+    }
+
+    /// The same, and keys of a task above the cap may go to another.
+    pub(super) async fn give_with_spill(&self, number: u64, runs: &[(u64, u64, SocketAddr)]) {
+        self.publish(number, runs, Some(Ratio::percent(115))).await;
+    }
+
+    async fn publish(&self, number: u64, runs: &[(u64, u64, SocketAddr)], spill: Option<Ratio>) {
         let mut assignment = Assignment::new(job(), generation(number));
         let mut slices = Vec::new();
         for &(first, session, address) in runs {
@@ -94,6 +104,7 @@ impl Owners {
         if !slices.is_empty() {
             assignment.slices = SliceMap::from_runs(slices).unwrap();
         }
+        assignment.spill = spill;
         self.hub.publish(Arc::new(assignment), None);
         self.clerk.wait_for(generation(number), DEADLINE).await.unwrap();
     }

@@ -6,5 +6,6 @@ mod framing;
 mod bodies;
 mod tries;
 mod moves;
+mod spills;
 mod limits;
 mod life;
