@@ -80,8 +80,8 @@ pub struct Overflow {
     // How long a window is at most.
     round: Duration,
     gauges: Vec<Gauge>,
-    // Of all gauges.
-    capacity: f64,
+    // One over the capacity of all.
+    per_capacity: f64,
     window: Window,
     // What one request counts for.
     cost: u64,
@@ -97,7 +97,7 @@ impl Overflow {
             cap: (f64::from(cap.millionths()) / 1e6).max(1.0),
             round,
             gauges: Vec::new(),
-            capacity: 0.0,
+            per_capacity: 0.0,
             // Soon over, since nothing is known of how long it should be.
             window: Window::first(WINDOW_MIN),
             cost: 1,
@@ -129,7 +129,8 @@ impl Overflow {
             self.gauges.push(gauge);
         }
         self.memory.follow(&moved);
-        self.capacity = self.gauges.iter().map(|gauge| gauge.seat.capacity).sum();
+        let capacity: f64 = self.gauges.iter().map(|gauge| gauge.seat.capacity).sum();
+        self.per_capacity = 1.0 / capacity.max(f64::MIN_POSITIVE);
         self.window.own = self.gauges.iter().map(Gauge::own).sum();
         self.window.load = self.gauges.iter().map(Gauge::load).sum();
     }
@@ -208,13 +209,15 @@ impl Overflow {
 
     /// Begins a window where one ends, and brings its line up to date.
     fn advance(&mut self, now: Time) {
-        if self.window.has_ended(now) {
-            let mean = self.window.load as f64 / self.capacity.max(f64::MIN_POSITIVE);
+        if now >= self.window.ends {
+            let mean = self.window.load as f64 * self.per_capacity;
             self.window = self.window.next(now, mean, self.round, self.cost);
             self.gauges.iter_mut().for_each(Gauge::begin);
         }
-        let mean = self.window.load as f64 / self.capacity.max(f64::MIN_POSITIVE);
-        self.window.rise(now, mean, self.cost);
+        self.window.mean = self.window.load as f64 * self.per_capacity;
+        if now >= self.window.stale {
+            self.window.refresh(now, self.cost);
+        }
     }
 
     /// Says whether a request would put a task above a line, as far as was heard, or this caller above its own part of it.
@@ -226,12 +229,12 @@ impl Overflow {
         if (gauge.load() + cost) as f64 > bound {
             return true;
         }
-        let share = window.share();
+        let share = window.share;
         if share >= 1.0 {
             return false;
         }
         let noise = window.noise * line.noise(share) * capacity.sqrt();
-        let due = line.cap * window.own as f64 / self.capacity * capacity + noise;
+        let due = line.cap * window.own as f64 * self.per_capacity * capacity + noise;
         // Or what it had sent when the last answer was on its way, and its part of the room that was left then: what it has
         // sent since is on that account, and so is what others have.
         let known = gauge.known_own as f64 + share * (bound - gauge.known_load as f64);
@@ -344,6 +347,9 @@ impl Line {
 struct Window {
     began: Time,
     length: Duration,
+    ends: Time,
+    // From when on `noise` and `share` are to be reckoned anew: a thousand times a window, for they change slowly.
+    stale: Time,
     // What this caller has sent in it, and what all have as far as it knows.
     own: u64,
     load: u64,
@@ -355,6 +361,8 @@ struct Window {
     mean: f64,
     // What such a task may be ahead of the line.
     noise: f64,
+    // What part of all requests this caller sends. By the window before too, for at first it has heard of nobody else's.
+    share: f64,
 }
 
 impl Window {
@@ -363,6 +371,8 @@ impl Window {
         Self {
             began,
             length,
+            ends: began + length,
+            stale: began,
             own: 0,
             load: 0,
             own_before: 0,
@@ -370,11 +380,8 @@ impl Window {
             mean_before: 0.0,
             mean: 0.0,
             noise: 0.0,
+            share: 1.0,
         }
-    }
-
-    fn has_ended(&self, now: Time) -> bool {
-        now.since(self.began) >= self.length
     }
 
     /// Gives the one that `now` lies in. `mean` is what a task took in this one.
@@ -391,19 +398,19 @@ impl Window {
         let began = Time::from_nanos(now.as_nanos() / nanos * nanos);
         let mean_before = rate * length.as_secs_f64();
         let (own_before, load_before) = (self.own, self.load);
-        Self { began, length, mean_before, own_before, load_before, ..Self::first(length) }
+        let (ends, stale) = (began + length, began);
+        let first = Self::first(length);
+        Self { began, ends, stale, mean_before, own_before, load_before, ..first }
     }
 
-    fn rise(&mut self, now: Time, mean: f64, cost: u64) {
+    fn refresh(&mut self, now: Time, cost: u64) {
         let left = 1.0 - now.since(self.began).as_secs_f64() / self.length.as_secs_f64();
-        self.mean = mean;
-        self.noise = NOISE * (self.mean_before.max(mean) * cost as f64).sqrt() * left.max(0.0);
-    }
-
-    /// Gives the share of all requests that this caller sends. By the window before too, for at first it has heard of nobody else's.
-    fn share(&self) -> f64 {
+        let most = (self.mean_before.max(self.mean) * cost as f64).sqrt();
+        self.noise = NOISE * most * left.max(0.0);
         let load = self.load + self.load_before;
-        if load == 0 { 1.0 } else { (self.own + self.own_before) as f64 / load as f64 }
+        self.share =
+            if load == 0 { 1.0 } else { (self.own + self.own_before) as f64 / load as f64 };
+        self.stale = now + self.length / 1_024;
     }
 }
 
