@@ -20,6 +20,7 @@ use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::JobName;
+use mandoline_core::spec::Ratio;
 use mandoline_core::task::Address;
 use mandoline_core::time::Time;
 use mandoline_core::watch;
@@ -181,11 +182,22 @@ impl Clerk {
     pub fn route_at(&self, key: SliceKey) -> Result<Target<Held>, NoTask> {
         let held = Held(self.inner.snapshot.load());
         if let Some(cap) = held.spill() {
-            let routed = self.inner.lanes.get_or_init(Lanes::new).route(cap, &held, key)?;
-            return Ok(Target::new(held, routed.found).with_spill(routed.sent, routed.is_spilled));
+            return self.route_with_spill(held, cap, key);
         }
         let found = held.find(key, next_turn)?;
         Ok(Target::new(held, found))
+    }
+
+    /// Out of line, so that jobs without spill pay for one comparison only.
+    #[inline(never)]
+    fn route_with_spill(
+        &self,
+        held: Held,
+        cap: Ratio,
+        key: SliceKey,
+    ) -> Result<Target<Held>, NoTask> {
+        let routed = self.inner.lanes.get_or_init(Lanes::new).route(cap, &held, key)?;
+        Ok(Target::new(held, routed.found).with_spill(routed.sent, routed.is_spilled))
     }
 
     /// Tells what a task has served, as its answer to a request said (`mandoline-load`), for jobs with spill: the more answers

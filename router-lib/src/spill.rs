@@ -122,6 +122,7 @@ impl Spill {
     }
 
     /// Finds who is to serve a key, making what it takes at the first call. `cap` is the snapshot's.
+    #[inline(never)]
     pub(crate) fn route(
         spill: &mut Option<Box<Self>>,
         cap: Ratio,
