@@ -37,7 +37,7 @@ use crate::counters::{CostError, thousandths};
 use crate::dialer::drawn;
 use crate::offered::{Offered, Reporter};
 use crate::snapshot::{NoTask, Sent, Snapshot, Target};
-use crate::spill::{ALONE, Lanes, Spill, Utilisation};
+use crate::spill::{ALONE, Lanes, Routed, Spill, Utilisation};
 
 /// The least time between two writes of the cache: a restart loses little by an assignment a second old.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
@@ -181,23 +181,19 @@ impl Clerk {
     #[inline]
     pub fn route_at(&self, key: SliceKey) -> Result<Target<Held>, NoTask> {
         let held = Held(self.inner.snapshot.load());
-        if let Some(cap) = held.spill() {
-            return self.route_with_spill(held, cap, key);
-        }
-        let found = held.find(key, next_turn)?;
-        Ok(Target::new(held, found))
+        let Some(cap) = held.spill() else {
+            let found = held.find(key, next_turn)?;
+            return Ok(Target::new(held, found));
+        };
+        let routed = self.spill(cap, &held, key)?;
+        Ok(Target::new(held, routed.found).with_spill(routed.sent, routed.is_spilled))
     }
 
     /// Out of line, so that jobs without spill pay for one comparison only.
+    #[cold]
     #[inline(never)]
-    fn route_with_spill(
-        &self,
-        held: Held,
-        cap: Ratio,
-        key: SliceKey,
-    ) -> Result<Target<Held>, NoTask> {
-        let routed = self.inner.lanes.get_or_init(Lanes::new).route(cap, &held, key)?;
-        Ok(Target::new(held, routed.found).with_spill(routed.sent, routed.is_spilled))
+    fn spill(&self, cap: Ratio, snapshot: &Snapshot, key: SliceKey) -> Result<Routed, NoTask> {
+        self.inner.lanes.get_or_init(Lanes::new).route(cap, snapshot, key)
     }
 
     /// Tells what a task has served, as its answer to a request said (`mandoline-load`), for jobs with spill: the more answers

@@ -189,7 +189,9 @@ pub struct Target<H> {
     held: H,
     slice: u32,
     task: u32,
-    sent: Option<Sent>,
+    // Kept small: a target is handed over by copy.
+    ticket: Option<Ticket>,
+    lane: u16,
     is_spilled: bool,
 }
 
@@ -199,22 +201,23 @@ pub struct Sent {
     pub(crate) session: SessionId,
     pub(crate) ticket: Ticket,
     /// Whose answer it will be, where a clerk has several callers.
-    pub(crate) lane: usize,
+    pub(crate) lane: u16,
 }
 
 impl<H: Deref<Target = Snapshot>> Target<H> {
     pub(crate) fn new(held: H, (slice, task): (u32, u32)) -> Self {
-        Self { held, slice, task, sent: None, is_spilled: false }
+        Self { held, slice, task, ticket: None, lane: 0, is_spilled: false }
     }
 
     /// Says by what to know the answer, and whether the task is none of those that serve the key.
     pub(crate) fn with_spill(self, sent: Sent, is_spilled: bool) -> Self {
-        Self { sent: Some(sent), is_spilled, ..self }
+        Self { ticket: Some(sent.ticket), lane: sent.lane, is_spilled, ..self }
     }
 
     /// Says by what to know the answer, for jobs with spill: give it to [`crate::Clerk::heard`] with what the answer tells.
     pub fn sent(&self) -> Option<Sent> {
-        self.sent
+        let (session, lane) = (self.session(), self.lane);
+        self.ticket.map(|ticket| Sent { session, ticket, lane })
     }
 
     /// Says whether the task is none of those that serve the key, and takes it because they are loaded above the cap. Tell it

@@ -98,7 +98,7 @@ pub(crate) struct Spill {
     /// Whom the seats are of.
     seated: Generation,
     clock: Clock,
-    lane: usize,
+    lane: u16,
     requests: u64,
     thousandths: u64,
     /// By seat: what was heard last.
@@ -106,7 +106,7 @@ pub(crate) struct Spill {
 }
 
 impl Spill {
-    fn new(cap: Ratio, lane: usize) -> Self {
+    fn new(cap: Ratio, lane: u16) -> Self {
         // Callers must not draw alike.
         let seed = RandomState::new().hash_one(lane);
         Self {
@@ -126,7 +126,7 @@ impl Spill {
     pub(crate) fn route(
         spill: &mut Option<Box<Self>>,
         cap: Ratio,
-        lane: usize,
+        lane: u16,
         snapshot: &Snapshot,
         key: SliceKey,
     ) -> Result<Routed, NoTask> {
@@ -216,11 +216,11 @@ impl Lanes {
     ) -> Result<Routed, NoTask> {
         let lane = lane() & (self.lanes.len() - 1);
         let mut spill = self.lanes[lane].lock().unwrap_or_else(PoisonError::into_inner);
-        Spill::route(&mut spill, cap, lane, snapshot, key)
+        Spill::route(&mut spill, cap, lane as u16, snapshot, key)
     }
 
     pub(crate) fn hear(&self, sent: Sent, told: Utilisation) {
-        let Some(lane) = self.lanes.get(sent.lane) else { return };
+        let Some(lane) = self.lanes.get(usize::from(sent.lane)) else { return };
         let mut spill = lane.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(spill) = &mut *spill {
             spill.hear(sent, told);
@@ -229,7 +229,7 @@ impl Lanes {
 }
 
 /// The lane of a router, which has none.
-pub(crate) const ALONE: usize = usize::MAX;
+pub(crate) const ALONE: u16 = u16::MAX;
 
 #[cfg(test)]
 mod tests {
