@@ -36,17 +36,23 @@ pub struct Smoothing {
     pub news: u32,
     /// phi
     pub phi: u32,
+    /// In how many rounds what is usual comes nearer to a greater load by more than half.
+    pub rise: u32,
+    /// The same towards a lesser one.
+    pub fall: u32,
 }
 
 impl Smoothing {
     /// What every job runs with.
-    pub const STANDARD: Self = Self { gain: 5, news: 40, phi: 50 };
+    pub const STANDARD: Self = Self { gain: 5, news: 40, phi: 50, rise: 16, fall: 64 };
 }
 
 /// What one slice's load is thought to be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Estimate {
     load: Load,
+    /// What it is in the long run: rises slowly, and falls more slowly still.
+    usual: Load,
     /// How many measurements it averages, up to 255.
     age: u8,
 }
@@ -62,8 +68,14 @@ impl Forecast {
 
     /// The same with another smoothing, for studies of what it is worth.
     pub fn with(assignment: &Assignment, smoothing: Smoothing) -> Self {
-        let estimate =
-            assignment.slices.map(|_, assigned| Estimate { load: assigned.load, age: 1 });
+        let total: Load = assignment.slices.iter().map(|(_, assigned)| assigned.load).sum();
+        let mean = total.share(1, assignment.tasks.len().max(1) as u128);
+        let estimate = assignment.slices.map(|_, assigned| {
+            // What has several replicas was worth them once; nobody knows how long ago.
+            let replicas = assigned.replicas.as_slice().len();
+            let once = mean.share(if replicas > 1 { replicas as u128 } else { 0 }, REPLICA_SHARE);
+            Estimate { load: assigned.load, usual: assigned.load.max(once), age: 1 }
+        });
         let measured = any(&estimate);
         let (hot, error, surprises) = (Vec::new(), Ratio::from_millionths(0), VecDeque::new());
         Self { estimate, smoothing, hot, seen: 0, error, surprises, measured }
@@ -74,7 +86,7 @@ impl Forecast {
         let mut off = TaskErrors::default();
         let estimate = assignment.slices.map(|slice, assigned| {
             let old = self.load_of(slice);
-            let age = self.estimate.get(slice.first()).1.age;
+            let before = self.before(slice, old);
             let replicas = assigned.replicas.as_slice();
             let each = old.share(1, replicas.len().max(1) as u128);
             let mut sum = Load::ZERO;
@@ -86,8 +98,12 @@ impl Forecast {
                 windows = windows.max(measured.map_or(Duration::ZERO, |(window, _)| window));
             }
             match windows {
-                Duration::ZERO => Estimate { load: old, age },
-                window => self.smoothing.blend(Estimate { load: old, age }, sum, window),
+                Duration::ZERO => before,
+                window => {
+                    let blended = self.smoothing.blend(before, sum, window);
+                    let usual = if self.measured { before.usual } else { sum };
+                    Estimate { usual: self.smoothing.drift(usual, sum), ..blended }
+                }
             }
         });
         self.hot = self.hot_in(&estimate, table);
@@ -136,7 +152,8 @@ impl Forecast {
         let faded = faded.map(|hot| HotKey { load: hot.load.share(1, 2), ..*hot });
         let smoothed = named.iter().map(|hot| match before(hot.key) {
             Some(at) => {
-                let old = Estimate { load: self.hot[at].load, age: u8::MAX };
+                let load = self.hot[at].load;
+                let old = Estimate { load, usual: load, age: u8::MAX };
                 HotKey { load: self.smoothing.blend(old, hot.load, table.window()).load, ..*hot }
             }
             None => *hot,
@@ -150,6 +167,28 @@ impl Forecast {
             slice.width() > 1 && hot.load.milli() * HOT_SHARE >= load.milli()
         });
         hot
+    }
+
+    /// What was thought of a slice that may have been split or merged since: a part of a slice is as usual as the whole.
+    fn before(&self, slice: Slice, load: Load) -> Estimate {
+        let (whole, estimate) = self.estimate.get(slice.first());
+        if whole == slice {
+            return *estimate;
+        }
+        let usual = |(part, estimate): (Slice, &Estimate)| {
+            let within = self.load_within(part, estimate.load, slice).milli();
+            match (estimate.load.milli(), part.overlap(slice)) {
+                (0, Some(common)) => estimate.usual.share(common.width(), part.width()),
+                (load, _) => estimate.usual.share(within.into(), load.max(1).into()),
+            }
+        };
+        let usual = self.estimate.touching(slice).map(usual).sum();
+        Estimate { load, usual, age: estimate.age }
+    }
+
+    /// Gives what the load of a slice is in the long run.
+    pub fn usual_of(&self, slice: Slice) -> Load {
+        self.before(slice, self.load_of(slice)).usual
     }
 
     /// Estimates the load of any slice; where it was split or merged since, by its hot keys and for the rest by width.
@@ -201,6 +240,9 @@ impl Forecast {
     }
 }
 
+/// Of the mean task load, what a replica is taken to have carried when it was added: one part in so many.
+const REPLICA_SHARE: u128 = 12;
+
 /// A hot key below this part of its slice is forgotten: 1 in so many.
 const HOT_SHARE: u64 = 1_000;
 
@@ -223,12 +265,23 @@ impl Smoothing {
         let stable = |load: Load| 2.0 * (counts(load) + 0.375).sqrt();
         let deviations = (stable(new) - stable(old.load)).abs();
         if deviations * 10.0 > f64::from(self.news) {
-            return Estimate { load: new, age: 1 };
+            return Estimate { load: new, age: 1, ..old };
         }
         let age = old.age.saturating_add(1);
         let gain = u64::from(self.gain.max(100 / u32::from(age)));
         let load = Load::from_milli((old.load.milli() * (100 - gain) + new.milli() * gain) / 100);
-        Estimate { load, age }
+        Estimate { load, age, ..old }
+    }
+
+    /// Moves what is usual towards a measurement.
+    fn drift(self, usual: Load, new: Load) -> Load {
+        let (usual, new) = (usual.milli(), new.milli());
+        let rounds = |rounds: u32| u64::from(rounds.max(1));
+        Load::from_milli(if new > usual {
+            usual + (new - usual) / rounds(self.rise)
+        } else {
+            usual - (usual - new) / rounds(self.fall)
+        })
     }
 }
 

@@ -328,6 +328,7 @@ impl Lead {
             Policy { pins: job.pins.clone(), frozen: job.frozen, ..Policy::from(&job.spec) };
         let round = Round {
             now,
+            usual: of.slices.iter().map(|(slice, _)| self.forecast.usual_of(slice)).collect(),
             hot: self.forecast.hot().to_vec(),
             forecast_error: self.forecast.error(),
             surprise: self.forecast.surprise(),

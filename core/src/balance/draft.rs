@@ -159,7 +159,7 @@ impl<'a> Draft<'a> {
         let mean = scale(self.measured + self.reserve, 1_000, total_capacity);
         let heavy = match round.policy.replicas.max {
             1 => u64::MAX,
-            _ => self.tuning.grow_above.of(mean),
+            _ => self.tuning.split_above.of(mean),
         };
         let wanted = (round.policy.replicas.min as usize).min(self.serving).max(1);
         let places = Places::new(&self.holders);
@@ -589,6 +589,22 @@ impl<'a> Draft<'a> {
         }
     }
 
+    /// Gives the weight of a part in the long run.
+    pub(in crate::balance) fn usual(&self, part: u32) -> u64 {
+        let now = self.meters[LOAD].weight[part as usize];
+        let Some(usual) = self.round.usual.get(self.origin(part) as usize) else { return now };
+        if self.is_whole(part) {
+            return usual.milli();
+        }
+        let load = self.round.loads[self.origin(part) as usize].milli();
+        scale(now, usual.milli(), load)
+    }
+
+    /// Gives the slice of the assignment that a part is of.
+    fn origin(&self, part: u32) -> u32 {
+        (part as usize).checked_sub(self.base()).map_or(part, |added| self.added[added].1)
+    }
+
     /// What moving a replica of a part costs, in load: what moves, and the load that lies on so much key space on average,
     /// so that hot keys are not shuffled about for their narrowness nor wide cold slices for their coldness. Where the
     /// application says what a move costs it is that instead, in relation to what all its moves would cost.
@@ -612,10 +628,7 @@ impl<'a> Draft<'a> {
         let load = self.load(part);
         let low = low.min(load);
         let new = self.parts() as u32;
-        let origin = match (part as usize).checked_sub(self.base()) {
-            Some(added) => self.added[added].1,
-            None => part,
-        };
+        let origin = self.origin(part);
         let holders = self.holders_of(part).to_vec();
         let each = holders.len().max(1) as u64;
         for meter in 0..self.meters.len() {
@@ -685,11 +698,7 @@ impl<'a> Draft<'a> {
 
     /// Who held a part when the round began.
     fn held_before(&self, part: u32) -> &Assigned {
-        let origin = match (part as usize).checked_sub(self.base()) {
-            Some(added) => self.added[added].1,
-            None => part,
-        };
-        self.round.assignment.slices.value_at(origin as usize)
+        self.round.assignment.slices.value_at(self.origin(part) as usize)
     }
 
     /// Says whether somebody ever held a part.

@@ -14,24 +14,36 @@ pub(in crate::balance) fn replicate(draft: &mut Draft<'_>) {
     let min = (bounds.min as usize).min(draft.serving()).max(1);
     let mean = draft.meters[LOAD].marks.mean;
     let tuning = draft.tuning;
-    let (above, to) = (tuning.grow_above.of(mean), tuning.grow_to.of(mean).max(1));
-    let below = tuning.shrink_below.of(mean);
     let cuts = draft.base() as u32..draft.parts() as u32;
     let mut heavy: Vec<u32> = draft.heavy.iter().copied().chain(cuts).collect();
     heavy.sort_by_key(|part| std::cmp::Reverse(draft.meters[LOAD].weight[*part as usize]));
     for part in heavy {
         let weight = draft.meters[LOAD].weight[part as usize];
+        let usual = draft.usual(part);
         let replicas = draft.holders_of(part).len();
         if replicas == 0 || draft.is_pinned(part) {
             continue;
         }
-        if replicas > most || (replicas > min && weight / (replicas as u64 - 1) < below) {
-            let kept = usize::try_from(weight.div_ceil(below.max(1))).unwrap_or(most);
-            shrink(draft, part, kept.clamp(min, most));
-        } else if weight / replicas as u64 > above && replicas < most {
-            let wanted = usize::try_from(weight.div_ceil(to)).unwrap_or(most).min(most);
+        let now = enough(weight, replicas, tuning.grow_above.of(mean), tuning.grow_to.of(mean));
+        let long = enough(usual, replicas, tuning.split_above.of(mean), tuning.split_to.of(mean));
+        let wanted = now.max(long).min(most);
+        let below = tuning.shrink_below.of(mean).max(1);
+        let carried = weight.max(usual);
+        if replicas > most || (replicas > min && carried / (replicas as u64 - 1) < below) {
+            let kept = usize::try_from(carried.div_ceil(below)).unwrap_or(most);
+            shrink(draft, part, kept.min(replicas - 1).clamp(min, most));
+        } else if wanted > replicas {
             grow(draft, part, wanted);
         }
+    }
+}
+
+/// How many replicas a weight needs: as many as there are while none carries more than `above`, else so many that none
+/// carries more than `to`.
+fn enough(weight: u64, replicas: usize, above: u64, to: u64) -> usize {
+    match weight / replicas as u64 > above {
+        true => usize::try_from(weight.div_ceil(to.max(1))).unwrap_or(usize::MAX),
+        false => replicas,
     }
 }
 

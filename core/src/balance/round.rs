@@ -80,6 +80,8 @@ pub struct Round {
     pub assignment: Arc<Assignment>,
     /// The forecast load of each slice, in the assignment's order.
     pub loads: Vec<Load>,
+    /// What each slice's load is in the long run; empty where that is not known, then it is `loads`.
+    pub usual: Vec<Load>,
     /// Keys that draw much load, in order; each is part of its slice's load.
     pub hot: Vec<HotKey>,
     /// Further loads that each task is kept within a band of.
@@ -107,6 +109,7 @@ impl Round {
             now: Time::ZERO,
             assignment,
             loads,
+            usual: Vec::new(),
             hot: Vec::new(),
             further: Vec::new(),
             costs: Vec::new(),

@@ -36,6 +36,11 @@ pub struct Tuning {
     pub grow_above: Ratio,
     /// Replicas are added until each carries no more than this.
     pub grow_to: Ratio,
+    /// The same for what a slice carries in the long run: small pieces mix well, so that what one key does matters little
+    /// to one task. For a key that is hot today and gone tomorrow they are not worth what adding them moves.
+    pub split_above: Ratio,
+    /// Replicas are added until each carries no more than this in the long run.
+    pub split_to: Ratio,
     /// A replica is removed if the rest would then carry no more than this: far below, lest it return.
     pub shrink_below: Ratio,
     /// How dear key space is beside load: at 100 %, a slice of average heat costs twice its load.
@@ -57,7 +62,7 @@ impl Tuning {
         slices_merge: 64,
         slices_max: 150,
         reserve: Ratio::percent(1),
-        isolate_above: Ratio::percent(5),
+        isolate_above: Ratio::percent(2),
         error_widens: Ratio::percent(100),
         error_margin: Ratio::percent(130),
         surprise_widens: Ratio::percent(30),
@@ -66,7 +71,9 @@ impl Tuning {
         take_to: Ratio::percent(30),
         grow_above: Ratio::percent(35),
         grow_to: Ratio::percent(30),
-        shrink_below: Ratio::percent(8),
+        split_above: Ratio::percent(10),
+        split_to: Ratio::percent(8),
+        shrink_below: Ratio::percent(4),
         space_costs: Ratio::percent(100),
         overshoot: Ratio::percent(160),
         fill_below: Ratio::percent(50),

@@ -37,6 +37,7 @@ pub struct Mandoline {
     assignment: Arc<Assignment>,
     forecast: Forecast,
     loads: Vec<Load>,
+    usual: Vec<Load>,
     /// Which task is which member's. A member that comes back is another task.
     sessions: BTreeMap<u32, SessionId>,
     last_session: u64,
@@ -63,6 +64,7 @@ impl Mandoline {
             assignment,
             forecast,
             loads: vec![Load::ZERO],
+            usual: Vec::new(),
             sessions: BTreeMap::new(),
             last_session: 0,
             clairvoyant: false,
@@ -203,12 +205,15 @@ impl Planner for Mandoline {
         self.meet(round.members);
         let load = |(slice, _): (_, &Assigned)| self.forecast.load_of(slice);
         self.loads = self.assignment.slices.iter().map(load).collect();
+        let usual = |(slice, _): (_, &Assigned)| self.forecast.usual_of(slice);
+        self.usual = self.assignment.slices.iter().map(usual).collect();
     }
 
     fn plan(&mut self, _: &Round<'_>) {
         let mut policy = Policy::from(&self.spec);
         policy.replicas.max = policy.replicas.max.min(self.assignment.tasks.len() as u32).max(1);
         let planning = Planning {
+            usual: self.usual.clone(),
             hot: self.forecast.hot().to_vec(),
             forecast_error: self.known(self.forecast.error()),
             surprise: self.known(self.forecast.surprise()),
