@@ -44,7 +44,7 @@ pub struct Smoothing {
 
 impl Smoothing {
     /// What every job runs with.
-    pub const STANDARD: Self = Self { gain: 5, news: 40, phi: 50, rise: 16, fall: 64 };
+    pub const STANDARD: Self = Self { gain: 5, news: 40, phi: 50, rise: 16, fall: 128 };
 }
 
 /// What one slice's load is thought to be.
@@ -146,7 +146,10 @@ impl Forecast {
     /// slice of its own is measured as such.
     fn hot_in(&self, estimate: &SliceMap<Estimate>, table: &LoadTable) -> Vec<HotKey> {
         let before = |key| self.hot.binary_search_by_key(&key, |hot| hot.key).ok();
-        let named = table.hot_keys();
+        // A few requests for one key are chance.
+        let seconds = table.window().as_secs_f64();
+        let known = |hot: &HotKey| hot.load.milli() as f64 * seconds >= COUNTS_MIN * 1_000.0;
+        let named: Vec<HotKey> = table.hot_keys().into_iter().filter(known).collect();
         let faded =
             self.hot.iter().filter(|hot| named.binary_search_by_key(&hot.key, |n| n.key).is_err());
         let faded = faded.map(|hot| HotKey { load: hot.load.share(1, 2), ..*hot });
@@ -242,6 +245,9 @@ impl Forecast {
 
 /// Of the mean task load, what a replica is taken to have carried when it was added: one part in so many.
 const REPLICA_SHARE: u128 = 12;
+
+/// A key counts as hot from so many requests in a round on: three standard deviations of counting above none.
+const COUNTS_MIN: f64 = 9.0;
 
 /// A hot key below this part of its slice is forgotten: 1 in so many.
 const HOT_SHARE: u64 = 1_000;

@@ -180,7 +180,7 @@ impl JobSpec {
         Self {
             name,
             // The planner's own floor: below it the noise of counting alone moves slices.
-            band: Band::Adaptive(Ratio::percent(3)),
+            band: Band::Adaptive(Ratio::percent(2)),
             // No bound: a doubled job is even after one round (docs/adr/0010).
             churn_budget: Ratio::percent(100),
             fill_rate: Ratio::percent(100),

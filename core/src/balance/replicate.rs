@@ -2,6 +2,7 @@
 
 use crate::balance::draft::{Draft, LOAD};
 use crate::plan::Reason;
+use crate::spec::Ratio;
 
 /// Sets how many replicas hot slices have: removes those that are no longer needed or allowed, and adds those that are
 /// missing to the least pressed tasks.
@@ -14,6 +15,7 @@ pub(in crate::balance) fn replicate(draft: &mut Draft<'_>) {
     let min = (bounds.min as usize).min(draft.serving()).max(1);
     let mean = draft.meters[LOAD].marks.mean;
     let tuning = draft.tuning;
+    let came = draft.holders.iter().any(|holder| holder.newcomer && holder.serving);
     let cuts = draft.base() as u32..draft.parts() as u32;
     let mut heavy: Vec<u32> = draft.heavy.iter().copied().chain(cuts).collect();
     heavy.sort_by_key(|part| std::cmp::Reverse(draft.meters[LOAD].weight[*part as usize]));
@@ -24,8 +26,14 @@ pub(in crate::balance) fn replicate(draft: &mut Draft<'_>) {
         if replicas == 0 || draft.is_pinned(part) {
             continue;
         }
-        let now = enough(weight, replicas, tuning.grow_above.of(mean), tuning.grow_to.of(mean));
-        let long = enough(usual, replicas, tuning.split_above.of(mean), tuning.split_to.of(mean));
+        // Where somebody came with nothing, somebody left as likely as not, and replicas with them: these are made up for.
+        let eager = |above: Ratio, to: Ratio| if came && replicas > 1 { to } else { above };
+        let above = (
+            eager(tuning.grow_above, tuning.grow_to).of(mean),
+            eager(tuning.split_above, tuning.split_to).of(mean),
+        );
+        let now = enough(weight, replicas, above.0, tuning.grow_to.of(mean));
+        let long = enough(usual, replicas, above.1, tuning.split_to.of(mean));
         let wanted = now.max(long).min(most);
         let below = tuning.shrink_below.of(mean).max(1);
         let carried = weight.max(usual);
