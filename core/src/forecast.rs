@@ -44,7 +44,7 @@ pub struct Smoothing {
 
 impl Smoothing {
     /// What every job runs with.
-    pub const STANDARD: Self = Self { gain: 5, news: 40, phi: 50, rise: 16, fall: 128 };
+    pub const STANDARD: Self = Self { gain: 5, news: 45, phi: 50, rise: 16, fall: 128 };
 }
 
 /// What one slice's load is thought to be.
@@ -100,9 +100,11 @@ impl Forecast {
             match windows {
                 Duration::ZERO => before,
                 window => {
+                    let sure = at_least(sum, window);
+                    let first = Estimate { load: sum, usual: sure, age: 1 };
                     let blended = self.smoothing.blend(before, sum, window);
-                    let usual = if self.measured { before.usual } else { sum };
-                    Estimate { usual: self.smoothing.drift(usual, sum), ..blended }
+                    let usual = self.smoothing.drift(before.usual, sure);
+                    if self.measured { Estimate { usual, ..blended } } else { first }
                 }
             }
         });
@@ -241,6 +243,13 @@ impl Forecast {
         sorted.sort_unstable();
         Ratio::from_millionths(sorted[SURPRISES / 2])
     }
+}
+
+/// What a load is for sure, whatever chance did to its count: four standard deviations less.
+fn at_least(load: Load, window: Duration) -> Load {
+    let seconds = window.as_secs_f64();
+    let chance = 4.0 * (load.milli() as f64 * seconds / 1_000.0).sqrt() * 1_000.0 / seconds;
+    load.saturating_sub(Load::from_milli(chance as u64))
 }
 
 /// Of the mean task load, what a replica is taken to have carried when it was added: one part in so many.

@@ -202,7 +202,7 @@ impl<'a> Draft<'a> {
             if group.len() < wanted || group.iter().any(|holder| leaving[*holder as usize]) {
                 self.vacant.push(at as u32);
             }
-            if !group.is_empty() {
+            if !group.is_empty() || weight > heavy {
                 self.heavy.push(at as u32);
             }
             let owner = self.owner_of(group);

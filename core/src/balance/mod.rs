@@ -11,8 +11,8 @@ mod draft;
 mod isolate;
 mod split;
 mod pin;
-mod replicate;
 mod place;
+mod replicate;
 mod shed;
 mod displace;
 mod fill;
@@ -34,8 +34,8 @@ pub fn plan_with(round: &Round, tuning: &Tuning) -> Plan {
     split::split(&mut draft); // so that there is something to move
     isolate::isolate(&mut draft); // hot keys become slices of their own
     pin::pin(&mut draft); // what the operator put somewhere
-    replicate::replicate(&mut draft); // what one task cannot carry, or need not share
     place::place(&mut draft); // what nobody serves, or too few, or who leaves
+    replicate::replicate(&mut draft); // what one task cannot carry, or need not share
     shed::shed(&mut draft); // what a hot task has too much
     fill::fill(&mut draft); // what a cold task has too little
     merge::merge(&mut draft); // what need not be apart
