@@ -19,6 +19,7 @@ use crate::offers::{Offer, OfferError, Offers, Totals};
 use crate::plan::Plan;
 use crate::report::{LoadTable, Report, ReportError};
 use crate::roster::Roster;
+use crate::sizes::Sizes;
 use crate::spec::JobSpec;
 use crate::state::{Job, State};
 use crate::task::{Phase, SessionId};
@@ -222,6 +223,7 @@ struct Lead {
     table: LoadTable,
     offers: Offers,
     forecast: Forecast,
+    sizes: Sizes,
     loads: BTreeMap<SessionId, Load>,
     next_round: Time,
     next_store: Time,
@@ -250,6 +252,7 @@ impl Lead {
             table: LoadTable::default(),
             offers: Offers::default(),
             forecast: Forecast::new(assignment),
+            sizes: Sizes::default(),
             loads: BTreeMap::new(),
             // What the leader before could not finish cannot wait for a round.
             next_round: if is_urgent(assignment) { now } else { now + spec.balance_every },
@@ -297,6 +300,7 @@ impl Lead {
         self.next_round = now + job.spec.balance_every;
         self.offers.weigh(now, assignment, &mut self.table);
         self.forecast.update(assignment, &self.table);
+        self.sizes.update(assignment, &self.table);
         self.table.clear();
         self.loads.clear();
         for (slice, assigned) in assignment.slices.iter() {
@@ -330,6 +334,8 @@ impl Lead {
             now,
             usual: of.slices.iter().map(|(slice, _)| self.forecast.usual_of(slice)).collect(),
             hot: self.forecast.hot().to_vec(),
+            further: self.sizes.further(of, &job.spec.metrics),
+            costs: self.sizes.costs(of),
             forecast_error: self.forecast.error(),
             surprise: self.forecast.surprise(),
             fresh,
@@ -409,7 +415,8 @@ fn is_urgent(assignment: &Assignment) -> bool {
 mod tests {
     use super::*;
     use crate::balance;
-    use crate::spec::Ratio;
+    use crate::report::Size;
+    use crate::spec::{Band, BandOf, Metric, Ratio};
     use crate::state::Outcome;
     use crate::task::TaskInfo;
 
@@ -576,6 +583,56 @@ mod tests {
         scene.leader.tick(scene.now, &scene.state, &mut out);
         scene.carry_out(out);
         scene.state.jobs[&kv()].churn.moves - before
+    }
+
+    /// How uneven the memory of two tasks is in the end, whose load is even all the time, where one begins with three times as
+    /// much.
+    fn memory_of_the_fuller(metrics: Vec<Metric>) -> f64 {
+        let mut scene = Scene::new();
+        // As wide as it takes: each move of memory moves load, too.
+        let band = Band::Fixed { ratio: Ratio::percent(50), of: BandOf::Mean };
+        let spec = JobSpec { band, metrics, ..JobSpec::new(kv()) };
+        scene.propose(Command::ApplyJob { spec, if_version: None });
+        let tasks = [scene.register(1), scene.register(2)];
+        // What the first task has at the start is large.
+        let start = Arc::clone(&scene.state.jobs[&kv()].assignment);
+        let memory =
+            |slice: crate::slice::Slice| match start.get(slice.first()).1.replicas.of(tasks[0]) {
+                Some(_) => 30_000,
+                None => 10_000,
+            };
+        let mut held = [0.0; 2];
+        for _ in 0..10 {
+            let assignment = Arc::clone(&scene.state.jobs[&kv()].assignment);
+            for (at, session) in tasks.into_iter().enumerate() {
+                let slices: Vec<_> = assignment.of(session).map(|(slice, _)| slice).collect();
+                let load =
+                    |slice: crate::slice::Slice| Load::from_milli((slice.width() >> 44) as u64);
+                let loads = slices.iter().map(|slice| (*slice, load(*slice))).collect();
+                let window = Duration::from_secs(5);
+                let mut report = Report::new(session, assignment.generation, window, loads);
+                let milli = |slice: crate::slice::Slice| {
+                    ((memory(slice) as u128 * (slice.width() >> 32)) >> 32) as u64
+                };
+                let size = |slice: &crate::slice::Slice| Size {
+                    slice: *slice,
+                    metrics: vec![Load::from_milli(milli(*slice))],
+                    move_cost: None,
+                };
+                report.sizes = slices.iter().map(size).collect();
+                held[at] = slices.iter().map(|slice| milli(*slice)).sum::<u64>() as f64;
+                scene.happen(Event::Reported { job: kv(), report });
+            }
+            scene.pass(10, &[], |slice| (slice.width() >> 44) as u64);
+        }
+        held[0].max(held[1]) * 2.0 / (held[0] + held[1])
+    }
+
+    #[test]
+    fn a_further_metric_is_kept_in_its_band_as_well() {
+        let memory = Metric { name: "memory".to_owned(), band: Ratio::percent(10) };
+        let (without, with) = (memory_of_the_fuller(vec![]), memory_of_the_fuller(vec![memory]));
+        assert!(with < 1.12 && without > 1.3, "{with} with the metric, {without} without");
     }
 
     #[test]
