@@ -457,31 +457,38 @@ impl<'a> Draft<'a> {
         from: Option<u32>,
         below: impl Fn(&Marks) -> u64,
     ) -> Option<u32> {
-        let share = |draft: &Self, meter: usize| {
-            let holders = draft.holders_of(part).len() + usize::from(from.is_none());
-            draft.meters[meter].weight[part as usize] / holders.max(1) as u64
-        };
-        let needs: Vec<(u64, u64)> = (0..self.meters.len())
-            .map(|meter| (share(self, meter), below(&self.meters[meter].marks)))
-            .collect();
+        let holders = (self.holders_of(part).len() + usize::from(from.is_none())).max(1) as u64;
+        // What the part weighs on each meter, and the pressure below which its taker must stay.
+        let need = |meter: &Meter| (meter.weight[part as usize] / holders, below(&meter.marks));
+        let (weight, edge) = need(&self.meters[meter]);
+        let moved = self.meters[LOAD].weight[part as usize] / holders;
         self.meters[meter].order();
-        let bounded = self.round.policy.fill_rate.of(self.meters[LOAD].marks.mean);
+        // A bound of the whole mean or more is none: whoever has so much is no colder than others.
+        let bounded = match self.round.policy.fill_rate {
+            rate if self.free || rate >= Ratio::percent(100) => u64::MAX,
+            rate => rate.of(self.meters[LOAD].marks.mean),
+        };
         let mut refused = 0;
         for (pressure, holder) in self.meters[meter].ordered() {
             // Beyond it nobody has room; a few may lack it only since they are small.
-            if pressure >= needs[meter].1 || refused > REFUSALS_MAX {
+            if pressure >= edge || refused > REFUSALS_MAX {
                 return None;
             }
-            let fits = |meter: usize| {
-                let (weight, below) = needs[meter];
-                weight <= self.meters[meter].room(holder, below)
+            let others = || {
+                self.meters.iter().all(|meter| {
+                    let (weight, edge) = need(meter);
+                    weight <= meter.room(holder, edge)
+                })
             };
-            if !(0..self.meters.len()).all(fits) {
+            if weight > self.meters[meter].room(holder, edge)
+                || (self.meters.len() > 1 && !others())
+            {
                 refused += 1;
                 continue;
             }
             let taken = &self.holders[holder as usize];
-            if taken.newcomer && taken.given + needs[LOAD].0 > bounded && !self.free {
+            if taken.newcomer && taken.given + moved > bounded {
+                refused += 1;
                 continue;
             }
             if !self.holds(part, holder) && self.may_hold(part, holder, from) {

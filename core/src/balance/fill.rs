@@ -2,7 +2,7 @@
 //! of the others is within the band.
 
 use crate::balance::draft::{Draft, LOAD};
-use crate::balance::shed::{even_out, score};
+use crate::balance::give::{even_out, score};
 use crate::plan::Reason;
 
 /// Moves parts from the most pressed tasks to those below the floor, within the churn budget.

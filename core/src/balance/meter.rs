@@ -42,11 +42,12 @@ pub(in crate::balance) struct Meter {
     capacity: Vec<u64>,
     /// Serving holders by pressure, once somebody asked for it.
     order: Option<BTreeSet<(u64, u32)>>,
+    detached: Option<u32>,
 }
 
 impl Meter {
     pub(in crate::balance) fn new(weight: Vec<u64>, held: Vec<u64>, capacity: Vec<u64>) -> Self {
-        Self { marks: Marks::default(), weight, held, capacity, order: None }
+        Self { marks: Marks::default(), weight, held, capacity, order: None, detached: None }
     }
 
     /// The weight that an ordinary task would carry to be as busy.
@@ -85,6 +86,7 @@ impl Meter {
         let after = self.pressure(holder);
         if let Some(order) = &mut self.order
             && self.capacity[holder as usize] > 0
+            && self.detached != Some(holder)
         {
             order.remove(&(before, holder));
             order.insert((after, holder));
@@ -99,6 +101,23 @@ impl Meter {
             self.order = Some(serving.map(|holder| (self.pressure(holder), holder)).collect());
         }
         self.order.as_ref().expect("it was just made")
+    }
+
+    /// Takes a holder out of the order while much of what it has goes, so that its place is not looked for each time.
+    pub(in crate::balance) fn detach(&mut self, holder: u32) {
+        let pressure = self.pressure(holder);
+        if let Some(order) = &mut self.order {
+            order.remove(&(pressure, holder));
+            self.detached = Some(holder);
+        }
+    }
+
+    /// Puts the holder that was taken out back to its place.
+    pub(in crate::balance) fn attach(&mut self) {
+        if let Some(holder) = self.detached.take() {
+            let pressure = self.pressure(holder);
+            self.order.as_mut().expect("it was taken out of it").insert((pressure, holder));
+        }
     }
 
     /// The same for who has asked for it before.

@@ -13,8 +13,9 @@ mod split;
 mod pin;
 mod place;
 mod replicate;
-mod shed;
+mod give;
 mod displace;
+mod shed;
 mod fill;
 mod merge;
 

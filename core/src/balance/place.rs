@@ -14,12 +14,9 @@ pub(in crate::balance) fn place(draft: &mut Draft<'_>) {
     vacant.extend(cuts.filter(|part| is_vacant(draft, *part, wanted)));
     vacant.sort_by_key(|part| Reverse(draft.share(LOAD, *part)));
     for part in vacant {
-        let leaving: Vec<u32> = draft.holders_of(part).iter().copied().collect();
-        for from in leaving
-            .into_iter()
-            .filter(|holder| !draft.holders[*holder as usize].serving)
-            .collect::<Vec<_>>()
-        {
+        let holders = draft.holders_of(part).iter().copied();
+        let leaving = holders.filter(|holder| !draft.holders[*holder as usize].serving);
+        for from in leaving.collect::<Vec<u32>>() {
             evict(draft, part, from);
         }
         let wanted = wanted.max(orphans_need(draft, part));
@@ -69,38 +66,17 @@ fn evict(draft: &mut Draft<'_>, part: u32, from: u32) {
 /// somebody is.
 fn next(draft: &mut Draft<'_>, part: u32, from: Option<u32>) -> Option<u32> {
     draft.meters[LOAD].order();
-    let fits = |draft: &Draft<'_>, holder: u32| {
-        draft.holders[holder as usize].serving
-            && !draft.holds(part, holder)
-            && draft.may_hold(part, holder, from)
-    };
+    let draft = &*draft;
     let limit = draft.meters[LOAD].marks.limit;
-    let coldest = |draft: &mut Draft<'_>, newest: bool| {
-        let order: &std::collections::BTreeSet<(u64, u32)> = draft.meters[LOAD].order();
-        let mut order = order.iter().map(|(pressure, holder)| (*pressure, *holder));
-        let order: Vec<(u64, u32)> = order.by_ref().take(CHOICE_MAX).collect();
-        let new = |holder: u32| !newest || draft.holders[holder as usize].newest;
-        order
-            .into_iter()
-            .find(|(pressure, holder)| {
-                new(*holder) && (!newest || *pressure < limit) && fits(draft, *holder)
-            })
-            .map(|(_, holder)| holder)
+    let coldest = || draft.meters[LOAD].ordered();
+    let lacks = |holder: u32| !draft.holds(part, holder);
+    let fits = |holder: u32| lacks(holder) && draft.may_hold(part, holder, from);
+    let newest = |(pressure, holder): &(u64, u32)| {
+        draft.holders[*holder as usize].newest && *pressure < limit && fits(*holder)
     };
-    if draft.rollout()
-        && let Some(newest) = coldest(draft, true)
-    {
-        return Some(newest);
-    }
-    coldest(draft, false).or_else(|| {
-        let holders = 0..draft.holders.len() as u32;
-        let serves = |holder: &u32| draft.holders[*holder as usize].serving;
-        let lacks = |holder: &u32| !draft.holds(part, *holder);
-        holders
-            .filter(serves)
-            .filter(lacks)
-            .min_by_key(|holder| draft.meters[LOAD].pressure(*holder))
-    })
+    let found = if draft.rollout() { coldest().take(CHOICE_MAX).find(newest) } else { None };
+    let found = found.or_else(|| coldest().take(CHOICE_MAX).find(|(_, holder)| fits(*holder)));
+    found.or_else(|| coldest().find(|(_, holder)| lacks(*holder))).map(|(_, holder)| holder)
 }
 
 /// How many of the least pressed tasks are looked at before any will do.

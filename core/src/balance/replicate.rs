@@ -87,15 +87,8 @@ pub(in crate::balance) fn grow(draft: &mut Draft<'_>, part: u32, wanted: usize) 
 
 /// The least pressed holders that may have a part and lack it.
 fn takers(draft: &mut Draft<'_>, part: u32, count: usize) -> Vec<u32> {
-    let coldest: Vec<u32> = draft.meters[LOAD].order().iter().map(|(_, holder)| *holder).collect();
-    let mut found = Vec::new();
-    for holder in coldest {
-        if found.len() == count {
-            break;
-        }
-        if !draft.holds(part, holder) && draft.may_hold(part, holder, None) {
-            found.push(holder);
-        }
-    }
-    found
+    draft.meters[LOAD].order();
+    let coldest = draft.meters[LOAD].ordered().map(|(_, holder)| holder);
+    let fits = |holder: &u32| !draft.holds(part, *holder) && draft.may_hold(part, *holder, None);
+    coldest.filter(fits).take(count).collect()
 }

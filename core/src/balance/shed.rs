@@ -3,8 +3,9 @@
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
-use crate::balance::displace::displace;
+use crate::balance::displace::{Solid, displace};
 use crate::balance::draft::{Draft, LOAD};
+use crate::balance::give::{even_out, score};
 use crate::balance::meter::{Marks, scale};
 use crate::plan::{Reason, SLICES_MAX};
 
@@ -24,7 +25,7 @@ fn relieve(draft: &mut Draft<'_>, meter: usize) {
         .map(|holder| draft.meters[meter].pressure(holder) > limit)
         .collect();
     draft.gather(|holder| over[holder as usize]);
-    let mut stuck = BTreeSet::new();
+    let (mut stuck, mut solid) = (BTreeSet::new(), Solid::default());
     // A task gives, is displaced from, or is given up; more steps than these would be going round in circles.
     for _ in 0..4 * draft.holders.len() + 16 {
         let order = draft.meters[meter].order().iter().rev();
@@ -34,7 +35,7 @@ fn relieve(draft: &mut Draft<'_>, meter: usize) {
             return;
         };
         give(draft, meter, hot);
-        if draft.meters[meter].pressure(hot) > limit && !displace(draft, meter, hot) {
+        if draft.meters[meter].pressure(hot) > limit && !displace(draft, meter, hot, &mut solid) {
             stuck.insert(hot);
         }
     }
@@ -73,12 +74,13 @@ fn give_parts(
         .map(|part| (score(draft, meter, part, excess), part))
         .collect();
     worth.sort_unstable_by_key(|(score, part)| (Reverse(*score), *part));
+    draft.meters[meter].detach(hot);
     for (_, part) in worth {
         let excess = draft.meters[meter].above(hot, give_to);
         let share = draft.share(meter, part);
         let moved = draft.share(LOAD, part);
         if excess == 0 {
-            return;
+            break;
         }
         if !fits(share, excess, draft) || moved > draft.budget() {
             continue;
@@ -87,6 +89,7 @@ fn give_parts(
             even_out(draft, part, hot, to, Reason::Load);
         }
     }
+    draft.meters[meter].attach();
 }
 
 /// Cuts a part so that a piece of it is just what the holder has too much.
@@ -128,26 +131,4 @@ fn give_piece(draft: &mut Draft<'_>, meter: usize, hot: u32) {
     {
         even_out(draft, part, hot, to, Reason::Load);
     }
-}
-
-/// Moves a part to even out load: the budget pays.
-pub(in crate::balance) fn even_out(
-    draft: &mut Draft<'_>,
-    part: u32,
-    from: u32,
-    to: u32,
-    reason: Reason,
-) {
-    let moved = draft.share(LOAD, part);
-    draft.spend(moved);
-    draft.holders[to as usize].given += moved;
-    draft.shift(part, Some(from), Some(to), reason);
-}
-
-/// Relief for cost. Among equals the larger one wins: each halving of relief costs a tenth (a power of 0.15).
-pub(in crate::balance) fn score(draft: &Draft<'_>, meter: usize, part: u32, excess: u64) -> u64 {
-    let relief = draft.share(meter, part).min(excess);
-    let worth = scale(relief, 1_000_000, draft.cost(part).max(1));
-    let halvings = (excess / relief.max(1)).checked_ilog2().unwrap_or(0);
-    scale(worth, 1_000_u64.saturating_sub(104 * u64::from(halvings)).max(100), 1_000)
 }

@@ -13,7 +13,7 @@ use crate::interval::Interval;
 use crate::layout::Layout;
 use crate::percentile::Percentiles;
 use crate::policy::{Planner, Round};
-use crate::real;
+
 use crate::zstd::Zstd;
 
 #[derive(Deserialize)]
@@ -125,7 +125,7 @@ fn figures(round: &Recorded, before: &Layout, after: &Layout, seen: &Interval) -
 
 #[test]
 fn answers_are_like_those_of_the_original() {
-    let Some(path) = real::trace("dicer_chaos_seed1.jsonl.zst") else { return };
+    let Some(path) = crate::real::trace("dicer_chaos_seed1.jsonl.zst") else { return };
     let file = std::io::BufReader::new(std::fs::File::open(path).unwrap());
     let text = std::io::read_to_string(Zstd::new(file)).unwrap();
     let (mut ours, mut theirs): (Vec<Figures>, Vec<Figures>) = (Vec::new(), Vec::new());
