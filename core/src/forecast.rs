@@ -34,17 +34,18 @@ pub struct Smoothing {
     pub gain: u32,
     /// Standard deviations of counting noise, in tenths, beyond which a measurement is news: it is taken as it is.
     pub news: u32,
-    /// phi
-    pub phi: u32,
-    /// In how many rounds what is usual comes nearer to a greater load by more than half.
+    /// How much it counts that measurements were further off than counting explains: the power of how many times further
+    /// they were, as a percentage. At 100 a bursty job's band is as wide as its bursts, and nothing is evened out.
+    pub excess: u32,
+    /// What is usual rises by one part in so many of what more was measured.
     pub rise: u32,
-    /// The same towards a lesser one.
+    /// And falls by one part in so many of what less was measured: what was dear once is kept for long.
     pub fall: u32,
 }
 
 impl Smoothing {
     /// What every job runs with.
-    pub const STANDARD: Self = Self { gain: 5, news: 45, phi: 50, rise: 16, fall: 128 };
+    pub const STANDARD: Self = Self { gain: 5, news: 40, excess: 50, rise: 16, fall: 128 };
 }
 
 /// What one slice's load is thought to be.
@@ -139,7 +140,7 @@ impl Forecast {
         let chance = (once / tasks).sqrt() / mean;
         let more = (f64::from(self.seen) / 1e6 / chance.max(1e-9))
             .max(1.0)
-            .powf(f64::from(self.smoothing.phi) / 100.0);
+            .powf(f64::from(self.smoothing.excess) / 100.0);
         let error = (averaged / tasks).sqrt() / mean * more;
         Ratio::from_millionths((error * 1e6).min(1e6) as u32)
     }
@@ -245,10 +246,10 @@ impl Forecast {
     }
 }
 
-/// What a load is for sure, whatever chance did to its count: four standard deviations less.
+/// What a load is for sure, whatever chance did to its count: two standard deviations less.
 fn at_least(load: Load, window: Duration) -> Load {
     let seconds = window.as_secs_f64();
-    let chance = 4.0 * (load.milli() as f64 * seconds / 1_000.0).sqrt() * 1_000.0 / seconds;
+    let chance = 2.0 * (load.milli() as f64 * seconds / 1_000.0).sqrt() * 1_000.0 / seconds;
     load.saturating_sub(Load::from_milli(chance as u64))
 }
 

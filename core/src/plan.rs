@@ -230,8 +230,8 @@ fn split_all(
         let &Edit::Split { at, low } = edit else { continue };
         let (whole, assigned) = slices.get(at);
         let before = more.range(..=at).next_back().filter(|(first, _)| **first >= whole.first());
-        let (first, assigned) =
-            before.map_or((whole.first(), assigned), |(first, assigned)| (*first, assigned));
+        let (first, assigned) = before
+            .map_or_else(|| (whole.first(), assigned), |(first, assigned)| (*first, assigned));
         if first == at {
             return Err(EditError::Split(at));
         }

@@ -49,6 +49,8 @@ pub(in crate::balance) struct Holder {
     load: u64,
     /// The same when the round began.
     start: u64,
+    /// The share of the keys that it holds, of 2^44.
+    pub(in crate::balance) space: u64,
 }
 
 /// A part came to a holder, left one, or both.
@@ -115,7 +117,7 @@ impl<'a> Draft<'a> {
             })
             .collect();
         let serving = holders.iter().filter(|holder| holder.serving).count();
-        let reserve = reserve(round, tuning, measured, capacity.iter().sum());
+        let reserve = reserve(tuning, measured);
         let mut draft = Self {
             round,
             tuning,
@@ -169,6 +171,7 @@ impl<'a> Draft<'a> {
         let mut held = vec![0_u64; self.holders.len()];
         let mut loads = vec![0_u64; self.holders.len()];
         let mut parts = vec![0_u32; self.holders.len()];
+        let mut spaces = vec![0_u64; self.holders.len()];
         for (at, ((slice, assigned), load)) in
             round.assignment.slices.iter().zip(&round.loads).enumerate()
         {
@@ -183,6 +186,7 @@ impl<'a> Draft<'a> {
                 held[holder as usize] += weight;
                 loads[holder as usize] += load;
                 parts[holder as usize] += 1;
+                spaces[holder as usize] += space_of(slice);
                 if wanted > 1 || (some_leave && leaving[holder as usize]) {
                     self.vacant.push(at as u32);
                 }
@@ -198,6 +202,7 @@ impl<'a> Draft<'a> {
                 held[*holder as usize] += weight / each;
                 loads[*holder as usize] += load / each;
                 parts[*holder as usize] += 1;
+                spaces[*holder as usize] += space_of(slice) / each;
             }
             if group.len() < wanted || group.iter().any(|holder| leaving[*holder as usize]) {
                 self.vacant.push(at as u32);
@@ -211,6 +216,7 @@ impl<'a> Draft<'a> {
         for (at, holder) in self.holders.iter_mut().enumerate() {
             (holder.load, holder.start) = (loads[at], loads[at]);
             holder.newcomer = parts[at] == 0;
+            holder.space = spaces[at];
         }
         let mut main = Meter::new(weights, held, capacity.clone());
         main.marks = self.marks(mean, round.policy.band);
@@ -276,8 +282,11 @@ impl<'a> Draft<'a> {
         };
         let mut marks = Marks::above(mean, width, tuning.give_to, tuning.take_to);
         if fixed {
+            // Who asks for a width means it for both sides, and for what holds until the next round.
+            let inner = tuning.fixed_inner;
+            marks = Marks::above(mean, width, inner, tuning.take_to);
             marks.floor = mean.saturating_sub(width);
-            marks.fill_to = mean.saturating_sub(tuning.give_to.of(width));
+            marks.fill_to = mean.saturating_sub(inner.of(width));
         } else {
             marks.floor = tuning.fill_below.of(mean).saturating_sub(2 * width);
             marks.fill_to = tuning.fill_to.of(mean);
@@ -498,6 +507,12 @@ impl<'a> Draft<'a> {
         None
     }
 
+    /// How many holders that would do are compared by the keys that they hold: with a reservation, which is load that is
+    /// reckoned with and was not measured, the one with the fewest has the most room for it.
+    pub(in crate::balance) fn choices(&self) -> usize {
+        if self.round.policy.reservation.millionths() > 0 { RESERVED_CHOICES } else { 1 }
+    }
+
     /// Moves a replica, adds one (`from` nobody) or removes one (`to` nobody).
     pub(in crate::balance) fn shift(
         &mut self,
@@ -545,7 +560,7 @@ impl<'a> Draft<'a> {
     }
 
     fn put(&mut self, part: u32, new: Vec<u32>) {
-        let load = self.load(part);
+        let (load, space) = (self.load(part), space_of(self.slice(part)));
         let old = self.holders_of(part).to_vec();
         for meter in &mut self.meters {
             let weight = meter.weight[part as usize];
@@ -559,9 +574,11 @@ impl<'a> Draft<'a> {
         for holder in &old {
             let holder = &mut self.holders[*holder as usize];
             holder.load = holder.load.saturating_sub(load / old.len() as u64);
+            holder.space = holder.space.saturating_sub(space / old.len() as u64);
         }
         for holder in &new {
             self.holders[*holder as usize].load += load / new.len() as u64;
+            self.holders[*holder as usize].space += space / new.len() as u64;
             if let Some(list) = self.lists.get_mut(*holder as usize).and_then(Option::as_mut) {
                 list.push(part);
             }
@@ -570,10 +587,14 @@ impl<'a> Draft<'a> {
     }
 
     fn shift_load(&mut self, part: u32, from: u32, to: u32) {
-        let load = self.load(part) / self.holders_of(part).len() as u64;
+        let replicas = self.holders_of(part).len() as u64;
+        let (load, space) = (self.load(part) / replicas, space_of(self.slice(part)) / replicas);
         let giver = &mut self.holders[from as usize];
         giver.load = giver.load.saturating_sub(load);
-        self.holders[to as usize].load += load;
+        giver.space = giver.space.saturating_sub(space);
+        let taker = &mut self.holders[to as usize];
+        taker.load += load;
+        taker.space += space;
     }
 
     fn owner_of(&mut self, holders: Vec<u32>) -> u32 {
@@ -752,7 +773,7 @@ impl<'a> Draft<'a> {
         let mut push = |from: Option<SessionId>, to: Option<u32>, reason| {
             // A task that was lost is no holder any more.
             let giver = from.and_then(|from| self.place(from));
-            let side = giver.or(to.map(|to| to as usize)).unwrap_or_default();
+            let side = giver.or_else(|| to.map(|to| to as usize)).unwrap_or_default();
             let before = Load::from_milli(loads[side]);
             if let Some(giver) = giver {
                 loads[giver] = loads[giver].saturating_sub(carried.milli());
@@ -777,6 +798,34 @@ impl Draft<'_> {
         self.holders.binary_search_by_key(&session, |holder| holder.session).ok()
     }
 }
+
+/// Of the holders that are offered, the one with the least key space; the first among equals.
+pub(in crate::balance) struct Choice {
+    left: usize,
+    best: Option<(u64, u32)>,
+}
+
+impl Choice {
+    pub(in crate::balance) const fn new(choices: usize) -> Self {
+        Self { left: choices, best: None }
+    }
+
+    /// Takes one more into account, and says whether that was the last.
+    pub(in crate::balance) fn offer(&mut self, holder: u32, space: u64) -> bool {
+        if self.best.is_none_or(|(least, _)| space < least) {
+            self.best = Some((space, holder));
+        }
+        self.left = self.left.saturating_sub(1);
+        self.left == 0
+    }
+
+    pub(in crate::balance) fn made(self) -> Option<u32> {
+        self.best.map(|(_, holder)| holder)
+    }
+}
+
+/// How many holders are compared where load is reserved: the coldest few, so that the load itself stays even.
+const RESERVED_CHOICES: usize = 2;
 
 /// How many holders may lack room for a part before the search ends: with tasks of one size the first does.
 const REFUSALS_MAX: u32 = 16;
@@ -818,6 +867,7 @@ fn roster(round: &Round) -> (Vec<Holder>, Vec<String>, usize) {
         given: 0,
         load: 0,
         start: 0,
+        space: 0,
     };
     let holders = tasks().map(|task| holder(task)).collect();
     (holders, regions, zones.len())
@@ -827,13 +877,11 @@ fn roster(round: &Round) -> (Vec<Holder>, Vec<String>, usize) {
 const REGION: &str = "region";
 
 /// All load that is taken to lie evenly over the keys.
-fn reserve(round: &Round, tuning: &Tuning, measured: u64, capacity: u64) -> u64 {
+fn reserve(tuning: &Tuning, measured: u64) -> u64 {
     if measured == 0 {
         return 1 << 40; // where nothing was measured any even load will do
     }
-    let hint = round.policy.max_load_hint.map_or(0, Load::milli);
-    let reserved = round.policy.reservation.of(scale(hint, capacity, 1_000));
-    reserved.max(tuning.reserve.of(measured)).max(1)
+    tuning.reserve.of(measured).max(1)
 }
 
 /// The share of an even load that lies on a slice.
@@ -843,6 +891,11 @@ fn share_of(whole: u64, slice: Slice) -> u64 {
         width if width >> 64 != 0 => whole,
         width => ((u128::from(whole) * width) >> 64) as u64,
     }
+}
+
+/// A slice's share of the keys, of 2^44.
+const fn space_of(slice: Slice) -> u64 {
+    (slice.width() >> 20) as u64
 }
 
 fn scale_width(value: u64, part: Slice, whole: Slice) -> u64 {

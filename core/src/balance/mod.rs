@@ -32,8 +32,8 @@ pub fn plan(round: &Round) -> Plan {
 /// Decides with other constants than the standard ones, for studies of what they are worth.
 pub fn plan_with(round: &Round, tuning: &Tuning) -> Plan {
     let mut draft = draft::Draft::new(round, tuning);
-    split::split(&mut draft); // so that there is something to move
     isolate::isolate(&mut draft); // hot keys become slices of their own
+    split::split(&mut draft); // so that there is something to move
     pin::pin(&mut draft); // what the operator put somewhere
     place::place(&mut draft); // what nobody serves, or too few, or who leaves
     replicate::replicate(&mut draft); // what one task cannot carry, or need not share

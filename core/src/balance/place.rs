@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 
-use crate::balance::draft::{Draft, LOAD};
+use crate::balance::draft::{Choice, Draft, LOAD};
 use crate::plan::Reason;
 
 /// Fills vacancies, the heaviest first, each with the least pressed task. In a rollout that is one of the newest
@@ -55,7 +55,7 @@ fn evict(draft: &mut Draft<'_>, part: u32, from: u32) {
         Some(to) => draft.shift(part, Some(from), Some(to), Reason::Drain),
         // All others have it already: it has replicas enough without this one.
         None if draft.holders_of(part).len() > 1 => {
-            draft.shift(part, Some(from), None, Reason::Drain)
+            draft.shift(part, Some(from), None, Reason::Drain);
         }
         // There is no one else: the task keeps it as long as it lives.
         None => {}
@@ -75,8 +75,14 @@ fn next(draft: &mut Draft<'_>, part: u32, from: Option<u32>) -> Option<u32> {
         draft.holders[*holder as usize].newest && *pressure < limit && fits(*holder)
     };
     let found = if draft.rollout() { coldest().take(CHOICE_MAX).find(newest) } else { None };
-    let found = found.or_else(|| coldest().take(CHOICE_MAX).find(|(_, holder)| fits(*holder)));
-    found.or_else(|| coldest().find(|(_, holder)| lacks(*holder))).map(|(_, holder)| holder)
+    let mut choice = Choice::new(draft.choices());
+    for (_, holder) in coldest().take(CHOICE_MAX).filter(|(_, holder)| fits(*holder)) {
+        if choice.offer(holder, draft.holders[holder as usize].space) {
+            break;
+        }
+    }
+    let found = found.map(|(_, holder)| holder).or_else(|| choice.made());
+    found.or_else(|| coldest().map(|(_, holder)| holder).find(|holder| lacks(*holder)))
 }
 
 /// How many of the least pressed tasks are looked at before any will do.

@@ -143,10 +143,10 @@ fn a_hot_task_gives_its_excess_and_no_more() {
          2000..3fff a 400
          4000..7fff a 100
          8000..ffff b 800",
-        "0400..05ff a -> b (load, 44: 1200 to 1156)
-         0c00..0dff a -> b (load, 44: 1156 to 1112)
-         1400..15ff a -> b (load, 44: 1112 to 1068)
-         imbalance 1.20 to 1.07",
+        "2000..21ff a -> b (load, 25: 1200 to 1175)
+         0400..05ff a -> b (load, 44: 1175 to 1131)
+         0c00..0dff a -> b (load, 44: 1131 to 1087)
+         imbalance 1.20 to 1.09",
     );
 }
 

@@ -30,6 +30,8 @@ pub struct Tuning {
     /// Where giving stops, on the way from the mean to the band's edge: short of the edge, so that a task that gave does
     /// not stand there again.
     pub give_to: Ratio,
+    /// Where giving, and filling on the other side, stops with a fixed band.
+    pub fixed_inner: Ratio,
     /// Where taking stops, on the same way: below `give_to`, lest what was given is given on.
     pub take_to: Ratio,
     /// A replica that carries more than this share of the mean is too heavy to balance with.
@@ -63,11 +65,12 @@ impl Tuning {
         slices_max: 150,
         reserve: Ratio::percent(1),
         isolate_above: Ratio::percent(2),
-        error_widens: Ratio::percent(120),
+        error_widens: Ratio::percent(130),
         error_margin: Ratio::percent(130),
         surprise_widens: Ratio::percent(30),
         band_max: Ratio::percent(100),
         give_to: Ratio::percent(80),
+        fixed_inner: Ratio::percent(45),
         take_to: Ratio::percent(30),
         grow_above: Ratio::percent(35),
         grow_to: Ratio::percent(30),
