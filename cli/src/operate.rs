@@ -48,7 +48,7 @@ pub(crate) enum JobCommand {
     /// A spec is YAML or JSON; what is left out has its default. The fields that matter most, as they are by default:
     ///
     ///   name: kv
-    ///   band: 3%                # how far above the mean a task may lie at least
+    ///   band: 2%                # how far above the mean a task may lie at least
     ///   churn_budget: 100%      # how much load one round may move
     ///   replicas: {min: 1, max: 1}
     ///   heartbeat: 1s

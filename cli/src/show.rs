@@ -317,7 +317,7 @@ mod tests {
         let job = &json["jobs"][0];
         assert_eq!(job["generation"], "1.42");
         assert_eq!(job["spec"]["report_every"], "5s");
-        assert_eq!(job["spec"]["band"], "3%");
+        assert_eq!(job["spec"]["band"], "2%");
         assert_eq!(job["load"], 4.0);
         assert_eq!(job["imbalance"], 1.5);
         assert_eq!(job["churn"]["keys"], 0.25);
@@ -349,6 +349,6 @@ b     kv   s2       127.0.0.1:9002  serving  yes             2   1.0
     fn a_job_without_load_has_no_imbalance() {
         assert_eq!(imbalance(&pb::JobStatus::default()), None);
         let page = job_page(&status().jobs[0]);
-        assert!(page.starts_with("name: kv\nband: 3%\nchurn_budget: 100%\n"), "{page}");
+        assert!(page.starts_with("name: kv\nband: 2%\nchurn_budget: 100%\n"), "{page}");
     }
 }
