@@ -15,6 +15,7 @@ pub mod replay;
 pub mod workload;
 pub mod service;
 pub mod percentile;
+pub mod rehearsal;
 pub mod interval;
 pub mod synthetic;
 pub mod fleet;

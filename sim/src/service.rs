@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mandoline_core::assignment::Assignment;
+use mandoline_core::assignment::{Assigned, Assignment, Replica};
 use mandoline_core::balance;
 use mandoline_core::command::Command;
 use mandoline_core::generation::Generation;
@@ -15,15 +15,23 @@ use mandoline_core::key::SliceKey;
 use mandoline_core::leader::{Action, Event, Leader};
 use mandoline_core::load::Load;
 use mandoline_core::name::JobName;
-use mandoline_core::report::Report;
+use mandoline_core::report::{HotKey, Report};
+use mandoline_core::sketch::Sketch;
 use mandoline_core::slice::Slice;
+use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::JobSpec;
 use mandoline_core::state::{Churn, Outcome, State};
-use mandoline_core::task::{SessionId, TaskInfo};
+use mandoline_core::task::{Phase, SessionId, TaskInfo};
 use mandoline_core::time::Time;
 
 /// How often the clock stops to look at deadlines and reports.
 const STEP: Duration = Duration::from_millis(50);
+/// A task's sketch finds each key that carries more than a part in so many, as a slicelet's does.
+const SKETCH: usize = 512;
+/// A key is told from chance by so many requests,
+const SAMPLES_MIN: u64 = 4;
+/// and named if it carries more than this part of the task's load.
+const PART: u64 = 256;
 
 /// One job on a virtual clock.
 pub struct Service {
@@ -38,9 +46,57 @@ pub struct Service {
 struct Tally {
     began: Time,
     generation: Generation,
-    units: BTreeMap<Slice, f64>,
+    /// Thousandths of units, by the slices of the assignment that holds now.
+    counted: BTreeMap<Slice, u64>,
+    hot: Sketch,
+    requests: u64,
     /// All that the task was ever sent.
     total: f64,
+}
+
+impl Tally {
+    fn new(began: Time, generation: Generation) -> Self {
+        let (counted, hot) = (BTreeMap::new(), Sketch::new(SKETCH));
+        Self { began, generation, counted, hot, requests: 0, total: 0.0 }
+    }
+
+    /// The keys that stand out, sorted, and what each has carried.
+    fn hottest(&self) -> Vec<(SliceKey, u64)> {
+        let total = self.hot.total();
+        let by_chance = total.saturating_mul(SAMPLES_MIN) / self.requests.max(1);
+        let top = self.hot.top((total / PART).max(by_chance).max(1));
+        let mut found: Vec<(SliceKey, u64)> =
+            top.iter().map(|heavy| (heavy.key, heavy.at_least())).collect();
+        found.retain(|(_, carried)| *carried > 0);
+        found.sort_unstable();
+        found
+    }
+
+    /// Counts on by the slices of another assignment. What a slice carried that was split goes to where its hot keys lie,
+    /// the rest by width.
+    fn settle(&mut self, now: &Assignment) {
+        let hot = self.hottest();
+        for (slice, mut carried) in std::mem::take(&mut self.counted) {
+            let mut add = |slice, part| *self.counted.entry(slice).or_default() += part;
+            let (first, last) = (now.slices.get(slice.first()).0, now.slices.get(slice.last()).0);
+            if first == last {
+                add(first, carried);
+                continue;
+            }
+            for (key, part) in hot.iter().filter(|(key, _)| slice.contains(*key)) {
+                let part = (*part).min(carried);
+                add(now.slices.get(*key).0, part);
+                carried -= part;
+            }
+            let (mut given, mut covered) = (0, 0);
+            for (part, _) in now.slices.touching(slice) {
+                covered += part.overlap(slice).map_or(0, Slice::width);
+                let due = (u128::from(carried) * covered / slice.width()) as u64;
+                add(part, due - given);
+                given = due;
+            }
+        }
+    }
 }
 
 impl Service {
@@ -54,6 +110,35 @@ impl Service {
         let mut service = Self { spec, state, leader, now: Time::ZERO, tasks: BTreeMap::new() };
         for _ in 0..tasks {
             service.add_task();
+        }
+        service
+    }
+
+    /// Starts a job and its tasks with this layout, such as a real one had when its load began: who serves the keys from
+    /// each place on. Sessions count from one.
+    /// Tasks report `lag` after the moments that rounds come at.
+    pub fn with_layout(
+        spec: JobSpec,
+        tasks: usize,
+        layout: &SliceMap<SessionId>,
+        lag: Duration,
+    ) -> Self {
+        let mut service = Self::new(spec, tasks);
+        let job = service.state.jobs.get_mut(&service.spec.name).expect("the job was just made");
+        let mut assignment = Assignment::clone(&job.assignment);
+        let since = assignment.generation.next();
+        assignment.generation = since;
+        assignment.slices = layout.map(|_, session| Assigned {
+            replicas: [Replica { session: *session, since }].into_iter().collect(),
+            ..Assigned::default()
+        });
+        job.assignment = Arc::new(assignment);
+        service.leader = Leader::new(service.now, &service.state);
+        let sessions: Vec<SessionId> = service.tasks.keys().copied().collect();
+        for session in sessions {
+            let generation = service.assignment().generation;
+            service.tasks.insert(session, Tally::new(service.now + lag, generation));
+            service.happen(Event::Attached { job: service.job(), session });
         }
         service
     }
@@ -81,6 +166,11 @@ impl Service {
         self.state.jobs[&self.spec.name].churn
     }
 
+    /// Counts the tasks that serve and do not drain.
+    pub fn serving(&self) -> usize {
+        self.assignment().tasks.values().filter(|task| task.phase == Phase::Serving).count()
+    }
+
     /// Adds a task.
     pub fn add_task(&mut self) -> SessionId {
         let id = self.state.last_session + 1;
@@ -93,10 +183,7 @@ impl Service {
             panic!("a new task is accepted")
         };
         let generation = self.assignment().generation;
-        self.tasks.insert(
-            session,
-            Tally { began: self.now, generation, units: BTreeMap::new(), total: 0.0 },
-        );
+        self.tasks.insert(session, Tally::new(self.now, generation));
         self.happen(Event::Attached { job: self.job(), session });
         session
     }
@@ -115,7 +202,10 @@ impl Service {
             return;
         };
         let tally = self.tasks.get_mut(&session).expect("replicas are tasks");
-        *tally.units.entry(slice).or_default() += units;
+        let thousandths = (units * 1_000.0).round() as u64;
+        *tally.counted.entry(slice).or_default() += thousandths;
+        tally.hot.add(key, thousandths);
+        tally.requests += 1;
         tally.total += units;
     }
 
@@ -149,24 +239,35 @@ impl Service {
         let window = self.now.since(tally.began);
         let generation = std::mem::replace(&mut tally.generation, assignment.generation);
         tally.began = self.now;
-        let units = std::mem::take(&mut tally.units);
-        let load = |slice: Slice| {
-            let parts = units.iter().filter(|(part, _)| part.overlap(slice).is_some());
-            let share = |(part, units): (&Slice, &f64)| {
-                let common = part.overlap(slice).map_or(0, Slice::width);
-                units * common as f64 / part.width() as f64
-            };
-            let units: f64 = parts.map(share).sum();
-            Load::from_units(units / window.as_secs_f64()).expect("counts are no NaN")
+        let per_second = |thousandths: u64| {
+            Load::from_milli((thousandths as f64 / window.as_secs_f64()).round() as u64)
         };
-        let slices = assignment.of(session).map(|(slice, _)| (slice, load(slice))).collect();
-        let report = Report::new(session, generation, window, slices);
+        let hot = tally.hottest();
+        let mut counted = std::mem::take(&mut tally.counted);
+        tally.hot.clear();
+        tally.requests = 0;
+        // What it gave away meanwhile it tells too.
+        for (slice, _) in assignment.of(session) {
+            counted.entry(slice).or_default();
+        }
+        let slices =
+            counted.iter().map(|(slice, carried)| (*slice, per_second(*carried))).collect();
+        let mut report = Report::new(session, generation, window, slices);
+        let named =
+            hot.iter().map(|(key, carried)| HotKey { key: *key, load: per_second(*carried) });
+        report.hot = named.filter(|hot| report.load_around(hot.key).is_some()).collect();
+        report.clamp();
         self.happen(Event::Reported { job: self.job(), report });
     }
 
     fn propose(&mut self, command: Command) -> Option<Outcome> {
+        let before = self.state.jobs.get(&self.spec.name).map(|job| job.assignment.generation);
         let applied = self.state.apply(command.clone());
         let outcome = applied.as_ref().ok().map(|applied| applied.outcome);
+        let now = Arc::clone(self.assignment());
+        if before != Some(now.generation) {
+            self.tasks.values_mut().for_each(|tally| tally.settle(&now));
+        }
         let job = self.job();
         self.happen(if outcome.is_some() {
             Event::Applied { job }

@@ -27,6 +27,8 @@ mod spill;
 mod away;
 mod durability;
 mod disk_full;
+mod reaction;
+mod agree;
 mod sim_chaos;
 mod sim_balance;
 mod sim_advise;

@@ -3,6 +3,7 @@
 #[allow(dead_code)] // the integration tests use the rest of it
 mod processes;
 mod failover;
+mod reaction;
 
 use std::process::ExitCode;
 
@@ -14,11 +15,13 @@ use crate::failure::Failure;
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     Failover(failover::FailoverArgs),
+    Reaction(reaction::ReactionArgs),
 }
 
 /// Answers `bench`.
 pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
     match command {
         BenchCommand::Failover(args) => failover::run(args).await,
+        BenchCommand::Reaction(args) => reaction::run(args).await,
     }
 }

@@ -7,8 +7,6 @@
 mod round;
 mod tuning;
 mod meter;
-mod band;
-mod holder;
 mod draft;
 mod isolate;
 mod split;
