@@ -9,14 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::assignment::Assignment;
-use crate::balance::{Policy, Round};
+use crate::balance::{InFlight, Policy, Round};
 use crate::command::{Command, EndReason};
 use crate::forecast::Forecast;
 use crate::generation::Generation;
 use crate::load::Load;
 use crate::name::JobName;
 use crate::offers::{Offer, OfferError, Offers, Totals};
-use crate::plan::Plan;
+use crate::plan::{Move, Plan};
 use crate::report::{LoadTable, Report, ReportError};
 use crate::roster::Roster;
 use crate::sizes::Sizes;
@@ -221,6 +221,10 @@ impl Leader {
 struct Lead {
     roster: Roster,
     table: LoadTable,
+    /// The newest generation that each task is known to serve by.
+    served: BTreeMap<SessionId, Generation>,
+    /// The generation when this leader began: what was moved before has long been heard of.
+    began: Generation,
     offers: Offers,
     forecast: Forecast,
     sizes: Sizes,
@@ -250,6 +254,8 @@ impl Lead {
         Self {
             roster,
             table: LoadTable::default(),
+            served: BTreeMap::new(),
+            began: assignment.generation,
             offers: Offers::default(),
             forecast: Forecast::new(assignment),
             sizes: Sizes::default(),
@@ -269,6 +275,8 @@ impl Lead {
     }
 
     fn report(&mut self, report: Report) {
+        let served = self.served.entry(report.session).or_default();
+        *served = report.generation.max(*served);
         let checked: Result<(), ReportError> = self.table.receive(report);
         // The edge has refused bad reports before, and told their sender.
         debug_assert!(checked.is_ok(), "reports are checked where they come in");
@@ -281,6 +289,7 @@ impl Lead {
         self.next_round = self.next_round.min(now + job.spec.balance_every);
         self.roster.sync(now, assignment.tasks.keys().copied());
         self.told.retain(|session| assignment.tasks.contains_key(session));
+        self.served.retain(|session, _| assignment.tasks.contains_key(session));
         if matches!(self.busy, Some(Busy::Proposed(base)) if base < assignment.generation) {
             self.busy = None;
         }
@@ -330,8 +339,10 @@ impl Lead {
         let fresh = self.forecast.is_fresh();
         let policy =
             Policy { pins: job.pins.clone(), frozen: job.frozen, ..Policy::from(&job.spec) };
+        let in_flight = self.in_flight(job);
         let round = Round {
             now,
+            in_flight,
             usual: of.slices.iter().map(|(slice, _)| self.forecast.usual_of(slice)).collect(),
             hot: self.forecast.hot().to_vec(),
             further: self.sizes.further(of, &job.spec.metrics),
@@ -347,6 +358,18 @@ impl Lead {
         } else {
             round.emergencies_only()
         })));
+    }
+
+    /// Slices that were moved to a task that has not reported since: callers may still look for them where they were.
+    fn in_flight(&self, job: &Job) -> Vec<InFlight> {
+        let served = |session| self.served.get(&session).copied().unwrap_or(self.began);
+        let flying = |(moved, step): &(Generation, Move)| match (step.from, step.to) {
+            (Some(from), Some(to)) if served(to) < *moved => {
+                Some(InFlight { slice: step.slice, from })
+            }
+            _ => None,
+        };
+        job.history.iter().filter_map(flying).collect()
     }
 
     fn planned(

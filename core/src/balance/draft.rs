@@ -8,16 +8,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::assignment::Assigned;
+use crate::balance::band;
+use crate::balance::holder::{Holder, Places, roster};
 use crate::balance::meter::{Marks, Meter, scale};
-use crate::balance::round::Round;
+use crate::balance::round::{Further, InFlight, Round};
 use crate::balance::tuning::Tuning;
 use crate::generation::Generation;
 use crate::key::SliceKey;
 use crate::load::Load;
 use crate::plan::{Edit, Move, Plan, Reason};
 use crate::slice::Slice;
-use crate::spec::{Band, BandOf, Ratio};
-use crate::task::{Phase, SessionId, Task};
+use crate::spec::Ratio;
+use crate::task::{Phase, SessionId};
 
 /// The main meter: the job's load.
 pub(in crate::balance) const LOAD: usize = 0;
@@ -26,32 +28,6 @@ pub(in crate::balance) const LOAD: usize = 0;
 const NOBODY: u32 = u32::MAX;
 /// Set where several hold the part: the rest is its place among the groups.
 const GROUP: u32 = 1 << 31;
-
-/// The band where nothing was measured: a task begins with 32 slices, so one more or less is three percent.
-const EVEN: Ratio = Ratio::percent(3);
-
-/// A task.
-pub(in crate::balance) struct Holder {
-    pub(in crate::balance) session: SessionId,
-    /// Whether it may be given slices.
-    pub(in crate::balance) serving: bool,
-    /// Whether it held nothing when the round began.
-    pub(in crate::balance) newcomer: bool,
-    /// Whether it runs the newest of several revisions.
-    pub(in crate::balance) newest: bool,
-    /// Which value of the label that replicas are spread over it has.
-    zone: u32,
-    /// Which region it is in.
-    region: Option<u32>,
-    /// What it was given in this round to even out load.
-    pub(in crate::balance) given: u64,
-    /// Its load without any reserve.
-    load: u64,
-    /// The same when the round began.
-    start: u64,
-    /// The share of the keys that it holds, of 2^44.
-    pub(in crate::balance) space: u64,
-}
 
 /// A part came to a holder, left one, or both.
 #[derive(Clone, Copy)]
@@ -219,18 +195,19 @@ impl<'a> Draft<'a> {
             holder.space = spaces[at];
         }
         let mut main = Meter::new(weights, held, capacity.clone());
-        main.marks = self.marks(mean, round.policy.band);
+        main.marks = band::marks(round, self.tuning, self.serving, self.free, mean);
         self.meters.push(main);
         for further in &round.further {
             let meter = self.further(further, &capacity);
             self.meters.push(meter);
         }
-        for flight in &round.in_flight {
+        let in_flight = if self.free { &[] } else { round.in_flight.as_slice() };
+        for flight in in_flight {
             self.in_flight(*flight);
         }
     }
 
-    fn further(&self, further: &crate::balance::round::Further, capacity: &[u64]) -> Meter {
+    fn further(&self, further: &Further, capacity: &[u64]) -> Meter {
         let weight: Vec<u64> = further.loads.iter().map(|load| load.milli()).collect();
         assert_eq!(weight.len(), self.owner.len(), "a further load has one value a slice");
         let mut held = vec![0; self.holders.len()];
@@ -248,50 +225,13 @@ impl<'a> Draft<'a> {
     }
 
     /// Callers may still look for a moved slice where it was: its load counts there as well, and cannot be moved away.
-    fn in_flight(&mut self, flight: crate::balance::round::InFlight) {
+    fn in_flight(&mut self, flight: InFlight) {
         let Some(from) = self.place(flight.from) else { return };
         let part = self.round.assignment.slices.index_of(flight.slice.first()) as u32;
         if self.slice(part) == flight.slice && !self.holds(part, from as u32) {
             let share = self.share(LOAD, part);
             self.meters[LOAD].add(from as u32, share);
         }
-    }
-
-    fn marks(&self, mean: u64, band: Band) -> Marks {
-        let tuning = self.tuning;
-        if self.free {
-            return Marks::above(mean, EVEN.of(mean), tuning.give_to, tuning.take_to);
-        }
-        let (width, fixed) = match band {
-            Band::Adaptive(floor) => {
-                // Of n tasks the unluckiest is sqrt(2 ln n) deviations off; a little more, lest it moves each time.
-                let unluckiest = (2 * 693 * 1_000 * u64::from(self.serving.max(2).ilog2())).isqrt();
-                let deviations = unluckiest + u64::from(tuning.error_margin.millionths() / 1_000);
-                let error = u64::from(self.round.forecast_error.millionths());
-                let error = tuning.error_widens.of(scale(error, deviations, 1_000));
-                let lag = tuning.surprise_widens.of(u64::from(self.round.surprise.millionths()));
-                let wide = u64::from(floor.millionths()) + error + lag;
-                let most = u64::from(tuning.band_max.max(floor).millionths());
-                (scale(mean, wide.min(most), 1_000_000), false)
-            }
-            Band::Fixed { ratio, of: BandOf::Mean } => (ratio.of(mean), true),
-            Band::Fixed { ratio, of: BandOf::Hint } => {
-                let hint = self.round.policy.max_load_hint.map_or(mean, Load::milli);
-                (ratio.of(hint.max(mean)), true)
-            }
-        };
-        let mut marks = Marks::above(mean, width, tuning.give_to, tuning.take_to);
-        if fixed {
-            // Who asks for a width means it for both sides, and for what holds until the next round.
-            let inner = tuning.fixed_inner;
-            marks = Marks::above(mean, width, inner, tuning.take_to);
-            marks.floor = mean.saturating_sub(width);
-            marks.fill_to = mean.saturating_sub(inner.of(width));
-        } else {
-            marks.floor = tuning.fill_below.of(mean).saturating_sub(2 * width);
-            marks.fill_to = tuning.fill_to.of(mean);
-        }
-        marks
     }
 
     /// Counts the tasks that may be given slices.
@@ -505,12 +445,6 @@ impl<'a> Draft<'a> {
             }
         }
         None
-    }
-
-    /// How many holders that would do are compared by the keys that they hold: with a reservation, which is load that is
-    /// reckoned with and was not measured, the one with the fewest has the most room for it.
-    pub(in crate::balance) fn choices(&self) -> usize {
-        if self.round.policy.reservation.millionths() > 0 { RESERVED_CHOICES } else { 1 }
     }
 
     /// Moves a replica, adds one (`from` nobody) or removes one (`to` nobody).
@@ -799,82 +733,8 @@ impl Draft<'_> {
     }
 }
 
-/// Of the holders that are offered, the one with the least key space; the first among equals.
-pub(in crate::balance) struct Choice {
-    left: usize,
-    best: Option<(u64, u32)>,
-}
-
-impl Choice {
-    pub(in crate::balance) const fn new(choices: usize) -> Self {
-        Self { left: choices, best: None }
-    }
-
-    /// Takes one more into account, and says whether that was the last.
-    pub(in crate::balance) fn offer(&mut self, holder: u32, space: u64) -> bool {
-        if self.best.is_none_or(|(least, _)| space < least) {
-            self.best = Some((space, holder));
-        }
-        self.left = self.left.saturating_sub(1);
-        self.left == 0
-    }
-
-    pub(in crate::balance) fn made(self) -> Option<u32> {
-        self.best.map(|(_, holder)| holder)
-    }
-}
-
-/// How many holders are compared where load is reserved: the coldest few, so that the load itself stays even.
-const RESERVED_CHOICES: usize = 2;
-
 /// How many holders may lack room for a part before the search ends: with tasks of one size the first does.
 const REFUSALS_MAX: u32 = 16;
-
-/// The tasks as holders, the regions' names, and how many values the label has that replicas are spread over.
-fn roster(round: &Round) -> (Vec<Holder>, Vec<String>, usize) {
-    let tasks = || round.assignment.tasks.values();
-    let serving = || tasks().filter(|task| task.phase == Phase::Serving);
-    let label = |task: &Task, name: &str| task.info.labels.get(name).cloned().unwrap_or_default();
-    let regions: BTreeSet<String> = match round.policy.homes.is_empty() {
-        true => BTreeSet::new(),
-        false => serving().map(|task| label(task, REGION)).collect(),
-    };
-    let regions: Vec<String> = regions.into_iter().collect();
-    let zones: BTreeSet<String> = match &round.policy.spread {
-        None => BTreeSet::new(),
-        Some(spread) => serving().map(|task| label(task, spread)).collect(),
-    };
-    let zones: Vec<String> = zones.into_iter().collect();
-    // Sessions are minted in order: the revision whose first task is the youngest is the newest.
-    let mut revisions: BTreeMap<&str, SessionId> = BTreeMap::new();
-    for task in tasks() {
-        revisions.entry(&task.info.revision).or_insert(task.session);
-    }
-    let newest = match revisions.len() {
-        0 | 1 => None,
-        _ => revisions.iter().max_by_key(|(_, first)| **first).map(|(revision, _)| *revision),
-    };
-    let holder = |task: &Task| Holder {
-        session: task.session,
-        serving: task.phase == Phase::Serving,
-        newcomer: false,
-        newest: newest.is_some_and(|newest| newest == task.info.revision),
-        zone: round.policy.spread.as_ref().map_or(0, |spread| {
-            let value = label(task, spread);
-            zones.binary_search(&value).unwrap_or(usize::MAX) as u32
-        }),
-        region: regions.binary_search(&label(task, REGION)).ok().map(|place| place as u32),
-        given: 0,
-        load: 0,
-        start: 0,
-        space: 0,
-    };
-    let holders = tasks().map(|task| holder(task)).collect();
-    (holders, regions, zones.len())
-}
-
-/// The label that says which region a task is in.
-const REGION: &str = "region";
 
 /// All load that is taken to lie evenly over the keys.
 fn reserve(tuning: &Tuning, measured: u64) -> u64 {
@@ -900,37 +760,4 @@ const fn space_of(slice: Slice) -> u64 {
 
 fn scale_width(value: u64, part: Slice, whole: Slice) -> u64 {
     Load::from_milli(value).share(part.width(), whole.width()).milli()
-}
-
-/// Finds holders by session: sessions are minted in order, so mostly they lie close together and a table does.
-enum Places {
-    Table(u64, Vec<u32>),
-    Sorted(Vec<SessionId>),
-}
-
-impl Places {
-    fn new(holders: &[Holder]) -> Self {
-        let sessions = || holders.iter().map(|holder| holder.session);
-        let (first, last) = (sessions().next(), sessions().next_back());
-        let span = last.zip(first).map_or(0, |(last, first)| last.0 - first.0 + 1);
-        if span > 64 * holders.len() as u64 + 1_024 {
-            return Self::Sorted(sessions().collect());
-        }
-        let first = first.map_or(0, |first| first.0);
-        let mut table = vec![NOBODY; span as usize];
-        for (place, session) in sessions().enumerate() {
-            table[(session.0 - first) as usize] = place as u32;
-        }
-        Self::Table(first, table)
-    }
-
-    fn find(&self, session: SessionId) -> Option<u32> {
-        match self {
-            Self::Table(first, table) => {
-                let place = usize::try_from(session.0.checked_sub(*first)?).ok()?;
-                table.get(place).copied().filter(|place| *place != NOBODY)
-            }
-            Self::Sorted(sessions) => sessions.binary_search(&session).ok().map(|at| at as u32),
-        }
-    }
 }

@@ -7,6 +7,8 @@
 mod round;
 mod tuning;
 mod meter;
+mod band;
+mod holder;
 mod draft;
 mod isolate;
 mod split;

@@ -10,10 +10,10 @@ pub(in crate::balance) fn pin(draft: &mut Draft<'_>) {
     let round = draft.round;
     for pin in &round.policy.pins {
         let task = round.assignment.tasks.values().find(|task| task.info.name == pin.task);
-        let holder = task.and_then(|task| {
-            let same = |holder: &crate::balance::draft::Holder| holder.session == task.session;
-            draft.holders.iter().position(|holder| same(holder) && holder.serving)
-        });
+        let serves = |session| {
+            draft.holders.iter().position(|holder| holder.session == session && holder.serving)
+        };
+        let holder = task.and_then(|task| serves(task.session));
         let Some(holder) = holder else { continue };
         for part in parts_within(draft, pin.slice) {
             if draft.holders_of(part) != [holder as u32] {

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 
-use crate::balance::draft::{Choice, Draft, LOAD};
+use crate::balance::draft::{Draft, LOAD};
 use crate::plan::Reason;
 
 /// Fills vacancies, the heaviest first, each with the least pressed task. In a rollout that is one of the newest
@@ -75,7 +75,7 @@ fn next(draft: &mut Draft<'_>, part: u32, from: Option<u32>) -> Option<u32> {
         draft.holders[*holder as usize].newest && *pressure < limit && fits(*holder)
     };
     let found = if draft.rollout() { coldest().take(CHOICE_MAX).find(newest) } else { None };
-    let mut choice = Choice::new(draft.choices());
+    let mut choice = Choice::new(choices(draft));
     for (_, holder) in coldest().take(CHOICE_MAX).filter(|(_, holder)| fits(*holder)) {
         if choice.offer(holder, draft.holders[holder as usize].space) {
             break;
@@ -87,3 +87,37 @@ fn next(draft: &mut Draft<'_>, part: u32, from: Option<u32>) -> Option<u32> {
 
 /// How many of the least pressed tasks are looked at before any will do.
 const CHOICE_MAX: usize = 64;
+
+/// How many holders that would do are compared by the keys that they hold: with a reservation, which is load that is
+/// reckoned with and was not measured, the one with the fewest has the most room for it.
+fn choices(draft: &Draft<'_>) -> usize {
+    if draft.round.policy.reservation.millionths() > 0 { RESERVED_CHOICES } else { 1 }
+}
+
+/// Of the holders that are offered, the one with the least key space; the first among equals.
+struct Choice {
+    left: usize,
+    best: Option<(u64, u32)>,
+}
+
+impl Choice {
+    const fn new(choices: usize) -> Self {
+        Self { left: choices, best: None }
+    }
+
+    /// Takes one more into account, and says whether that was the last.
+    fn offer(&mut self, holder: u32, space: u64) -> bool {
+        if self.best.is_none_or(|(least, _)| space < least) {
+            self.best = Some((space, holder));
+        }
+        self.left = self.left.saturating_sub(1);
+        self.left == 0
+    }
+
+    fn made(self) -> Option<u32> {
+        self.best.map(|(_, holder)| holder)
+    }
+}
+
+/// How many holders are compared where load is reserved: the coldest few, so that the load itself stays even.
+const RESERVED_CHOICES: usize = 2;
