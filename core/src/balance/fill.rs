@@ -1,6 +1,8 @@
 //! Tasks with next to nothing take from those with most. Without it a newcomer among many would stay empty for ever: each
 //! of the others is within the band.
 
+use std::cmp::Reverse;
+
 use crate::balance::draft::{Draft, LOAD};
 use crate::balance::give::{even_out, score};
 use crate::plan::Reason;
@@ -48,7 +50,6 @@ fn next(draft: &mut Draft<'_>, taker: u32) -> Option<(u32, u32)> {
     };
     let parts = draft.parts_of(from);
     let worth = parts.into_iter().filter(|part| fits(draft, *part));
-    let best =
-        worth.max_by_key(|part| (score(draft, LOAD, *part, bound), std::cmp::Reverse(*part)))?;
+    let best = worth.max_by_key(|part| (score(draft, LOAD, *part, bound), Reverse(*part)))?;
     Some((best, from))
 }

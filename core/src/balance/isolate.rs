@@ -1,7 +1,10 @@
 //! Keys that draw much of what one task can carry become slices of their own, in one round and without moving anything:
 //! only then can they be replicated, or moved without their neighbours.
 
+use std::cmp::Reverse;
+
 use crate::balance::draft::{Draft, LOAD};
+use crate::key::SliceKey;
 use crate::plan::SLICES_MAX;
 
 /// Cuts hot keys out of their slices.
@@ -15,7 +18,7 @@ pub(in crate::balance) fn isolate(draft: &mut Draft<'_>) {
     let mut hot: Vec<_> =
         round.hot.iter().filter(|hot| hot.load.milli() > worth && worth > 0).collect();
     // Should there be more than slices are left for, the hottest come first.
-    hot.sort_by_key(|hot| (std::cmp::Reverse(hot.load), hot.key));
+    hot.sort_by_key(|hot| (Reverse(hot.load), hot.key));
     for hot in hot {
         if draft.parts() + 2 > most {
             return;
@@ -30,12 +33,7 @@ pub(in crate::balance) fn isolate(draft: &mut Draft<'_>) {
 
 /// Parts a part so that one begins with `key`; what is not the key's lies evenly on both sides. Gives the part of the
 /// key, or nothing if it is a slice of its own already.
-fn cut_before(
-    draft: &mut Draft<'_>,
-    part: u32,
-    key: crate::key::SliceKey,
-    load: u64,
-) -> Option<u32> {
+fn cut_before(draft: &mut Draft<'_>, part: u32, key: SliceKey, load: u64) -> Option<u32> {
     let slice = draft.slice(part);
     if slice.width() == 1 {
         return None;

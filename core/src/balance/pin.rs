@@ -43,8 +43,11 @@ fn parts_within(draft: &mut Draft<'_>, range: Slice) -> Vec<u32> {
     if let Some(next) = range.last().next() {
         cut_at(draft, next);
     }
+    let slices = &draft.round.assignment.slices;
+    let whole = slices.index_of(range.first())..=slices.index_of(range.last());
+    let added = draft.base()..draft.parts();
     let within = |part: &u32| draft.slice(*part).overlap(range).is_some();
-    (0..draft.parts() as u32).filter(within).collect()
+    whole.chain(added).map(|part| part as u32).filter(within).collect()
 }
 
 fn cut_at(draft: &mut Draft<'_>, at: SliceKey) {

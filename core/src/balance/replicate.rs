@@ -1,5 +1,7 @@
 //! Slices that one task cannot carry get more replicas, and lose them again when they have cooled for good.
 
+use std::cmp::Reverse;
+
 use crate::balance::draft::{Draft, LOAD};
 use crate::plan::Reason;
 use crate::spec::Ratio;
@@ -18,7 +20,7 @@ pub(in crate::balance) fn replicate(draft: &mut Draft<'_>) {
     let came = draft.holders.iter().any(|holder| holder.newcomer && holder.serving);
     let cuts = draft.base() as u32..draft.parts() as u32;
     let mut heavy: Vec<u32> = draft.heavy.iter().copied().chain(cuts).collect();
-    heavy.sort_by_key(|part| std::cmp::Reverse(draft.meters[LOAD].weight[*part as usize]));
+    heavy.sort_by_key(|part| Reverse(draft.meters[LOAD].weight[*part as usize]));
     for part in heavy {
         let weight = draft.meters[LOAD].weight[part as usize];
         let usual = draft.usual(part);

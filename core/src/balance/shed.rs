@@ -7,6 +7,7 @@ use crate::balance::displace::{Solid, displace};
 use crate::balance::draft::{Draft, LOAD};
 use crate::balance::give::{even_out, score};
 use crate::balance::meter::{Marks, scale};
+use crate::key::SliceKey;
 use crate::plan::{Reason, SLICES_MAX};
 
 /// Moves the excess of tasks above the limit to the least pressed ones, within the churn budget, meter by meter.
@@ -126,7 +127,7 @@ fn give_piece(draft: &mut Draft<'_>, meter: usize, hot: u32) {
         return;
     };
     let load = scale(draft.load(part), piece, weight);
-    if draft.cut(part, crate::key::SliceKey(at), load).is_some()
+    if draft.cut(part, SliceKey(at), load).is_some()
         && let Some(to) = draft.taker(meter, part, Some(hot), |marks| marks.limit)
     {
         even_out(draft, part, hot, to, Reason::Load);
