@@ -32,7 +32,8 @@ pub struct Forecast {
 pub struct Smoothing {
     /// The least weight of a new measurement, as a percentage. While an estimate is young its measurements count alike.
     pub gain: u32,
-    /// Standard deviations of counting noise, in tenths, beyond which a measurement is news: it is taken as it is.
+    /// Standard deviations of counting noise, in tenths, beyond what the unluckiest of the slices has by chance, from which
+    /// on a measurement is news: it is taken as it is.
     pub news: u32,
     /// How much it counts that measurements were further off than counting explains: the power of how many times further
     /// they were, as a percentage. At 100 a bursty job's band is as wide as its bursts, and nothing is evened out.
@@ -45,7 +46,7 @@ pub struct Smoothing {
 
 impl Smoothing {
     /// What every job runs with.
-    pub const STANDARD: Self = Self { gain: 5, news: 40, excess: 50, rise: 16, fall: 128 };
+    pub const STANDARD: Self = Self { gain: 5, news: 8, excess: 50, rise: 16, fall: 128 };
 }
 
 /// What one slice's load is thought to be.
@@ -84,6 +85,7 @@ impl Forecast {
 
     /// Takes in what was measured since the last round, and gives the load of each slice of `assignment`, in order.
     pub fn update(&mut self, assignment: &Assignment, table: &LoadTable) -> Vec<Load> {
+        let slices = assignment.slices.count();
         let mut off = TaskErrors::default();
         let estimate = assignment.slices.map(|slice, assigned| {
             let old = self.load_of(slice);
@@ -103,7 +105,7 @@ impl Forecast {
                 window => {
                     let sure = at_least(sum, window);
                     let first = Estimate { load: sum, usual: sure, age: 1 };
-                    let blended = self.smoothing.blend(before, sum, window);
+                    let blended = self.smoothing.blend(before, sum, window, slices);
                     let usual = self.smoothing.drift(before.usual, sure);
                     if self.measured { Estimate { usual, ..blended } } else { first }
                 }
@@ -149,6 +151,7 @@ impl Forecast {
     /// slice of its own is measured as such.
     fn hot_in(&self, estimate: &SliceMap<Estimate>, table: &LoadTable) -> Vec<HotKey> {
         let before = |key| self.hot.binary_search_by_key(&key, |hot| hot.key).ok();
+        let slices = estimate.count();
         // A few requests for one key are chance.
         let seconds = table.window().as_secs_f64();
         let known = |hot: &HotKey| hot.load.milli() as f64 * seconds >= COUNTS_MIN * 1_000.0;
@@ -160,7 +163,10 @@ impl Forecast {
             Some(at) => {
                 let load = self.hot[at].load;
                 let old = Estimate { load, usual: load, age: u8::MAX };
-                HotKey { load: self.smoothing.blend(old, hot.load, table.window()).load, ..*hot }
+                HotKey {
+                    load: self.smoothing.blend(old, hot.load, table.window(), slices).load,
+                    ..*hot
+                }
             }
             None => *hot,
         });
@@ -274,13 +280,15 @@ impl Smoothing {
     }
 
     /// Moves an estimate towards a measurement: a little if the difference may be chance, all the way if it is news.
-    fn blend(self, old: Estimate, new: Load, window: Duration) -> Estimate {
+    fn blend(self, old: Estimate, new: Load, window: Duration, slices: usize) -> Estimate {
         // Counts, taking a unit for a request. Twice the root of a count has a standard deviation of one whatever the count
         // (Anscombe, 1948), so that few requests more of a cold slice are no news.
         let counts = |load: Load| load.milli() as f64 * window.as_secs_f64() / 1_000.0;
         let stable = |load: Load| 2.0 * (counts(load) + 0.375).sqrt();
         let deviations = (stable(new) - stable(old.load)).abs();
-        if deviations * 10.0 > f64::from(self.news) {
+        // Of n slices the unluckiest is sqrt(2 ln n) deviations off.
+        let unluckiest = (2.0 * (slices.max(2) as f64).ln()).sqrt();
+        if deviations > unluckiest + f64::from(self.news) / 10.0 {
             return Estimate { load: new, age: 1, ..old };
         }
         let age = old.age.saturating_add(1);
