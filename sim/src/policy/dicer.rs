@@ -7,7 +7,7 @@
 //! (L/max)² (L - max) above it, 100 max for one that holds nothing, the load of every replica beyond the first, and a quarter of
 //! all load that is not where it was. A newcomer's lower bound is the mean, so that rollouts balance as they go.
 //!
-//! Its source says that this algorithm is not the one that Databricks runs. `dicer/recorded.rs` compares with what the original
+//! Its source says that this algorithm is not the one that Databricks runs. `dicer/tests/recorded.rs` compares with what the original
 //! answered: over a thousand rounds of its chaos test, spread, churn, slices and replicas come out alike.
 //!
 //! What differs from the original, and what is not known of it:
@@ -540,10 +540,9 @@ const TINY: f64 = 1e-12;
 const STEPS_A_TASK: usize = 400;
 
 #[cfg(test)]
-mod recorded;
-
-#[cfg(test)]
 mod tests {
+    mod recorded;
+
     use mandoline_core::key::SliceKey;
 
     use super::*;
