@@ -615,6 +615,8 @@ impl<'a> Draft<'a> {
             Some(added) => self.added[added].0 = below,
             None => drop(self.cut.insert(part, below)),
         }
+        let steps = self.steps_to(part);
+        self.steps.extend(steps.into_iter().map(|step| Step { part: new, ..step }));
         self.added.push((above, origin));
         for holder in &holders {
             if let Some(list) = self.lists.get_mut(*holder as usize).and_then(Option::as_mut) {
@@ -628,6 +630,16 @@ impl<'a> Draft<'a> {
             self.pin(new);
         }
         Some(new)
+    }
+
+    /// What brought a part to who holds it, if that is not who had it: a piece cut off it has come the same way.
+    fn steps_to(&self, part: u32) -> Vec<Step> {
+        let old = self.held_before(part).replicas.as_slice();
+        let new = self.holders_of(part).iter().map(|holder| self.holders[*holder as usize].session);
+        if self.steps.is_empty() || new.eq(old.iter().map(|replica| replica.session)) {
+            return Vec::new();
+        }
+        self.steps.iter().filter(|step| step.part == part).copied().collect()
     }
 
     /// Makes one slice of the parts from `first` to `last`, as the assignment has them. Last of all, for it leaves the
