@@ -19,7 +19,11 @@ pub(in crate::balance) fn place(draft: &mut Draft<'_>) {
         for from in leaving.collect::<Vec<u32>>() {
             evict(draft, part, from);
         }
-        let wanted = wanted.max(orphans_need(draft, part));
+        // What is pinned is served by that one task, however many the spec asks for.
+        let wanted = match draft.is_pinned(part) {
+            true => 1,
+            false => wanted.max(orphans_need(draft, part)),
+        };
         while draft.holders_of(part).len() < wanted {
             let reason = match draft.holders_of(part) {
                 [] if draft.was_held(part) => Reason::Lost,
