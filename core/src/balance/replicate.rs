@@ -59,9 +59,11 @@ fn enough(weight: u64, replicas: usize, above: u64, to: u64) -> usize {
 
 fn shrink(draft: &mut Draft<'_>, part: u32, kept: usize) {
     let mut holders = draft.holders_of(part).to_vec();
-    // Who leaves goes first, then who is most pressed.
+    // Who leaves goes first, then who had better not have it, then who is most pressed.
     holders.sort_by_key(|holder| {
-        (!draft.holders[*holder as usize].serving, draft.meters[LOAD].pressure(*holder), *holder)
+        let leaves = !draft.holders[*holder as usize].serving;
+        let strays = !draft.may_hold(part, *holder, Some(*holder));
+        (leaves, strays, draft.meters[LOAD].pressure(*holder), *holder)
     });
     holders.truncate(kept);
     draft.assign(part, holders, Reason::Dereplicate);
