@@ -23,7 +23,7 @@ pub(in crate::balance) fn displace(
         .into_iter()
         .filter(|part| is_solid(draft, *part) && !draft.is_pinned(*part))
         .map(|part| (draft.share(meter, part), part))
-        .filter(|(share, _)| *share > 0 && draft.budget() >= *share)
+        .filter(|(share, part)| *share > 0 && draft.budget() >= draft.share(LOAD, *part))
         .collect();
     if candidates.is_empty() {
         return false;
