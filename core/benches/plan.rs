@@ -121,7 +121,7 @@ fn pass(round: &Round, carried: &mut [Load]) {
 }
 
 /// Times the thread's computing: what other processes take does not count.
-fn time_cpu(bencher: &mut Bencher<'_'>, mut work: impl FnMut()) {
+fn time_cpu(bencher: &mut Bencher<'_>, mut work: impl FnMut()) {
     let now = || {
         let time = clock_gettime(ClockId::ThreadCPUTime);
         Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
