@@ -5,8 +5,9 @@
 //! comes first, and that is not what is compared. What is left is chance: the simulator cannot know at which moment of its
 //! round the real leader was when the load began, so it plays several, and the mean of them is what it says.
 //!
-//! A task joins and one drains before balance is measured: what that moves is much, beside whether one hot key of the start
-//! went or stayed, on which single runs differ by a quarter.
+//! A task joins and one drains before balance is measured: what that moves is much, beside what chance moves. And the trace
+//! has no key with more than one request in three hundred: with `nasa_http`, whose hottest has one in fourteen, it depends on the
+//! phase of a round whether that key moves at the start, and single runs differ by a quarter.
 
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -24,7 +25,7 @@ use serde_json::Value;
 use crate::kit::{Process, json};
 
 const TASKS: usize = 5;
-const RATE: f64 = 400.0;
+const RATE: f64 = 500.0;
 /// Real runs at the same time: the mean of two is off by chance less than one is.
 const RUNS: usize = 2;
 /// A task joins and one drains, both before anything of balance is measured: with what the start moves that is churn enough for
@@ -35,12 +36,15 @@ const LENGTH: Duration = Duration::from_secs(40);
 
 #[test]
 fn a_trace_does_to_the_simulator_what_it_does_to_the_real_thing() {
-    let Some(path) = trace("nasa_http_19950801.tsv.zst") else { return };
+    let Some(path) = trace("arc_oltp_pages.tsv.zst") else { return };
     let runs: Vec<(Value, Start)> = thread::scope(|scope| {
         let runs: Vec<_> = (0..RUNS).map(|_| scope.spawn(|| real(&path))).collect();
         runs.into_iter().map(|run| run.join().unwrap()).collect()
     });
-    let events: Vec<Event> = Replay::open(&path, None).unwrap().map(Result::unwrap).collect();
+    // As many as are sent, and some more: a rate is not kept to the request.
+    let sent = (RATE * LENGTH.as_secs_f64() * 1.2) as usize;
+    let events: Vec<Event> =
+        Replay::open(&path, None).unwrap().take(sent).map(Result::unwrap).collect();
     let simulated: Vec<Rehearsed> =
         runs.iter().flat_map(|(_, start)| simulated(&events, start)).collect();
     let of_real = |figure: &str| mean(runs.iter().map(|(sums, _)| sums[figure].as_f64().unwrap()));
