@@ -145,7 +145,9 @@ fn large_fleets(c: &mut Criterion) {
                 let mut carried =
                     vec![Load::ZERO; 1 + usize::try_from(tasks).expect("it is small")];
                 group.bench_function("one pass", |b| {
-                    time_cpu(b, || pass(black_box(&round), black_box(&mut carried)))
+                    time_cpu(b, || {
+                        pass(black_box(&round), black_box(&mut carried));
+                    });
                 });
             }
             group

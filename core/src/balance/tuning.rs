@@ -66,7 +66,7 @@ impl Tuning {
         reserve: Ratio::percent(1),
         isolate_above: Ratio::percent(2),
         error_widens: Ratio::percent(130),
-        error_margin: Ratio::percent(150),
+        error_margin: Ratio::percent(130),
         surprise_widens: Ratio::percent(30),
         band_max: Ratio::percent(100),
         give_to: Ratio::percent(80),
