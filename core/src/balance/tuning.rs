@@ -67,7 +67,7 @@ impl Tuning {
         isolate_above: Ratio::percent(2),
         error_widens: Ratio::percent(130),
         error_margin: Ratio::percent(130),
-        surprise_widens: Ratio::percent(30),
+        surprise_widens: Ratio::percent(50),
         band_max: Ratio::percent(100),
         give_to: Ratio::percent(80),
         fixed_inner: Ratio::percent(45),
