@@ -183,7 +183,16 @@ async fn with_every_source_gone_a_clerk_goes_on_and_comes_back() {
     becomes(&clerk, "a stale state", |state| matches!(state, State::Stale { .. })).await;
     assert_eq!(owner(&clerk), "t1");
     advance(&hub);
-    let listener = std::net::TcpListener::bind(address.as_str()).unwrap();
+    // Somebody else's connection may have the port for a moment.
+    let again = async {
+        loop {
+            match std::net::TcpListener::bind(address.as_str()) {
+                Ok(listener) => break listener,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    };
+    let listener = soon("its port again", again).await;
     let _again = Node::serve_on(listener, &hub);
     clerk.wait_for(generation(2), PATIENCE).await.unwrap();
     assert_eq!(owner(&clerk), "t2");
