@@ -44,7 +44,7 @@ const PROPOSAL_PATIENCE: Duration = Duration::from_secs(5);
 /// What the loop may be asked.
 #[derive(Debug)]
 enum Ask {
-    Event(Event),
+    Event(Box<Event>),
     Measure(JobName, oneshot::Sender<BTreeMap<SessionId, Measure>>),
     Offer(JobName, Box<Offer>, oneshot::Sender<Taken>),
 }
@@ -82,7 +82,7 @@ impl Node {
     /// Tells the loop what happened; waits while it has too much to hear.
     pub async fn tell(&self, event: Event) {
         // A loop that is gone leads nothing.
-        drop(self.asks.send(Ask::Event(event)).await);
+        drop(self.asks.send(Ask::Event(Box::new(event))).await);
     }
 
     /// Waits for room to tell the loop something; nothing where there is no loop any more.
@@ -119,7 +119,7 @@ pub struct Room<'a>(mpsc::Permit<'a, Ask>);
 impl Room<'_> {
     /// Tells the loop what happened, without waiting.
     pub fn tell(self, event: Event) {
-        self.0.send(Ask::Event(event));
+        self.0.send(Ask::Event(Box::new(event)));
     }
 }
 
@@ -264,7 +264,7 @@ impl Loop {
         let mut events = Vec::new();
         for ask in asks {
             match ask {
-                Ask::Event(event) => events.push(event),
+                Ask::Event(event) => events.push(*event),
                 // Whoever asked may have gone.
                 Ask::Measure(job, answer) => drop(answer.send(self.measure(&job))),
                 Ask::Offer(job, offer, answer) => {

@@ -8,7 +8,9 @@ use std::fmt;
 use mandoline_core::load::Load;
 use mandoline_core::name::JobName;
 use mandoline_core::slice::Slice;
-use mandoline_core::spec::{Band, BandOf, Home, JobSpec, Metric, ReplicaBounds, Spill};
+use mandoline_core::spec::{
+    Band, BandOf, Consistency, Home, JobSpec, Metric, ReplicaBounds, Spill, Unavailable,
+};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
@@ -32,6 +34,13 @@ struct JobFile {
     homes: Option<Vec<HomeFile>>,
     metrics: Option<BTreeMap<String, MetricFile>>,
     spill: Option<SpillFile>,
+    consistency: Option<Kind>,
+    lease: Option<Span>,
+    prepare_within: Option<Span>,
+    grace: Option<Span>,
+    brake: Option<Share>,
+    max_unavailable: Option<UnavailableFile>,
+    confine_after: Option<u32>,
     heartbeat: Option<Span>,
     report_every: Option<Span>,
     balance_every: Option<Span>,
@@ -56,6 +65,13 @@ struct Fixed {
 enum Of {
     Mean,
     Hint,
+}
+
+#[derive(Debug, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    Affinity,
+    Exclusive,
 }
 
 #[derive(Debug, serde::Deserialize)]
@@ -164,6 +180,44 @@ impl<'de> Deserialize<'de> for Count {
     }
 }
 
+/// A number of tasks, or a share of them.
+#[derive(Clone, Copy, Debug)]
+struct UnavailableFile(Unavailable);
+
+impl<'de> Deserialize<'de> for UnavailableFile {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Form;
+
+        impl Visitor<'_> for Form {
+            type Value = UnavailableFile;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of tasks, such as 1, or a share of them, such as 10%")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<UnavailableFile, E> {
+                let Share(share) = text.parse().map_err(E::custom)?;
+                Ok(UnavailableFile(Unavailable::Share(share)))
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, number: u64) -> Result<UnavailableFile, E> {
+                // Beyond 32 bits is beyond what is allowed, too.
+                let count = u32::try_from(number).unwrap_or(u32::MAX);
+                Ok(UnavailableFile(Unavailable::Tasks(count)))
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<UnavailableFile, E> {
+                match u64::try_from(number) {
+                    Ok(number) => self.visit_u64(number),
+                    Err(_) => Err(E::custom(format_args!("{number} is no number of tasks"))),
+                }
+            }
+        }
+
+        from.deserialize_any(Form)
+    }
+}
+
 /// Reads a spec from a text that came from `name`.
 pub(crate) fn parse(text: &str, name: &str) -> Result<JobSpec, Failure> {
     let file: JobFile = file::parse(text, name)?;
@@ -194,6 +248,18 @@ impl JobFile {
             homes,
             metrics: self.metrics.unwrap_or_default().into_iter().map(metric).collect(),
             spill: self.spill.map(|SpillFile { cap: Factor(cap) }| Spill { cap }),
+            consistency: match self.consistency {
+                None | Some(Kind::Affinity) => Consistency::Affinity,
+                Some(Kind::Exclusive) => Consistency::Exclusive,
+            },
+            lease: span(self.lease, base.lease),
+            prepare_within: span(self.prepare_within, base.prepare_within),
+            grace: span(self.grace, base.grace),
+            brake: share(self.brake, base.brake),
+            max_unavailable: self
+                .max_unavailable
+                .map_or(base.max_unavailable, |UnavailableFile(given)| given),
+            confine_after: self.confine_after.unwrap_or(base.confine_after),
             heartbeat: span(self.heartbeat, base.heartbeat),
             report_every: span(self.report_every, base.report_every),
             balance_every: span(self.balance_every, base.balance_every),
@@ -272,6 +338,12 @@ homes:
   - {slice: 0000000000000000..00000000ffffffff, region: eu}
 metrics: {memory: {band: 20%}, connections: {band: 50%}}
 spill: {cap: 1.15}
+lease: 1m
+prepare_within: 0s
+grace: 1h
+brake: 100%
+max_unavailable: 10%
+confine_after: 0
 ";
         let home = |slice, region: &str| Home { slice, region: region.to_owned() };
         let metric =
@@ -289,9 +361,19 @@ spill: {cap: 1.15}
             ],
             metrics: vec![metric("connections", 50), metric("memory", 20)],
             spill: Some(Spill { cap: Ratio::percent(115) }),
+            lease: Duration::from_secs(60),
+            prepare_within: Duration::ZERO,
+            grace: Duration::from_secs(3_600),
+            brake: Ratio::percent(100),
+            max_unavailable: Unavailable::Share(Ratio::percent(10)),
+            confine_after: 0,
             ..kv()
         };
         assert_eq!(parse(yaml, "kv.yaml").unwrap(), expected);
+        let owned = parse("name: kv\nconsistency: exclusive\nmax_unavailable: 7", "-").unwrap();
+        let (consistency, max_unavailable) = (Consistency::Exclusive, Unavailable::Tasks(7));
+        assert_eq!(owned, JobSpec { consistency, max_unavailable, ..kv() });
+        assert_eq!(parse("name: kv\nconsistency: affinity", "-").unwrap(), kv());
         let of_mean = parse("name: kv\nband: {fixed: 10%}", "-").unwrap().band;
         assert_eq!(of_mean, Band::Fixed { ratio: Ratio::percent(10), of: BandOf::Mean });
     }
@@ -345,6 +427,30 @@ spill: {cap: 1.15}
                 "name: kv\nmetrics: {m: {band: 1%}, m: {band: 2%}}",
                 "kv.yaml:2:26: metrics: duplicate",
             ),
+            ("name: kv\nconsistency: eventual", "kv.yaml:2:14: consistency: unknown variant `even"),
+            (
+                "name: kv\nconsistency: exclusive\nreplicas: {min: 2}",
+                "kv.yaml: replicas is min 2, max 2 in an exclusive job: give min 1, max 1",
+            ),
+            (
+                "name: kv\nconsistency: exclusive\nspill: {cap: 1.15}",
+                "kv.yaml: spill.cap is 115% in an exclusive job: leave spill out",
+            ),
+            (
+                "name: kv\nconsistency: exclusive\nlease: 2s",
+                "kv.yaml: heartbeat is 1s beside a lease of 2s: give at most a third of lease",
+            ),
+            ("name: kv\nlease: 5", "kv.yaml:2:8: lease: \"5\" is no duration"),
+            ("name: kv\nlease: 1s", "kv.yaml: lease is 1s: give 2s to 60s"),
+            ("name: kv\ngrace: 2h", "kv.yaml: grace is 7200s: give 0s to 1h"),
+            ("name: kv\nbrake: 0%", "kv.yaml: brake is 0%: give more than 0%"),
+            ("name: kv\nmax_unavailable: 0", "kv.yaml: max_unavailable is 0: give 1 to 10000"),
+            ("name: kv\nmax_unavailable: -1", "kv.yaml:2:18: max_unavailable: -1 is no number"),
+            (
+                "name: kv\nmax_unavailable: few",
+                "kv.yaml:2:18: max_unavailable: \"few\" is no share",
+            ),
+            ("name: kv\nconfine_after: -1", "kv.yaml:2:16: confine_after: "),
             ("name: kv\nheartbeat: 1", "kv.yaml:2:12: heartbeat: \"1\" is no duration"),
             ("name: a/b", "kv.yaml: name: the name \"a/b\" has '/'"),
             ("band: 10%", "kv.yaml:1:1: the field \"name\" is missing"),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use mandoline_core::spec::{Band, BandOf, Home, JobSpec, ReplicaBounds};
+use mandoline_core::spec::{Band, BandOf, Home, JobSpec, ReplicaBounds, Unavailable};
 use mandoline_proto::pb;
 use serde_json::{Value, json};
 
@@ -20,6 +20,10 @@ fn fields(spec: &JobSpec) -> Vec<(&'static str, Value)> {
         Band::Fixed { ratio, of: BandOf::Mean } => json!({ "fixed": ratio.to_string() }),
         Band::Fixed { ratio, of } => json!({ "fixed": ratio.to_string(), "of": of.to_string() }),
     };
+    let unavailable = match spec.max_unavailable {
+        Unavailable::Tasks(count) => json!(count),
+        Unavailable::Share(share) => json!(share.to_string()),
+    };
     let (min, max) = (count(spec.replicas.min), count(spec.replicas.max));
     let mut fields = vec![
         ("name", json!(spec.name.as_str())),
@@ -28,6 +32,13 @@ fn fields(spec: &JobSpec) -> Vec<(&'static str, Value)> {
         ("fill_rate", json!(spec.fill_rate.to_string())),
         ("reservation", json!(spec.reservation.to_string())),
         ("replicas", json!({ "min": min, "max": max })),
+        ("consistency", json!(spec.consistency.to_string())),
+        ("lease", json!(Span(spec.lease).to_string())),
+        ("prepare_within", json!(Span(spec.prepare_within).to_string())),
+        ("grace", json!(Span(spec.grace).to_string())),
+        ("brake", json!(spec.brake.to_string())),
+        ("max_unavailable", unavailable),
+        ("confine_after", json!(spec.confine_after)),
         ("heartbeat", json!(Span(spec.heartbeat).to_string())),
         ("report_every", json!(Span(spec.report_every).to_string())),
         ("balance_every", json!(Span(spec.balance_every).to_string())),
@@ -108,8 +119,10 @@ fn is_plain(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use mandoline_core::slice::Slice;
-    use mandoline_core::spec::{Metric, Ratio, Spill};
+    use mandoline_core::spec::{Consistency, Metric, Ratio, Spill};
 
     use super::*;
     use crate::job_file;
@@ -150,6 +163,17 @@ mod tests {
                 Metric { name: "memory".to_owned(), band: Ratio::percent(20) },
             ],
             spill: Some(Spill { cap: Ratio::percent(115) }),
+            lease: Duration::from_millis(2_500),
+            prepare_within: Duration::from_secs(120),
+            grace: Duration::from_secs(30),
+            brake: Ratio::percent(100),
+            max_unavailable: Unavailable::Share(Ratio::from_millionths(12_500)),
+            confine_after: 0,
+            ..plain.clone()
+        });
+        check(&JobSpec {
+            consistency: Consistency::Exclusive,
+            max_unavailable: Unavailable::Tasks(12),
             ..plain
         });
         let fixed = Band::Fixed { ratio: Ratio::percent(2), of: BandOf::Mean };

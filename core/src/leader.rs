@@ -83,6 +83,10 @@ pub enum Event {
 
 /// Something to do.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there are few at a time, and each is gone in a moment"
+)]
 pub enum Action {
     /// Put this into the log. If that fails, say so.
     Propose(Command),

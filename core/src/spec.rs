@@ -122,6 +122,56 @@ pub struct Metric {
     pub band: Ratio,
 }
 
+/// Whether a key may for a moment be served by two tasks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Consistency {
+    /// It may, while an assignment spreads; everything goes on without the control plane.
+    #[default]
+    Affinity,
+    /// Never do two tasks both believe that they own a key; who cannot renew its lease stops.
+    Exclusive,
+}
+
+impl fmt::Display for Consistency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Affinity => "affinity",
+            Self::Exclusive => "exclusive",
+        })
+    }
+}
+
+/// How many tasks of a job may be away or leaving at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unavailable {
+    /// So many.
+    Tasks(u32),
+    /// This share of the job's tasks, rounded down, but one at least.
+    Share(Ratio),
+}
+
+impl Unavailable {
+    /// Gives how many that is of so many tasks.
+    pub fn of(self, tasks: usize) -> usize {
+        match self {
+            Self::Tasks(count) => count as usize,
+            Self::Share(share) => {
+                usize::try_from(share.of(tasks as u64)).unwrap_or(usize::MAX).max(1)
+            }
+        }
+    }
+}
+
+/// `3`, or `10%`.
+impl fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tasks(count) => count.fmt(f),
+            Self::Share(share) => share.fmt(f),
+        }
+    }
+}
+
 /// Lets a caller send a key elsewhere while the task that serves it is loaded beyond the cap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spill {
@@ -154,6 +204,21 @@ pub struct JobSpec {
     pub metrics: Vec<Metric>,
     /// Whether, and from which load on, a caller may send a key to another task than its own.
     pub spill: Option<Spill>,
+    /// Whether a key may for a moment be served by two tasks. It stays what it was when the job was made.
+    pub consistency: Consistency,
+    /// How long an owner may serve after it last asked to: of exclusive jobs. Also the time in which lost tasks are counted for
+    /// the brake.
+    pub lease: Duration,
+    /// How long a new owner may take to get ready before a move goes on without it.
+    pub prepare_within: Duration,
+    /// How long the slices of a task that stopped without drain wait for it to be back under its name.
+    pub grace: Duration,
+    /// The share of tasks that is lost within one lease, from which on nothing is reassigned for a while; all of them: never.
+    pub brake: Ratio,
+    /// How many tasks may be away or leaving at once when another asks whether it may restart.
+    pub max_unavailable: Unavailable,
+    /// After so many crashes of tasks that served the same keys, these keys are confined; 0: never.
+    pub confine_after: u32,
     /// How often a task says that it lives.
     pub heartbeat: Duration,
     /// How often a task reports its load.
@@ -191,6 +256,16 @@ impl JobSpec {
             homes: Vec::new(),
             metrics: Vec::new(),
             spill: None,
+            consistency: Consistency::Affinity,
+            // Slicer's clients and Chubby's sessions live with more; three heartbeats and two elections fit in.
+            lease: Duration::from_secs(5),
+            prepare_within: Duration::from_secs(10),
+            // None, so that what a crash took away is served elsewhere at once.
+            grace: Duration::ZERO,
+            brake: Ratio::percent(50),
+            max_unavailable: Unavailable::Tasks(1),
+            // One crash is chance and two may be: from three on it is the keys.
+            confine_after: 3,
             heartbeat: Duration::from_secs(1),
             report_every: Duration::from_secs(5),
             balance_every: Duration::from_secs(10),

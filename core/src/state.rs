@@ -15,7 +15,7 @@ use crate::name::{JobName, TaskName};
 use crate::pin::{PINS_MAX, Pin};
 use crate::plan::{self, EditError, Move, Plan, SLICES_MAX};
 use crate::slice::Slice;
-use crate::spec::{JobSpec, Ratio, SpecError};
+use crate::spec::{Consistency, JobSpec, Ratio, SpecError};
 use crate::task::{Address, Phase, SessionId, TASKS_MAX, Task, TaskInfo, TaskInfoError};
 
 /// The most jobs of a cluster: beyond that, run another cluster.
@@ -111,6 +111,18 @@ pub enum Refused {
         version: u64,
         /// The version that was expected.
         expected: u64,
+    },
+    /// What two owners may do a moment long, one owner may not: what is written under one rule cannot go on under the other.
+    #[error(
+        "job {job} is {kind} and cannot become {asked}: make another job, and move callers to it"
+    )]
+    Consistency {
+        /// Which job.
+        job: JobName,
+        /// What it is.
+        kind: Consistency,
+        /// What it was to be.
+        asked: Consistency,
     },
     /// The task's description has a value that makes no sense.
     #[error(transparent)]
@@ -267,6 +279,10 @@ impl State {
         let version = self.jobs.get(&spec.name).map_or(0, |job| job.version);
         if let Some(expected) = if_version.filter(|expected| *expected != version) {
             return Err(Refused::Version { job: spec.name, version, expected });
+        }
+        let kind = self.jobs.get(&spec.name).map(|job| job.spec.consistency);
+        if let Some(kind) = kind.filter(|kind| *kind != spec.consistency) {
+            return Err(Refused::Consistency { job: spec.name, kind, asked: spec.consistency });
         }
         if version == 0 && self.jobs.len() >= JOBS_MAX {
             return Err(Refused::Limit { what: "jobs of a cluster", max: JOBS_MAX });
@@ -517,6 +533,8 @@ fn union(mut ranges: Vec<Slice>) -> Vec<Slice> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::command::EndReason;
     use crate::key::SliceKey;
@@ -689,6 +707,27 @@ mod tests {
         let senseless = JobSpec { band: Band::Adaptive(Ratio::percent(0)), ..spec };
         let refused = refuse(&mut state, Command::ApplyJob { spec: senseless, if_version: None });
         assert!(matches!(refused, Refused::Spec(_)));
+    }
+
+    #[test]
+    fn a_job_stays_of_the_kind_that_it_was_made() {
+        let mut state = with_job();
+        let exclusive = JobSpec { consistency: Consistency::Exclusive, ..JobSpec::new(kv()) };
+        let change = Command::ApplyJob { spec: exclusive.clone(), if_version: None };
+        let refused = refuse(&mut state, change).to_string();
+        assert!(
+            refused.starts_with("job kv is affinity and cannot become exclusive: make another")
+        );
+        let other: JobName = "other".parse().unwrap();
+        for spec in [
+            JobSpec { name: other.clone(), ..exclusive.clone() },
+            JobSpec { name: other.clone(), lease: Duration::from_secs(9), ..exclusive },
+        ] {
+            state.apply(Command::ApplyJob { spec, if_version: None }).unwrap();
+        }
+        assert_eq!(state.jobs[&other].spec.lease, Duration::from_secs(9));
+        let back = Command::ApplyJob { spec: JobSpec::new(other), if_version: None };
+        assert!(matches!(refuse(&mut state, back), Refused::Consistency { .. }));
     }
 
     #[test]

@@ -4,13 +4,26 @@ use std::time::Duration;
 
 use mandoline_core::load::Load;
 use mandoline_core::name::JobName;
-use mandoline_core::spec::{Band, BandOf, Home, JobSpec, Metric, Ratio, ReplicaBounds, Spill};
+use mandoline_core::spec::{
+    Band, BandOf, Consistency, Home, JobSpec, Metric, Ratio, ReplicaBounds, Spill, Unavailable,
+};
 
 use crate::error::{WireError, each, need};
 use crate::pb;
 
-/// What an absent fill rate means.
+// What absent fields mean. They are the defaults of today, and stay when those change: logs keep their meaning.
 const FILL_RATE: u32 = 1_000_000;
+const LEASE_MS: u64 = 5_000;
+const PREPARE_WITHIN_MS: u64 = 10_000;
+const GRACE_MS: u64 = 0;
+const BRAKE: u32 = 500_000;
+const MAX_UNAVAILABLE: Unavailable = Unavailable::Tasks(1);
+const CONFINE_AFTER: u32 = 3;
+
+/// What is written of a value: nothing where absence means it, so that logs keep the bytes they had before there was such a field.
+fn unless<V: PartialEq>(absent: V, value: V) -> Option<V> {
+    Some(value).filter(|value| *value != absent)
+}
 
 fn millis(length: Duration) -> u64 {
     u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
@@ -24,8 +37,7 @@ impl From<&JobSpec> for pb::JobSpec {
             band: spec.band.ratio().millionths(),
             band_of: pb::BandOf::from(spec.band).into(),
             churn_budget: spec.churn_budget.millionths(),
-            // As it was written before there was a rate, so that logs keep their bytes.
-            fill_rate: Some(spec.fill_rate.millionths()).filter(|rate| *rate != FILL_RATE),
+            fill_rate: unless(FILL_RATE, spec.fill_rate.millionths()),
             max_load_hint: spec.max_load_hint.map(Load::milli),
             reservation: spec.reservation.millionths(),
             replicas_min: spec.replicas.min,
@@ -34,6 +46,14 @@ impl From<&JobSpec> for pb::JobSpec {
             homes: spec.homes.iter().map(pb::Home::from).collect(),
             metrics: spec.metrics.iter().map(pb::Metric::from).collect(),
             spill: spec.spill.map(|spill| pb::Spill { cap: spill.cap.millionths() }),
+            consistency: pb::Consistency::from(spec.consistency).into(),
+            lease_ms: unless(LEASE_MS, millis(spec.lease)),
+            prepare_within_ms: unless(PREPARE_WITHIN_MS, millis(spec.prepare_within)),
+            grace_ms: unless(GRACE_MS, millis(spec.grace)),
+            brake: unless(BRAKE, spec.brake.millionths()),
+            max_unavailable: unless(MAX_UNAVAILABLE, spec.max_unavailable)
+                .map(pb::Unavailable::from),
+            confine_after: unless(CONFINE_AFTER, spec.confine_after),
             heartbeat_ms: millis(spec.heartbeat),
             report_every_ms: millis(spec.report_every),
             balance_every_ms: millis(spec.balance_every),
@@ -58,6 +78,17 @@ impl TryFrom<pb::JobSpec> for JobSpec {
             homes: each(spec.homes, "homes")?,
             metrics: spec.metrics.into_iter().map(Metric::from).collect(),
             spill: spec.spill.map(|spill| Spill { cap: ratio(spill.cap) }),
+            consistency: consistency(spec.consistency)?,
+            lease: Duration::from_millis(spec.lease_ms.unwrap_or(LEASE_MS)),
+            prepare_within: Duration::from_millis(
+                spec.prepare_within_ms.unwrap_or(PREPARE_WITHIN_MS),
+            ),
+            grace: Duration::from_millis(spec.grace_ms.unwrap_or(GRACE_MS)),
+            brake: ratio(spec.brake.unwrap_or(BRAKE)),
+            max_unavailable: spec.max_unavailable.map_or(Ok(MAX_UNAVAILABLE), |given| {
+                given.try_into().map_err(|error: WireError| error.within("max_unavailable"))
+            })?,
+            confine_after: spec.confine_after.unwrap_or(CONFINE_AFTER),
             heartbeat: Duration::from_millis(spec.heartbeat_ms),
             report_every: Duration::from_millis(spec.report_every_ms),
             balance_every: Duration::from_millis(spec.balance_every_ms),
@@ -84,6 +115,44 @@ fn band(ratio: Ratio, of: i32) -> Result<Band, WireError> {
         pb::BandOf::Mean => Band::Fixed { ratio, of: BandOf::Mean },
         pb::BandOf::Hint => Band::Fixed { ratio, of: BandOf::Hint },
     })
+}
+
+impl From<Consistency> for pb::Consistency {
+    fn from(consistency: Consistency) -> Self {
+        match consistency {
+            Consistency::Affinity => Self::Affinity,
+            Consistency::Exclusive => Self::Exclusive,
+        }
+    }
+}
+
+fn consistency(given: i32) -> Result<Consistency, WireError> {
+    let unknown = |_| WireError::new("consistency", "is not one of those that this version knows");
+    Ok(match pb::Consistency::try_from(given).map_err(unknown)? {
+        pb::Consistency::Affinity => Consistency::Affinity,
+        pb::Consistency::Exclusive => Consistency::Exclusive,
+    })
+}
+
+impl From<Unavailable> for pb::Unavailable {
+    fn from(unavailable: Unavailable) -> Self {
+        let of = match unavailable {
+            Unavailable::Tasks(count) => pb::unavailable::Of::Tasks(count),
+            Unavailable::Share(share) => pb::unavailable::Of::Share(share.millionths()),
+        };
+        Self { of: Some(of) }
+    }
+}
+
+impl TryFrom<pb::Unavailable> for Unavailable {
+    type Error = WireError;
+
+    fn try_from(unavailable: pb::Unavailable) -> Result<Self, WireError> {
+        Ok(match need(unavailable.of, "of")? {
+            pb::unavailable::Of::Tasks(count) => Self::Tasks(count),
+            pb::unavailable::Of::Share(share) => Self::Share(Ratio::from_millionths(share)),
+        })
+    }
 }
 
 impl From<&Home> for pb::Home {

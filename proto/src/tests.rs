@@ -16,7 +16,9 @@ use mandoline_core::plan::{Edit, Move, Plan, Reason};
 use mandoline_core::prng::Prng;
 use mandoline_core::report::{HotKey, Report, Size};
 use mandoline_core::slice::Slice;
-use mandoline_core::spec::{Band, BandOf, Home, JobSpec, Metric, Ratio, ReplicaBounds, Spill};
+use mandoline_core::spec::{
+    Band, BandOf, Consistency, Home, JobSpec, Metric, Ratio, ReplicaBounds, Spill, Unavailable,
+};
 use mandoline_core::state::{Churn, Job, State};
 use mandoline_core::task::{Phase, SessionId, Task, TaskInfo};
 use prost::Message;
@@ -93,6 +95,21 @@ fn rich() -> JobSpec {
         ],
         metrics: vec![Metric { name: "memory".to_owned(), band: Ratio::percent(20) }],
         spill: Some(Spill { cap: Ratio::percent(115) }),
+        lease: Duration::from_secs(30),
+        prepare_within: Duration::ZERO,
+        grace: Duration::from_millis(1_500),
+        brake: Ratio::percent(100),
+        max_unavailable: Unavailable::Share(Ratio::percent(10)),
+        confine_after: 0,
+        ..JobSpec::new("kv".parse().unwrap())
+    }
+}
+
+/// A spec of the other kind.
+fn exclusive() -> JobSpec {
+    JobSpec {
+        consistency: Consistency::Exclusive,
+        max_unavailable: Unavailable::Tasks(7),
         ..JobSpec::new("kv".parse().unwrap())
     }
 }
@@ -113,6 +130,7 @@ fn commands() -> Vec<Command> {
         Command::MintNode,
         Command::ApplyJob { spec: JobSpec::new(job.clone()), if_version: Some(0) },
         Command::ApplyJob { spec: rich(), if_version: None },
+        Command::ApplyJob { spec: exclusive(), if_version: None },
         Command::Register { job: job.clone(), info: info(1), stopped: Some(session) },
         Command::Drain { job: job.clone(), session },
         Command::Undrain { job: job.clone(), session },
@@ -235,12 +253,16 @@ fn an_older_node_takes_a_fixed_band_for_its_ratio() {
 #[test]
 fn specs_that_make_no_sense_are_named() {
     type BendSpec = fn(&mut pb::JobSpec);
-    let cases: [(BendSpec, &str); 5] = [
+    let cases: [(BendSpec, &str); 9] = [
         (|m| m.band_of = 9, "band_of: is not one of those that this version knows"),
         (|m| m.max_load_hint = None, "spec: band is 2.5% of hint: give max_load_hint"),
         (|m| m.homes[1].slice = None, "homes[1].slice: is missing"),
         (|m| m.homes.swap(0, 1), "spec: homes is 0000000000000014"),
         (|m| m.spill = Some(pb::Spill { cap: 1_000_000 }), "spec: spill.cap is 100%"),
+        (|m| m.consistency = 9, "consistency: is not one of those that this version knows"),
+        (|m| m.consistency = 1, "spec: replicas is min 2, max 10000 in an exclusive job"),
+        (|m| m.max_unavailable = Some(pb::Unavailable { of: None }), "max_unavailable.of: is miss"),
+        (|m| m.lease_ms = Some(u64::MAX), "spec: lease is 18446744073709551.615s: give 2s"),
     ];
     for (bend, message) in cases {
         let mut spec = pb::JobSpec::from(&rich());

@@ -642,9 +642,10 @@ fn refused(refusal: &Refused) -> Status {
         | Refused::NoSuchSession { .. }
         | Refused::NoSuchTask { .. }
         | Refused::NoSuchPin { .. } => Code::NotFound,
-        Refused::Version { .. } | Refused::Founded(_) | Refused::Pinned { .. } => {
-            Code::FailedPrecondition
-        }
+        Refused::Version { .. }
+        | Refused::Consistency { .. }
+        | Refused::Founded(_)
+        | Refused::Pinned { .. } => Code::FailedPrecondition,
         Refused::Spec(_) | Refused::Task(_) => Code::InvalidArgument,
         Refused::NameTaken { .. } | Refused::AddressTaken { .. } => Code::AlreadyExists,
         Refused::Stale { .. } => Code::Aborted,

@@ -1,17 +1,24 @@
 //! Which specs make sense: each rule names its field, what stood there, and what may.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use crate::load::{LOAD_MAX_UNITS, Load};
 use crate::spec::{
-    Band, BandOf, HOMES_MAX, Home, JobSpec, METRICS_MAX, Metric, Ratio, ReplicaBounds, SpecError,
+    Band, BandOf, Consistency, HOMES_MAX, Home, JobSpec, METRICS_MAX, Metric, Ratio, ReplicaBounds,
+    SpecError, Unavailable,
 };
-use crate::task::LABEL_MAX_BYTES;
+use crate::task::{LABEL_MAX_BYTES, TASKS_MAX};
 
 const NONE: Ratio = Ratio::percent(0);
 const TINY: Ratio = Ratio::from_millionths(1);
 const ALL: Ratio = Ratio::percent(100);
 const TEN_TIMES: Ratio = Ratio::percent(1_000);
+const HOUR: Duration = Duration::from_secs(3_600);
+/// Shorter, one election costs every owner its slices; longer, so does one crash for minutes.
+const LEASES: RangeInclusive<Duration> = Duration::from_secs(2)..=Duration::from_secs(60);
+/// Beyond so many crashes nobody waits for one more.
+const CONFINE_AFTER_MAX: u32 = 1_000;
 
 pub(super) fn check(spec: &JobSpec) -> Result<(), SpecError> {
     let band = spec.band.ratio();
@@ -38,9 +45,58 @@ pub(super) fn check(spec: &JobSpec) -> Result<(), SpecError> {
         ("report_every", spec.report_every),
         ("balance_every", spec.balance_every),
     ] {
-        if !(Duration::from_millis(100)..=Duration::from_secs(3_600)).contains(&length) {
+        if !(Duration::from_millis(100)..=HOUR).contains(&length) {
             return refuse(field, format!("{length:?}"), "give 100ms to 1h");
         }
+    }
+    bounded("brake", spec.brake, TINY, ALL, "give more than 0% and at most 100%, which is never")?;
+    change(spec)?;
+    match spec.consistency {
+        Consistency::Affinity => Ok(()),
+        Consistency::Exclusive => exclusive(spec),
+    }
+}
+
+/// What is asked of moves, restarts and crashes.
+fn change(spec: &JobSpec) -> Result<(), SpecError> {
+    if !LEASES.contains(&spec.lease) {
+        return refuse("lease", format!("{:?}", spec.lease), "give 2s to 60s");
+    }
+    for (field, length) in [("prepare_within", spec.prepare_within), ("grace", spec.grace)] {
+        if length > HOUR {
+            return refuse(field, format!("{length:?}"), "give 0s to 1h");
+        }
+    }
+    let is_some = match spec.max_unavailable {
+        Unavailable::Tasks(count) => (1..=TASKS_MAX).contains(&(count as usize)),
+        Unavailable::Share(share) => (TINY..=ALL).contains(&share),
+    };
+    if !is_some {
+        let hint = "give 1 to 10000 tasks, or more than 0% and at most 100%";
+        return refuse("max_unavailable", spec.max_unavailable.to_string(), hint);
+    }
+    if spec.confine_after > CONFINE_AFTER_MAX {
+        let value = spec.confine_after.to_string();
+        return refuse("confine_after", value, "give 1 to 1000, or 0 for never");
+    }
+    Ok(())
+}
+
+/// What cannot be had where a key has one owner at most.
+fn exclusive(spec: &JobSpec) -> Result<(), SpecError> {
+    let ReplicaBounds { min, max } = spec.replicas;
+    if (min, max) != (1, 1) {
+        let value = format!("min {min}, max {max} in an exclusive job");
+        return refuse("replicas", value, "give min 1, max 1: an exclusive slice has one owner");
+    }
+    if let Some(spill) = spec.spill {
+        let value = format!("{} in an exclusive job", spill.cap);
+        return refuse("spill.cap", value, "leave spill out: only the owner may answer");
+    }
+    if spec.heartbeat * 3 > spec.lease {
+        let value = format!("{:?} beside a lease of {:?}", spec.heartbeat, spec.lease);
+        let hint = "give at most a third of lease, so that two lost heartbeats do not end it";
+        return refuse("heartbeat", value, hint);
     }
     Ok(())
 }
@@ -178,6 +234,12 @@ mod tests {
             homes: vec![home(0, 9, "eu"), home(10, 10, "us"), home(12, u64::MAX, "eu")],
             metrics: vec![metric("memory", 20), metric("connections", 1_000)],
             spill: Some(Spill { cap: Ratio::percent(115) }),
+            lease: Duration::from_secs(60),
+            prepare_within: Duration::ZERO,
+            grace: HOUR,
+            brake: ALL,
+            max_unavailable: Unavailable::Share(ALL),
+            confine_after: 0,
             ..good()
         };
         assert_eq!(spec.check(), Ok(()));
@@ -188,6 +250,7 @@ mod tests {
     fn values_out_of_range_are_named() {
         let bounds = |min, max| JobSpec { replicas: ReplicaBounds { min, max }, ..good() };
         let band = |percent| Band::Adaptive(Ratio::percent(percent));
+        let unavailable = |max_unavailable| JobSpec { max_unavailable, ..good() };
         let spill = |percent| Some(Spill { cap: Ratio::percent(percent) });
         for (spec, message) in [
             (JobSpec { band: band(0), ..good() }, "band is 0%"),
@@ -207,9 +270,49 @@ mod tests {
             (JobSpec { heartbeat: Duration::from_millis(1), ..good() }, "heartbeat is 1ms"),
             (JobSpec { report_every: Duration::from_secs(3_601), ..good() }, "report_every is 36"),
             (JobSpec { balance_every: Duration::ZERO, ..good() }, "balance_every is 0ns"),
+            (JobSpec { lease: Duration::from_millis(1_999), ..good() }, "lease is 1.999s: give 2s"),
+            (JobSpec { lease: Duration::from_secs(61), ..good() }, "lease is 61s: give 2s to 60s"),
+            (JobSpec { prepare_within: HOUR * 2, ..good() }, "prepare_within is 7200s: give 0s"),
+            (JobSpec { grace: HOUR * 2, ..good() }, "grace is 7200s: give 0s to 1h"),
+            (JobSpec { brake: NONE, ..good() }, "brake is 0%: give more than 0%"),
+            (JobSpec { brake: Ratio::percent(101), ..good() }, "brake is 101%"),
+            (unavailable(Unavailable::Tasks(0)), "max_unavailable is 0: give 1 to 10000 tasks"),
+            (unavailable(Unavailable::Tasks(10_001)), "max_unavailable is 10001"),
+            (unavailable(Unavailable::Share(NONE)), "max_unavailable is 0%"),
+            (unavailable(Unavailable::Share(Ratio::percent(101))), "max_unavailable is 101%"),
+            (JobSpec { confine_after: 1_001, ..good() }, "confine_after is 1001: give 1 to 1000"),
         ] {
             check(&spec, message);
         }
+    }
+
+    #[test]
+    fn an_exclusive_slice_has_one_owner_who_is_heard_of_often() {
+        let exclusive = || JobSpec { consistency: Consistency::Exclusive, ..good() };
+        assert_eq!(exclusive().check(), Ok(()));
+        let spread = Some("zone".to_owned());
+        let tight = JobSpec {
+            lease: Duration::from_secs(3),
+            heartbeat: Duration::from_secs(1),
+            spread,
+            ..exclusive()
+        };
+        assert_eq!(tight.check(), Ok(()));
+        let slow = JobSpec { lease: Duration::from_millis(2_999), ..tight };
+        check(&slow, "heartbeat is 1s beside a lease of 2.999s: give at most a third of lease");
+        assert_eq!(JobSpec { consistency: Consistency::Affinity, ..slow }.check(), Ok(()));
+        let replicas = ReplicaBounds { min: 1, max: 2 };
+        let two = JobSpec { replicas, ..exclusive() };
+        check(&two, "replicas is min 1, max 2 in an exclusive job: give min 1, max 1");
+        let spill = Some(Spill { cap: Ratio::percent(115) });
+        check(&JobSpec { spill, ..exclusive() }, "spill.cap is 115% in an exclusive job: leave");
+    }
+
+    #[test]
+    fn a_share_of_the_tasks_is_one_at_least() {
+        let tenth = Unavailable::Share(Ratio::percent(10));
+        assert_eq!([0, 9, 19, 20, 100].map(|tasks| tenth.of(tasks)), [1, 1, 1, 2, 10]);
+        assert_eq!(Unavailable::Tasks(3).of(1), 3);
     }
 
     #[test]

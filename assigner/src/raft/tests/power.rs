@@ -89,7 +89,7 @@ async fn write(node: &Consensus, acknowledged: &Arc<Mutex<Acknowledged>>, life: 
     };
     let first = propose(node, apply("a")).await;
     if first.is_some() {
-        let writing = async { tokio::join!(tasks, futures_util::future::join_all(jobs)) };
+        let writing = Box::pin(async { tokio::join!(tasks, futures_util::future::join_all(jobs)) });
         tokio::time::timeout(PATIENCE, writing).await.expect("waited for the disk to fail");
     }
 }
@@ -204,7 +204,7 @@ async fn a_disk_that_fails_at_any_call_stops_the_node_and_loses_nothing() {
         let media = Media::default();
         let acknowledged = Arc::default();
         let faults = Faults { fail_at: Some(fail_at), ..Faults::default() };
-        fails(&media, faults, OFTEN, &acknowledged).await;
+        Box::pin(fails(&media, faults, OFTEN, &acknowledged)).await;
         // And the machine may die right after.
         media.cut(&mut prng);
         comes_back(&media, &acknowledged).await;
@@ -217,7 +217,7 @@ async fn a_full_disk_stops_the_node_and_loses_nothing() {
         let media = Media::default();
         let acknowledged = Arc::default();
         let faults = Faults { capacity: Some(capacity), ..Faults::default() };
-        fails(&media, faults, NEVER, &acknowledged).await;
+        Box::pin(fails(&media, faults, NEVER, &acknowledged)).await;
         comes_back(&media, &acknowledged).await;
     }
 }
