@@ -28,3 +28,5 @@ pub mod field;
 pub mod sensitivity;
 pub mod advise;
 pub mod chaos;
+pub mod check;
+pub mod cluster;

@@ -12,6 +12,7 @@ mod balance;
 mod chaos;
 mod sensitivity;
 mod advise;
+mod cluster;
 
 use std::io::{ErrorKind, Write as _};
 use std::process::ExitCode;
@@ -28,21 +29,29 @@ pub(crate) enum SimCommand {
     DicerChaos(chaos::ChaosArgs),
     Sensitivity(sensitivity::SensitivityArgs),
     Advise(advise::AdviseArgs),
+    Cluster(cluster::ClusterArgs),
 }
 
 /// Answers `sim`.
 pub(crate) async fn run(command: SimCommand) -> Result<ExitCode, Failure> {
-    let work = tokio::task::spawn_blocking(|| match command {
+    // What a sweep has found so far is worth having.
+    let sweeps = matches!(command, SimCommand::Cluster(_));
+    let mut work = tokio::task::spawn_blocking(|| match command {
         SimCommand::Balance(args) => balance::run(&args),
         SimCommand::DicerChaos(args) => chaos::run(&args),
         SimCommand::Sensitivity(args) => sensitivity::run(&args),
         SimCommand::Advise(args) => advise::run(&args),
+        SimCommand::Cluster(args) => cluster::run(&args),
     });
     tokio::select! {
-        done = work => done.expect("the simulator does not panic"),
+        done = &mut work => done.expect("the simulator does not panic"),
         interrupted = tokio::signal::ctrl_c() => {
             interrupted.map_err(|error| Failure::new("cannot listen for Ctrl-C").because(error))?;
             progress::clear();
+            if sweeps {
+                cluster::stop();
+                return work.await.expect("the simulator does not panic");
+            }
             // What a shell reports for a process that Ctrl-C ended. The work has no end that could be waited for.
             std::process::exit(130);
         }

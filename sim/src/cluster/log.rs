@@ -1,0 +1,502 @@
+//! The log of one assigner node, as far as anyone above it can tell: the contract that `core` is built on.
+//!
+//! It votes, appends and counts majorities by messages over the simulated network. What a real one has beside that (snapshots
+//! by wire, changes of members, pre-votes, pipelines) is left out: nobody above sees it, but for the time that it takes. The contract, which
+//! `assigner/src/raft/tests/contract.rs` checks against the real one, claim by claim:
+//!
+//! 1. In one term at most one node leads.
+//! 2. All nodes apply the same commands in the same order, each once.
+//! 3. What was answered as applied is never lost: whoever leads later has it, at its place.
+//! 4. A proposal that was not answered may have been agreed on or not, and will be once or never.
+//! 5. What no majority holds may be lost when another node begins to lead.
+//! 6. A leader that was deposed, or that cannot reach a majority, may go on believing that it leads for a while.
+//! 7. Leadership is confirmed by a round of messages to a majority that begins after it was asked for: it is never confirmed to
+//!    a node that was deposed before it asked.
+//! 8. Whoever is told that it leads has then applied everything that was answered as applied before it asked, by whomever,
+//!    and everything from before its term that could ever be agreed on.
+//! 9. A node that starts again knows its term, its vote and its log as of the last fsync that it had waited for; it tells nobody
+//!    of anything before that. It does not lead, whatever it was.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mandoline_core::command::Command;
+use mandoline_core::prng::Prng;
+use mandoline_core::time::Time;
+
+/// How often a leader says that it leads: a little slower than the real one, which costs the simulator its time.
+const BEAT: Duration = Duration::from_millis(200);
+/// How long a node waits for a leader; a draw between this and twice as much.
+const ELECTION: Duration = Duration::from_millis(500);
+/// How long a leader that hears no majority may go on believing, at most.
+const BELIEF_MAX_MILLIS: u64 = 10_000;
+/// How many entries go out together.
+const BATCH: usize = 256;
+
+/// What a log holds.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// In which term it was proposed.
+    pub term: u64,
+    /// What was proposed; nothing where a leader only began.
+    pub command: Option<Arc<Command>>,
+}
+
+/// What nodes say to each other.
+#[derive(Clone, Debug)]
+pub enum Packet {
+    /// Asks for a vote.
+    Ask {
+        /// In which term.
+        term: u64,
+        /// How far the log of whoever asks goes: the term of its last entry, and how many there are.
+        last: (u64, usize),
+    },
+    /// Answers that.
+    Vote {
+        /// In which term.
+        term: u64,
+        /// Whether it is given.
+        given: bool,
+    },
+    /// Says who leads, and what is new.
+    Append {
+        /// In which term.
+        term: u64,
+        /// What the entries follow: how many there are before, and the term of the last of them.
+        after: (usize, u64),
+        /// The entries.
+        entries: Vec<Entry>,
+        /// How many are agreed on.
+        agreed: usize,
+        /// Counts what was sent.
+        round: u64,
+    },
+    /// Answers that.
+    Appended {
+        /// In which term.
+        term: u64,
+        /// How many entries are the leader's, and held for good; or how many may be, if those did not fit.
+        held: Result<usize, usize>,
+        /// As it was asked.
+        round: u64,
+    },
+}
+
+/// Something to be confirmed: a name that the asker chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket(pub u64);
+
+/// What survives a crash.
+#[derive(Clone, Debug, Default)]
+struct Disk {
+    term: u64,
+    voted: Option<usize>,
+    entries: Vec<Entry>,
+}
+
+#[derive(Clone, Debug)]
+enum Role {
+    Follower,
+    Candidate { votes: u32 },
+    Leader(Leading),
+}
+
+#[derive(Clone, Debug)]
+struct Leading {
+    /// The first place of this term.
+    began: usize,
+    next: Vec<usize>,
+    held: Vec<usize>,
+    /// The newest round that each answered, and when.
+    answered: Vec<(u64, Time)>,
+    round: u64,
+    beat: Time,
+    /// How long without a majority until it gives up.
+    belief: Duration,
+    reads: Vec<Read>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Read {
+    ticket: Ticket,
+    round: u64,
+    agreed: usize,
+}
+
+/// The log of one node.
+#[derive(Clone, Debug)]
+pub struct Log {
+    me: usize,
+    nodes: usize,
+    disk: Disk,
+    term: u64,
+    voted: Option<usize>,
+    entries: Vec<Entry>,
+    /// Whether memory is ahead of the disk, and from which entry on.
+    dirty: Option<usize>,
+    agreed: usize,
+    leader: Option<usize>,
+    role: Role,
+    election: Time,
+    /// To be sent.
+    out: Vec<(usize, Packet)>,
+    /// To be sent once the disk has what they say.
+    held: Vec<(usize, Packet)>,
+    /// Confirms whatever it is asked to: a flaw, for tests.
+    confirms_alone: bool,
+}
+
+impl Log {
+    /// Begins with what all nodes have: these commands, agreed on.
+    pub fn new(me: usize, nodes: usize, founding: &[Arc<Command>]) -> Self {
+        let entry = |command: &Arc<Command>| Entry { term: 0, command: Some(Arc::clone(command)) };
+        let entries: Vec<Entry> = founding.iter().map(entry).collect();
+        let disk = Disk { entries: entries.clone(), ..Disk::default() };
+        let mut log = Self {
+            me,
+            nodes,
+            disk,
+            term: 0,
+            voted: None,
+            entries,
+            dirty: None,
+            agreed: founding.len(),
+            leader: None,
+            role: Role::Follower,
+            election: Time::ZERO,
+            out: Vec::new(),
+            held: Vec::new(),
+            confirms_alone: false,
+        };
+        // The first of them need not wait.
+        log.election = Time::ZERO + BEAT * (me as u32);
+        log
+    }
+
+    /// Confirms whatever it is asked to from now on, without asking anyone.
+    #[must_use]
+    pub const fn flawed(mut self, confirms_alone: bool) -> Self {
+        self.confirms_alone = confirms_alone;
+        self
+    }
+
+    /// Starts again after a crash, with what the disk has. `agreed` is how far a snapshot on the same disk goes.
+    pub fn restart(&mut self, now: Time, agreed: usize, prng: &mut Prng) {
+        let Disk { term, voted, entries } = self.disk.clone();
+        (self.term, self.voted, self.entries) = (term, voted, entries);
+        (self.dirty, self.agreed, self.leader) = (None, agreed, None);
+        self.role = Role::Follower;
+        self.out.clear();
+        self.held.clear();
+        self.wait(now, prng);
+    }
+
+    /// Gives the term in which this node leads, as far as it knows.
+    pub const fn leads(&self) -> Option<u64> {
+        match self.role {
+            Role::Leader(_) => Some(self.term),
+            _ => None,
+        }
+    }
+
+    /// Gives who leads, as far as this node knows.
+    pub const fn leader(&self) -> Option<usize> {
+        self.leader
+    }
+
+    /// Counts the entries that are agreed on, as far as this node knows.
+    pub const fn agreed(&self) -> usize {
+        self.agreed
+    }
+
+    /// Gives the entry at a place.
+    pub fn entry(&self, at: usize) -> &Entry {
+        &self.entries[at]
+    }
+
+    /// Takes what is to be sent.
+    pub fn outgoing(&mut self) -> Vec<(usize, Packet)> {
+        std::mem::take(&mut self.out)
+    }
+
+    /// Says whether something has to be written to disk.
+    pub const fn is_dirty(&self) -> bool {
+        self.dirty.is_some()
+    }
+
+    /// The disk has it: what waited for that is sent.
+    pub fn synced(&mut self) {
+        let Some(from) = self.dirty.take() else { return };
+        (self.disk.term, self.disk.voted) = (self.term, self.voted);
+        if from < self.entries.len() || from < self.disk.entries.len() {
+            self.disk.entries.truncate(from);
+            self.disk.entries.extend_from_slice(&self.entries[from..]);
+        }
+        self.out.append(&mut self.held);
+        let all = self.disk.entries.len();
+        if let Role::Leader(leading) = &mut self.role {
+            leading.held[self.me] = all;
+            self.count();
+        }
+    }
+
+    /// Puts a command into the log of a leader, and gives its place.
+    pub fn propose(&mut self, now: Time, command: Arc<Command>) -> Option<usize> {
+        self.leads()?;
+        let at = self.push(Some(command));
+        self.broadcast(now);
+        Some(at)
+    }
+
+    /// Asks to be told when it is sure that this node leads. False if it surely does not.
+    pub fn confirm(&mut self, now: Time, ticket: Ticket) -> bool {
+        let agreed = self.agreed;
+        let Role::Leader(leading) = &mut self.role else { return false };
+        let (round, agreed) = (leading.round + 1, agreed.max(leading.began + 1));
+        leading.reads.push(Read { ticket, round, agreed });
+        self.broadcast(now);
+        true
+    }
+
+    /// Takes what is confirmed, given how many entries were applied.
+    pub fn confirmed(&mut self, applied: usize) -> Vec<Ticket> {
+        let (me, nodes, alone) = (self.me, self.nodes, self.confirms_alone);
+        let Role::Leader(leading) = &mut self.role else { return Vec::new() };
+        if leading.reads.is_empty() {
+            return Vec::new();
+        }
+        let mut rounds: Vec<u64> = leading.answered.iter().map(|(round, _)| *round).collect();
+        rounds[me] = u64::MAX;
+        rounds.sort_unstable();
+        // The newest round that a majority answered.
+        let answered = rounds[nodes - (nodes / 2 + 1)];
+        let sure = |read: &Read| alone || (read.round <= answered && read.agreed <= applied);
+        let (now, later): (Vec<Read>, Vec<Read>) =
+            std::mem::take(&mut leading.reads).into_iter().partition(sure);
+        leading.reads = later;
+        now.into_iter().map(|read| read.ticket).collect()
+    }
+
+    /// Says when to tick next.
+    pub fn deadline(&self) -> Time {
+        match &self.role {
+            Role::Leader(leading) => leading.beat,
+            _ => self.election,
+        }
+    }
+
+    /// Does what is due.
+    pub fn tick(&mut self, now: Time, prng: &mut Prng) {
+        let majority = self.nodes / 2 + 1;
+        match &mut self.role {
+            Role::Leader(leading) if leading.beat <= now => {
+                let near = |(at, (_, heard)): &(usize, &(u64, Time))| {
+                    *at == self.me || now.since(*heard) < leading.belief
+                };
+                if leading.answered.iter().enumerate().filter(near).count() < majority {
+                    self.leader = None;
+                    self.follow(now, self.term, prng);
+                } else {
+                    self.broadcast(now);
+                }
+            }
+            Role::Leader(_) => {}
+            _ if self.election <= now => self.stand(now, prng),
+            _ => {}
+        }
+    }
+
+    /// Takes in what another node says.
+    pub fn hear(&mut self, now: Time, from: usize, packet: Packet, prng: &mut Prng) {
+        let (Packet::Ask { term, .. }
+        | Packet::Vote { term, .. }
+        | Packet::Append { term, .. }
+        | Packet::Appended { term, .. }) = packet;
+        if term > self.term {
+            self.leader = None;
+            self.follow(now, term, prng);
+        }
+        match packet {
+            Packet::Ask { term, last } => {
+                let given = term == self.term
+                    && self.voted.is_none_or(|voted| voted == from)
+                    && last >= self.last();
+                if given && self.voted.is_none() {
+                    self.voted = Some(from);
+                    self.touch(self.entries.len());
+                    self.wait(now, prng);
+                }
+                self.answer(from, Packet::Vote { term: self.term, given });
+            }
+            Packet::Vote { term, given } if term == self.term && given => {
+                if let Role::Candidate { votes } = &mut self.role {
+                    *votes |= 1 << from;
+                    if votes.count_ones() as usize > self.nodes / 2 {
+                        self.lead(now, prng);
+                    }
+                }
+            }
+            Packet::Append { term, after, entries, agreed, round } => {
+                let held = if term < self.term {
+                    Err(0)
+                } else {
+                    self.leader = Some(from);
+                    self.role = Role::Follower;
+                    self.wait(now, prng);
+                    self.append(after, entries, agreed)
+                };
+                self.answer(from, Packet::Appended { term: self.term, held, round });
+            }
+            Packet::Appended { term, held, round } if term == self.term => {
+                self.appended(now, from, held, round);
+            }
+            Packet::Vote { .. } | Packet::Appended { .. } => {}
+        }
+    }
+
+    fn last(&self) -> (u64, usize) {
+        (self.entries.last().map_or(0, |entry| entry.term), self.entries.len())
+    }
+
+    fn touch(&mut self, from: usize) {
+        self.dirty = Some(self.dirty.map_or(from, |dirty| dirty.min(from)));
+    }
+
+    /// What is said rests on what was written.
+    fn answer(&mut self, to: usize, packet: Packet) {
+        if self.is_dirty() { self.held.push((to, packet)) } else { self.out.push((to, packet)) }
+    }
+
+    fn wait(&mut self, now: Time, prng: &mut Prng) {
+        self.election = now + ELECTION + ELECTION.mul_f64(prng.unit());
+    }
+
+    fn follow(&mut self, now: Time, term: u64, prng: &mut Prng) {
+        if term > self.term {
+            (self.term, self.voted) = (term, None);
+            self.touch(self.entries.len());
+        }
+        self.role = Role::Follower;
+        self.wait(now, prng);
+    }
+
+    fn stand(&mut self, now: Time, prng: &mut Prng) {
+        self.follow(now, self.term + 1, prng);
+        (self.leader, self.voted) = (None, Some(self.me));
+        self.role = Role::Candidate { votes: 1 << self.me };
+        let ask = Packet::Ask { term: self.term, last: self.last() };
+        for to in (0..self.nodes).filter(|to| *to != self.me) {
+            self.held.push((to, ask.clone()));
+        }
+    }
+
+    fn lead(&mut self, now: Time, prng: &mut Prng) {
+        self.leader = Some(self.me);
+        let began = self.entries.len();
+        self.role = Role::Leader(Leading {
+            began,
+            next: vec![began; self.nodes],
+            held: vec![0; self.nodes],
+            answered: vec![(0, now); self.nodes],
+            round: 0,
+            beat: now,
+            belief: Duration::from_millis(1_000 + prng.below(BELIEF_MAX_MILLIS - 1_000)),
+            reads: Vec::new(),
+        });
+        self.push(None);
+        self.broadcast(now);
+    }
+
+    fn push(&mut self, command: Option<Arc<Command>>) -> usize {
+        let at = self.entries.len();
+        self.entries.push(Entry { term: self.term, command });
+        self.touch(at);
+        at
+    }
+
+    fn broadcast(&mut self, now: Time) {
+        let Role::Leader(leading) = &mut self.role else { return };
+        leading.round += 1;
+        leading.beat = now + BEAT;
+        let me = self.me;
+        for to in (0..self.nodes).filter(|to| *to != me) {
+            self.send(to);
+        }
+    }
+
+    fn send(&mut self, to: usize) {
+        let Role::Leader(leading) = &self.role else { return };
+        let next = leading.next[to];
+        let upto = self.entries.len().min(next + BATCH);
+        let packet = Packet::Append {
+            term: self.term,
+            after: (next, next.checked_sub(1).map_or(0, |last| self.entries[last].term)),
+            entries: self.entries[next..upto].to_vec(),
+            agreed: self.agreed,
+            round: leading.round,
+        };
+        self.out.push((to, packet));
+    }
+
+    fn append(
+        &mut self,
+        after: (usize, u64),
+        entries: Vec<Entry>,
+        agreed: usize,
+    ) -> Result<usize, usize> {
+        let (count, term) = after;
+        let known = count.checked_sub(1).map(|last| self.entries.get(last).map(|e| e.term));
+        if known.is_some_and(|known| known != Some(term)) {
+            return Err(count.saturating_sub(1).min(self.entries.len()));
+        }
+        let held = count + entries.len();
+        for (at, entry) in (count..).zip(entries) {
+            if self.entries.get(at).is_some_and(|known| known.term == entry.term) {
+                continue;
+            }
+            if at < self.entries.len() {
+                assert!(at >= self.agreed, "what was agreed on is never taken back");
+                self.entries.truncate(at);
+            }
+            self.entries.push(entry);
+            self.touch(at);
+        }
+        self.agreed = self.agreed.max(agreed.min(held));
+        Ok(held)
+    }
+
+    fn appended(&mut self, now: Time, from: usize, held: Result<usize, usize>, round: u64) {
+        let Role::Leader(leading) = &mut self.role else { return };
+        let (newest, heard) = &mut leading.answered[from];
+        (*newest, *heard) = ((*newest).max(round), now);
+        match held {
+            Ok(held) => {
+                leading.held[from] = leading.held[from].max(held);
+                leading.next[from] = leading.next[from].max(held);
+                let more =
+                    leading.next[from] < self.entries.len() && held + BATCH <= self.entries.len();
+                self.count();
+                if more {
+                    self.send(from);
+                }
+            }
+            Err(upto) => {
+                // What an older message says may long be overtaken.
+                leading.next[from] = upto.max(leading.held[from]);
+                self.send(from);
+            }
+        }
+    }
+
+    /// What a majority holds is agreed on, if it is of this term or lies before something that is.
+    fn count(&mut self) {
+        let Role::Leader(leading) = &self.role else { return };
+        let mut held = leading.held.clone();
+        held.sort_unstable();
+        let by_most = held[self.nodes - (self.nodes / 2 + 1)];
+        if by_most > self.agreed && self.entries[by_most - 1].term == self.term {
+            self.agreed = by_most;
+        }
+    }
+}
