@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::raft::machine;
 use crate::raft::{Consensus, Role};
-use crate::sessions::Sessions;
+use crate::sessions::{Grant, Sessions};
 
 /// What may wait to be heard. Sessions wait when it is full, and their tasks with them: heartbeats of ten thousand tasks
 /// are a tenth of a second's work.
@@ -204,6 +204,7 @@ struct Leading {
     queue: VecDeque<Command>,
     proposals: JoinSet<Option<Command>>,
     plans: JoinSet<Event>,
+    confirmations: JoinSet<bool>,
 }
 
 impl Loop {
@@ -352,6 +353,10 @@ impl Loop {
             match action {
                 Action::Propose(command) => leading.propose(&self.consensus, command),
                 Action::Plan(round) => leading.plan(round),
+                Action::Confirm => leading.confirm(&self.consensus),
+                Action::Grant { job, session, request, generation } => {
+                    self.sessions.grant(&job, session, Grant { request, generation });
+                }
                 // The session looks at the state and finds that it has nothing left.
                 Action::Drained { job, session } => self.sessions.look_again_at(&job, session),
             }
@@ -364,7 +369,8 @@ impl Loop {
 impl Leading {
     fn new(term: u64, leader: Leader) -> Self {
         let (out, queue) = (Vec::new(), VecDeque::new());
-        Self { term, leader, out, queue, proposals: JoinSet::new(), plans: JoinSet::new() }
+        let (proposals, plans, confirmations) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
+        Self { term, leader, out, queue, proposals, plans, confirmations }
     }
 
     fn propose(&mut self, consensus: &Consensus, command: Command) {
@@ -383,8 +389,14 @@ impl Leading {
             && let Some(command) = self.queue.pop_front()
         {
             let consensus = consensus.clone();
-            self.proposals.spawn(propose(consensus, command));
+            self.proposals.spawn(propose(consensus, self.term, command));
         }
+    }
+
+    /// Asks a quorum whether this node leads. For owners whose leases run out meanwhile it is urgent, so it runs beside all else.
+    fn confirm(&mut self, consensus: &Consensus) {
+        let consensus = consensus.clone();
+        self.confirmations.spawn(async move { consensus.confirm_leadership().await.is_ok() });
     }
 
     fn plan(&mut self, round: Box<Round>) {
@@ -397,6 +409,9 @@ impl Leading {
         let settled = tokio::select! {
             Some(failed) = leading.proposals.join_next() => failed.map(|it| it.map(Event::Failed)),
             Some(planned) = leading.plans.join_next() => planned.map(Some),
+            Some(confirmed) = leading.confirmations.join_next() => {
+                Ok(Some(Event::Confirmed(confirmed.unwrap_or(false))))
+            }
             else => std::future::pending().await,
         };
         settled.unwrap_or_else(|error| {
@@ -407,8 +422,8 @@ impl Leading {
 }
 
 /// Puts a command into the log, and gives it back if that came to nothing.
-async fn propose(consensus: Consensus, command: Command) -> Option<Command> {
-    match timeout(PROPOSAL_PATIENCE, consensus.propose(command.clone())).await {
+async fn propose(consensus: Consensus, term: u64, command: Command) -> Option<Command> {
+    match timeout(PROPOSAL_PATIENCE, consensus.propose_in(term, command.clone())).await {
         Ok(Ok(_)) => None,
         Ok(Err(error)) => {
             tracing::debug!(%command, %error, "proposal refused");

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use mandoline_core::generation::Generation;
 use mandoline_core::name::JobName;
 use mandoline_core::task::SessionId;
 use tokio::sync::Notify;
@@ -23,6 +24,19 @@ struct Entry {
     connection: u64,
     replaced: CancellationToken,
     look_again: Arc<Notify>,
+    granted: Granted,
+}
+
+/// The newest grant that a session was not told of yet.
+type Granted = Arc<Mutex<Option<Grant>>>;
+
+/// The leader's answer to an owner's renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// The number of the renewal.
+    pub request: u64,
+    /// The newest generation that was applied.
+    pub generation: Generation,
 }
 
 /// One connection of a session, from attaching to its end.
@@ -33,8 +47,10 @@ pub struct Seat {
     connection: u64,
     /// Another connection has taken the session.
     pub replaced: CancellationToken,
-    /// Something has changed that the task should hear of: its last slice has gone, or its job's spec says otherwise.
+    /// Something has changed that the task should hear of: its last slice has gone, its job's spec says otherwise, or it was
+    /// granted something.
     pub look_again: Arc<Notify>,
+    granted: Granted,
 }
 
 impl Sessions {
@@ -44,17 +60,30 @@ impl Sessions {
         open.last += 1;
         let (connection, key) = (open.last, (job.clone(), session));
         let (replaced, look_again) = (CancellationToken::new(), Arc::new(Notify::new()));
-        let entry =
-            Entry { connection, replaced: replaced.clone(), look_again: Arc::clone(&look_again) };
+        let granted = Granted::default();
+        let entry = Entry {
+            connection,
+            replaced: replaced.clone(),
+            look_again: Arc::clone(&look_again),
+            granted: Arc::clone(&granted),
+        };
         if let Some(before) = open.by_session.insert(key.clone(), entry) {
             before.replaced.cancel();
         }
-        Seat { sessions: self.clone(), key, connection, replaced, look_again }
+        Seat { sessions: self.clone(), key, connection, replaced, look_again, granted }
     }
 
     /// Has a session, if it is connected here, look at the state again.
     pub fn look_again_at(&self, job: &JobName, session: SessionId) {
         if let Some(entry) = self.lock().by_session.get(&(job.clone(), session)) {
+            entry.look_again.notify_one();
+        }
+    }
+
+    /// Has a session, if it is connected here, told of a grant. Only the newest means anything.
+    pub fn grant(&self, job: &JobName, session: SessionId, grant: Grant) {
+        if let Some(entry) = self.lock().by_session.get(&(job.clone(), session)) {
+            *entry.granted.lock().unwrap_or_else(PoisonError::into_inner) = Some(grant);
             entry.look_again.notify_one();
         }
     }
@@ -76,6 +105,11 @@ impl Sessions {
 }
 
 impl Seat {
+    /// Takes the newest grant, if there is one that was not taken yet.
+    pub fn granted(&self) -> Option<Grant> {
+        self.granted.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Gives the connection up. If it was still the newest of its session, `if_newest` is called before another can take
     /// the session: so what it says is heard before anything that the next connection says.
     pub fn leave(self, if_newest: impl FnOnce()) {

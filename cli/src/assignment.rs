@@ -400,7 +400,7 @@ mod tests {
 
     use mandoline_core::assignment::{Replica, Replicas};
     use mandoline_core::generation::Generation;
-    use mandoline_core::task::{Phase, Task, TaskInfo};
+    use mandoline_core::task::{Task, TaskInfo};
 
     use super::*;
 
@@ -412,7 +412,7 @@ mod tests {
             let session = SessionId(id);
             let address = format!("h:{id}").parse().unwrap();
             let info = TaskInfo::new(name.parse().unwrap(), id, address);
-            let task = Task { session, info, phase: Phase::Serving };
+            let task = Task::new(session, info);
             assignment.tasks.insert(session, Arc::new(task));
         }
         let one = |id| Replica { session: SessionId(id), since: number(2 + id) };
@@ -421,7 +421,7 @@ mod tests {
             ("8000000000000000..ffffffffffffffff", [one(1), one(2)].into_iter().collect()),
         ] {
             let load = Load::from_milli(1_500);
-            let assigned = Assigned { replicas, load, token: number(4) };
+            let assigned = Assigned { replicas, load, token: number(4), transit: None };
             assignment.slices.set(slice.parse().unwrap(), assigned);
         }
         let pins = vec![("0..ff".parse().unwrap(), "a".to_owned())];

@@ -275,7 +275,7 @@ mod tests {
             ..Default::default()
         };
         let phase = pb::Phase::Serving.into();
-        let task = pb::Task { session, info: Some(info), phase };
+        let task = pb::Task { session, info: Some(info), phase, lease_ms: 0 };
         pb::TaskStatus { task: Some(task), slices: 2, load, connected: true, suspect: false }
     }
 

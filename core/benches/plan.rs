@@ -14,12 +14,12 @@ use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
 use mandoline_core::name::JobName;
-use mandoline_core::plan::Edit;
+use mandoline_core::plan::{Edit, at_once};
 use mandoline_core::prng::Prng;
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::{JobSpec, Ratio};
 use mandoline_core::state::State;
-use mandoline_core::task::{Phase, SessionId, Task, TaskInfo};
+use mandoline_core::task::{SessionId, Task, TaskInfo};
 use rustix::time::{ClockId, clock_gettime};
 
 fn kv() -> JobName {
@@ -69,14 +69,14 @@ fn fleet(tasks: u64, idle: u64, slices: u64) -> Assignment {
         let name = format!("t{id}").parse().expect("it is a name");
         let info = TaskInfo::new(name, id, format!("h{id}:1").parse().expect("it is an address"));
         let session = SessionId(id);
-        fleet.tasks.insert(session, Arc::new(Task { session, info, phase: Phase::Serving }));
+        fleet.tasks.insert(session, Arc::new(Task::new(session, info)));
     }
     let run = |index: u64| {
         let first = SliceKey(
             u64::try_from((u128::from(index) << 64) / u128::from(slices)).expect("index < slices"),
         );
         let replicas = Replicas::One(Replica { session: SessionId(1 + index % tasks), since });
-        (first, Assigned { replicas, load: Load::ZERO, token: since })
+        (first, Assigned { replicas, token: since, ..Assigned::default() })
     };
     fleet.slices =
         SliceMap::from_runs((0..slices).map(run).collect()).expect("the runs are in order");
@@ -93,7 +93,7 @@ fn large(tasks: u64, slices: u64, event: Event) -> Round {
     let first = plan(&Round::new(Arc::new(fleet.clone()), loads.clone(), policy.clone()));
     let next = Generation { incarnation: 1, number: 2 };
     for edit in first.edits.iter().filter(|edit| matches!(edit, Edit::Move(_))) {
-        edit.apply(&mut fleet.slices, next).expect("the plan fits");
+        edit.apply(&mut fleet.slices, next, &at_once).expect("the plan fits");
     }
     match event {
         Event::Steady => {}

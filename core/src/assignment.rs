@@ -12,13 +12,15 @@ use crate::slice::Slice;
 use crate::slice_map::SliceMap;
 use crate::spec::Ratio;
 use crate::task::{SessionId, Task};
+use crate::transit::Transit;
 
 /// One of the tasks that a slice is assigned to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Replica {
     /// Who.
     pub session: SessionId,
-    /// Since when without a break, kept over splits and merges that moved nothing.
+    /// Since when without a break, kept over splits and merges that moved nothing. Where the slice came by a hand-off it is
+    /// the generation that began that: by it the task knows whether what it prepared is what it now serves.
     pub since: Generation,
 }
 
@@ -32,6 +34,8 @@ pub enum Replicas {
     One(Replica),
     /// Several do, in the order in which they were added.
     Many(Arc<[Replica]>),
+    /// The slice of an exclusive job: one task owns it, or nobody. A second owner cannot be written down.
+    Owner(Option<Replica>),
 }
 
 impl Replicas {
@@ -41,6 +45,44 @@ impl Replicas {
             Self::None => &[],
             Self::One(one) => std::slice::from_ref(one),
             Self::Many(many) => many,
+            Self::Owner(owner) => owner.as_slice(),
+        }
+    }
+
+    /// Says whether this is the slice of an exclusive job.
+    pub const fn is_exclusive(&self) -> bool {
+        matches!(self, Self::Owner(_))
+    }
+
+    /// Gives them after one went, another came, or both. `None` where that cannot be: whoever should go is not there, whoever
+    /// should come is, or there would be a second owner.
+    #[must_use]
+    pub fn moved(&self, from: Option<SessionId>, to: Option<Replica>) -> Option<Self> {
+        if from.is_some_and(|from| self.of(from).is_none())
+            || to.is_some_and(|to| self.of(to.session).is_some())
+        {
+            return None;
+        }
+        let stay = self.as_slice().iter().copied().filter(|replica| Some(replica.session) != from);
+        match self {
+            Self::Owner(owner) if owner.is_some() && from.is_none() && to.is_some() => None,
+            Self::Owner(_) => Some(Self::Owner(stay.chain(to).next())),
+            _ => Some(stay.chain(to).collect()),
+        }
+    }
+
+    /// Gives nobody, of the same kind.
+    #[must_use]
+    pub const fn nobody(&self) -> Self {
+        if self.is_exclusive() { Self::Owner(None) } else { Self::None }
+    }
+
+    /// Gives them with each one changed by `change`.
+    #[must_use]
+    pub fn map(&self, change: impl FnMut(Replica) -> Replica) -> Self {
+        match self {
+            Self::Owner(owner) => Self::Owner(owner.map(change)),
+            _ => self.as_slice().iter().copied().map(change).collect(),
         }
     }
 
@@ -65,7 +107,7 @@ impl FromIterator<Replica> for Replicas {
 
 impl PartialEq for Replicas {
     fn eq(&self, other: &Self) -> bool {
-        self.as_slice() == other.as_slice()
+        self.is_exclusive() == other.is_exclusive() && self.as_slice() == other.as_slice()
     }
 }
 
@@ -80,6 +122,22 @@ pub struct Assigned {
     pub load: Load,
     /// Grows each time the slice changes hands, for storage to reject a late writer.
     pub token: Generation,
+    /// Where it is going, if it is on its way.
+    pub transit: Option<Arc<Transit>>,
+}
+
+impl Assigned {
+    /// The slice of an exclusive job that nobody owns.
+    pub fn unowned() -> Self {
+        Self { replicas: Replicas::Owner(None), ..Self::default() }
+    }
+
+    /// Gives who serves the slice once the hand-off that it is in, if it is in one, is over.
+    pub fn settled(&self) -> Option<Replicas> {
+        let transit = self.transit.as_ref()?;
+        let to = Replica { session: transit.to, since: transit.id.began };
+        self.replicas.moved(transit.from, Some(to))
+    }
 }
 
 /// Who serves every slice of a job, as of one generation.
@@ -110,6 +168,11 @@ impl Assignment {
         }
     }
 
+    /// Begins an exclusive job: no task, and so nobody who owns.
+    pub fn exclusive(job: JobName, generation: Generation) -> Self {
+        Self { slices: SliceMap::uniform(Assigned::unowned()), ..Self::new(job, generation) }
+    }
+
     /// Looks up the slice of `key` and what the assignment says of it.
     pub fn get(&self, key: SliceKey) -> (Slice, &Assigned) {
         self.slices.get(key)
@@ -122,10 +185,25 @@ impl Assignment {
             .filter_map(move |(slice, assigned)| Some((slice, assigned.replicas.of(session)?)))
     }
 
-    /// Finds a slice whose replica names a task that the assignment does not have, or names one twice.
+    /// Says whether each slice has one owner at most.
+    pub fn is_exclusive(&self) -> bool {
+        self.slices.value_at(0).replicas.is_exclusive()
+    }
+
+    /// Finds a slice that is broken: it names a task that the assignment does not have, or one twice; its hand-off does not fit
+    /// who serves it; or it may have several replicas where others have an owner.
     pub fn broken_slice(&self) -> Option<Slice> {
+        let exclusive = self.is_exclusive();
         let broken = |assigned: &Assigned| {
             let replicas = assigned.replicas.as_slice();
+            let lost = |transit: &Transit| {
+                !self.tasks.contains_key(&transit.to) || assigned.settled().is_none()
+            };
+            if assigned.transit.as_deref().is_some_and(lost)
+                || assigned.replicas.is_exclusive() != exclusive
+            {
+                return true;
+            }
             replicas.iter().enumerate().any(|(index, replica)| {
                 !self.tasks.contains_key(&replica.session)
                     || replicas[..index].iter().any(|other| other.session == replica.session)
@@ -149,6 +227,11 @@ impl fmt::Display for Assignment {
                     task.map_or("?", |task| task.info.name.as_str()),
                     replica.since
                 )?;
+            }
+            if let Some(transit) = &assigned.transit {
+                let to = self.tasks.get(&transit.to);
+                let to = to.map_or("?", |task| task.info.name.as_str());
+                write!(f, " {} -> {to}", transit.step)?;
             }
             writeln!(f)?;
         }

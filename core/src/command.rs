@@ -9,6 +9,7 @@ use crate::plan::Plan;
 use crate::slice::Slice;
 use crate::spec::JobSpec;
 use crate::task::{SessionId, TaskInfo};
+use crate::transit::{Act, HandOffId};
 
 /// Which cluster: drawn once by the node that starts it, so that nodes of another are refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -112,6 +113,18 @@ pub enum Command {
         /// What the balancer decided.
         plan: Plan,
     },
+    /// Takes hand-offs a step further. A step that does not fit its hand-off any more is left out.
+    HandOff {
+        /// Which job.
+        job: JobName,
+        /// Which hand-offs, and what happens to each.
+        steps: Vec<(HandOffId, Act)>,
+    },
+    /// Ends the time after a restore in which exclusive slices have no owner.
+    Settle {
+        /// The incarnation that the restore began.
+        incarnation: u64,
+    },
     /// Stores the load of every slice, in order, so that a new leader starts from it.
     StoreLoads {
         /// Which job.
@@ -165,6 +178,11 @@ impl fmt::Display for Command {
             Self::Change { job, plan } => {
                 write!(f, "change {job} {} by {} edits", plan.base, plan.edits.len())
             }
+            Self::HandOff { job, steps } => {
+                write!(f, "take {} hand-offs of {job} further", steps.len())?;
+                steps.first().map_or(Ok(()), |(id, act)| write!(f, ", such as {id}: {act}"))
+            }
+            Self::Settle { incarnation } => write!(f, "settle after restore {incarnation}"),
             Self::StoreLoads { job, loads, .. } => {
                 write!(f, "store {} loads of {job}", loads.len())
             }

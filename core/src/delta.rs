@@ -105,12 +105,12 @@ mod tests {
     use super::*;
     use crate::assignment::{Replica, Replicas};
     use crate::key::SliceKey;
-    use crate::task::{Phase, TaskInfo};
+    use crate::task::TaskInfo;
 
     fn task(id: u64) -> Arc<Task> {
         let name = format!("t{id}").parse().unwrap();
         let info = TaskInfo::new(name, id, format!("127.0.0.1:{id}").parse().unwrap());
-        Arc::new(Task { session: SessionId(id), info, phase: Phase::Serving })
+        Arc::new(Task::new(SessionId(id), info))
     }
 
     fn served_by(id: u64) -> Assigned {

@@ -360,7 +360,7 @@ mod tests {
         let load = Load::from_milli(milli);
         assignment.slices.set(
             Slice::FULL,
-            Assigned { replicas: Replicas::One(one), load, token: Generation::ZERO },
+            Assigned { replicas: Replicas::One(one), load, ..Assigned::default() },
         );
         assignment
     }

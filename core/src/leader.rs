@@ -13,6 +13,8 @@ use crate::balance::{InFlight, Policy, Round};
 use crate::command::{Command, EndReason};
 use crate::forecast::Forecast;
 use crate::generation::Generation;
+use crate::handoff::HandOffs;
+use crate::lease::{Ledger, Margin, Renewal};
 use crate::load::Load;
 use crate::name::JobName;
 use crate::offers::{Offer, OfferError, Offers, Totals};
@@ -20,16 +22,20 @@ use crate::plan::{Move, Plan};
 use crate::report::{LoadTable, Report, ReportError};
 use crate::roster::Roster;
 use crate::sizes::Sizes;
-use crate::spec::JobSpec;
+use crate::spec::{Consistency, JobSpec, LEASE_MAX};
 use crate::state::{Job, State};
 use crate::task::{Phase, SessionId};
 use crate::time::Time;
+use crate::transit::HandOffId;
 
 /// How often loads are stored with the assignment: what a new leader starts from is no older, and the log hardly grows.
 const STORE_EVERY: Duration = Duration::from_secs(60);
 
 /// How long after a change came to nothing the next one is planned: soon, yet no busy loop if it is refused for ever.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// How soon the end of a restore's hold-off is proposed again, if nothing came of it.
+const SETTLE_AGAIN: Duration = Duration::from_millis(100);
 
 /// How many rounds wait for a task to come back: one that flaps must not keep the others from being evened out for ever.
 const HELD_ROUNDS: u32 = 3;
@@ -50,6 +56,35 @@ pub enum Event {
         job: JobName,
         /// Whose.
         session: SessionId,
+    },
+    /// An owner asked for more time.
+    Renewed {
+        /// Which job.
+        job: JobName,
+        /// Whose.
+        session: SessionId,
+        /// Its number, which the grant repeats.
+        request: u64,
+    },
+    /// The confirmation that was asked for came out: this node led at some time since, or it is not known to.
+    Confirmed(bool),
+    /// A task is ready for a slice that is on its way there.
+    Ready {
+        /// Which job.
+        job: JobName,
+        /// Which task.
+        session: SessionId,
+        /// Which hand-off.
+        id: HandOffId,
+    },
+    /// A task has let go of a slice.
+    Acknowledged {
+        /// Which job.
+        job: JobName,
+        /// Which task.
+        session: SessionId,
+        /// Which hand-off.
+        id: HandOffId,
     },
     /// A session's connection broke.
     Broken {
@@ -90,6 +125,19 @@ pub enum Event {
 pub enum Action {
     /// Put this into the log. If that fails, say so.
     Propose(Command),
+    /// Confirm by a quorum that begins now that this node leads, and come back with what came out.
+    Confirm,
+    /// Answer an owner's renewal.
+    Grant {
+        /// Which job.
+        job: JobName,
+        /// Whose.
+        session: SessionId,
+        /// The number of its renewal.
+        request: u64,
+        /// The newest generation that is applied.
+        generation: Generation,
+    },
     /// Run `balance::plan` on a worker and come back with what it says.
     Plan(Box<Round>),
     /// Tell a leaving task that its last slice is gone.
@@ -102,15 +150,29 @@ pub enum Action {
 }
 
 /// What only the leader does.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Leader {
     jobs: BTreeMap<JobName, Lead>,
+    /// Of all jobs together: one confirmation serves all renewals that wait.
+    ledger: Ledger,
+    margin: Margin,
+    /// When a restored cluster's exclusive slices may get owners.
+    settles: Option<Time>,
+    /// Whether that is still to come.
+    hold_off: bool,
 }
 
 impl Leader {
     /// Begins to lead: every session that has not ended counts as heard of just now.
     pub fn new(now: Time, state: &State) -> Self {
-        let mut leader = Self::default();
+        Self::with_margin(now, state, Margin::STANDARD)
+    }
+
+    /// Begins to lead with another margin for clocks, for tests that show what it is for.
+    pub fn with_margin(now: Time, state: &State, margin: Margin) -> Self {
+        let settles = state.hold_off.then(|| now + margin.waited(LEASE_MAX));
+        let (jobs, ledger) = (BTreeMap::new(), Ledger::new(margin));
+        let mut leader = Self { jobs, ledger, margin, settles, hold_off: state.hold_off };
         for job in state.jobs.keys() {
             leader.lead(now, state, job);
         }
@@ -125,6 +187,21 @@ impl Leader {
             }
             Event::Heard { job, session } => {
                 self.with(&job, |lead| lead.roster.heard(now, session));
+            }
+            Event::Renewed { job, session, request } => {
+                self.with(&job, |lead| lead.roster.heard(now, session));
+                if self.ledger.ask(now, Renewal { job, session, request }) {
+                    out.push(Action::Confirm);
+                }
+            }
+            Event::Confirmed(leads) => self.confirmed(leads, state, out),
+            Event::Ready { job, session, id } => {
+                self.with(&job, |lead| lead.hand_offs.ready(session, id));
+                self.step(now, &job, out);
+            }
+            Event::Acknowledged { job, session, id } => {
+                self.with(&job, |lead| lead.hand_offs.acknowledged(session, id));
+                self.step(now, &job, out);
             }
             Event::Broken { job, session } => {
                 self.with(&job, |lead| lead.roster.broken(now, session));
@@ -144,6 +221,13 @@ impl Leader {
                 self.with(&job, |lead| lead.roster.acquit(now, session));
             }
             Event::Failed(Command::Change { job, .. }) => self.with(&job, |lead| lead.retry(now)),
+            Event::Failed(Command::HandOff { job, .. }) => {
+                // What is still due is proposed again by the next tick: soon, yet no busy loop.
+                self.with(&job, |lead| {
+                    lead.hand_offs.failed();
+                    lead.next_step = Some(now + RETRY_AFTER);
+                });
+            }
             // Stored loads are renewed before long; the rest is proposed by others, who hear of it themselves.
             Event::Failed(_) => {}
         }
@@ -151,13 +235,24 @@ impl Leader {
 
     /// Does what is due.
     pub fn tick(&mut self, now: Time, state: &State, out: &mut Vec<Action>) {
+        self.settle(now, state, out);
         for (name, lead) in &mut self.jobs {
             let Ok(job) = state.job(name) else { continue };
-            let end =
-                |session| Command::End { job: name.clone(), session, reason: EndReason::Lost };
-            out.extend(
-                lead.roster.tick(now).into_iter().map(|session| Action::Propose(end(session))),
-            );
+            for session in lead.roster.tick(now) {
+                if !self.ledger.is_over(now, session) {
+                    // It may still believe that it owns.
+                    lead.roster.acquit(now, session);
+                    continue;
+                }
+                self.ledger.deny(session);
+                let (job, reason) = (name.clone(), EndReason::Lost);
+                out.push(Action::Propose(Command::End { job, session, reason }));
+            }
+            if lead.next_step.take_if(|at| *at <= now).is_some()
+                || lead.hand_offs.deadline().is_some_and(|deadline| deadline <= now)
+            {
+                out.extend(lead.hand_offs.propose(now, name).map(Action::Propose));
+            }
             if lead.next_round <= now {
                 lead.round(now, job, out);
             }
@@ -169,7 +264,46 @@ impl Leader {
 
     /// Says when to tick next.
     pub fn deadline(&self) -> Option<Time> {
-        self.jobs.values().map(Lead::deadline).min()
+        self.jobs.values().map(Lead::deadline).chain(self.settles).min()
+    }
+
+    /// Ends the time after a restore, and once that is agreed on plans for what waited.
+    fn settle(&mut self, now: Time, state: &State, out: &mut Vec<Action>) {
+        if self.settles.is_some_and(|settles| settles <= now) {
+            self.settles = state.hold_off.then(|| now + SETTLE_AGAIN);
+            if state.hold_off {
+                out.push(Action::Propose(Command::Settle { incarnation: state.incarnation }));
+            }
+        }
+        if std::mem::replace(&mut self.hold_off, state.hold_off) && !state.hold_off {
+            let jobs: Vec<JobName> = self.jobs.keys().cloned().collect();
+            for job in jobs {
+                self.handle(now, state, Event::Applied { job }, out);
+            }
+        }
+    }
+
+    /// Answers the renewals that waited for a confirmation, and begins the next one for those that came since.
+    fn confirmed(&mut self, leads: bool, state: &State, out: &mut Vec<Action>) {
+        let (renewals, again) = self.ledger.confirmed(leads);
+        for Renewal { job, session, request } in renewals {
+            let Ok(known) = state.job(&job) else { continue };
+            let Assignment { generation, tasks, .. } = known.assignment.as_ref();
+            if tasks.contains_key(&session) {
+                let generation = *generation;
+                out.push(Action::Grant { job, session, request, generation });
+            }
+        }
+        if again {
+            out.push(Action::Confirm);
+        }
+    }
+
+    /// Proposes what is due of a job's hand-offs.
+    fn step(&mut self, now: Time, job: &JobName, out: &mut Vec<Action>) {
+        let lead = self.jobs.get_mut(job);
+        let due = lead.and_then(|lead| lead.hand_offs.propose(now, job));
+        out.extend(due.map(Action::Propose));
     }
 
     /// Gives the load of a task as of the last round.
@@ -216,6 +350,16 @@ impl Leader {
             .entry(name.clone())
             .or_insert_with(|| Lead::new(now, &job.spec, &job.assignment));
         lead.roster.set_heartbeat(job.spec.heartbeat);
+        lead.roster.set_lease(job.spec.owner_lease().map(|lease| self.margin.waited(lease)));
+        lead.hold_off = state.hold_off && job.spec.consistency == Consistency::Exclusive;
+        let tasks = &job.assignment.tasks;
+        for task in tasks.values() {
+            if let Some(lease) = task.lease {
+                self.ledger.admit(now, task.session, lease);
+            }
+        }
+        let prepare = job.spec.prepare_within;
+        lead.hand_offs.sync(now, &job.assignment, prepare, self.margin);
         Some(lead)
     }
 }
@@ -230,6 +374,11 @@ struct Lead {
     /// The generation when this leader began: what was moved before has long been heard of.
     began: Generation,
     offers: Offers,
+    hand_offs: HandOffs,
+    /// When a step of a hand-off that came to nothing is tried again.
+    next_step: Option<Time>,
+    /// Whether nothing may be given to anyone: a backup was restored.
+    hold_off: bool,
     forecast: Forecast,
     sizes: Sizes,
     loads: BTreeMap<SessionId, Load>,
@@ -261,6 +410,9 @@ impl Lead {
             served: BTreeMap::new(),
             began: assignment.generation,
             offers: Offers::default(),
+            hand_offs: HandOffs::default(),
+            next_step: None,
+            hold_off: false,
             forecast: Forecast::new(assignment),
             sizes: Sizes::default(),
             loads: BTreeMap::new(),
@@ -274,8 +426,9 @@ impl Lead {
     }
 
     fn deadline(&self) -> Time {
-        let due = self.next_round.min(self.next_store);
-        self.roster.deadline().map_or(due, |loss| due.min(loss))
+        let soon = [self.roster.deadline(), self.hand_offs.deadline(), self.next_step];
+        let due = soon.into_iter().flatten().chain([self.next_round, self.next_store]).min();
+        due.expect("there is always a next round")
     }
 
     fn report(&mut self, report: Report) {
@@ -302,6 +455,7 @@ impl Lead {
                 out.push(Action::Drained { job: name.clone(), session });
             }
         }
+        out.extend(self.hand_offs.propose(now, name).map(Action::Propose));
         if self.busy.is_none() && is_urgent(assignment) {
             self.plan(now, job, false, out);
         }
@@ -333,7 +487,11 @@ impl Lead {
     }
 
     fn plan(&mut self, now: Time, job: &Job, even: bool, out: &mut Vec<Action>) {
-        let of = &job.assignment;
+        if self.hold_off {
+            return;
+        }
+        let (of, moving) = settled(&job.assignment, &self.hand_offs);
+        let of = &of;
         if of.tasks.values().all(|task| task.phase != Phase::Serving) {
             return;
         }
@@ -354,6 +512,7 @@ impl Lead {
             forecast_error: self.forecast.error(),
             surprise: self.forecast.surprise(),
             fresh,
+            moving,
             ..Round::new(Arc::clone(of), loads, policy)
         };
         self.busy = Some(Busy::Planning(of.generation));
@@ -415,6 +574,22 @@ impl Lead {
     }
 }
 
+/// The assignment as it will be once all hand-offs are over, and the places of the slices that are in one.
+fn settled(assignment: &Arc<Assignment>, hand_offs: &HandOffs) -> (Arc<Assignment>, Vec<u32>) {
+    let mut moving = Vec::new();
+    if hand_offs.is_empty() {
+        return (Arc::clone(assignment), moving);
+    }
+    let mut settled = assignment.as_ref().clone();
+    for (at, assigned) in settled.slices.values_mut().enumerate() {
+        if let Some(replicas) = assigned.settled() {
+            assigned.replicas = replicas;
+            moving.push(at as u32);
+        }
+    }
+    (Arc::new(settled), moving)
+}
+
 /// Leaving tasks that serve nothing any more.
 fn drained(assignment: &Assignment) -> impl Iterator<Item = SessionId> {
     let leaving = assignment.tasks.values().filter(|task| task.phase == Phase::Draining);
@@ -426,10 +601,12 @@ fn drained(assignment: &Assignment) -> impl Iterator<Item = SessionId> {
 fn is_urgent(assignment: &Assignment) -> bool {
     let mut busy = BTreeSet::new();
     for (_, assigned) in assignment.slices.iter() {
-        let replicas = assigned.replicas.as_slice();
-        if replicas.is_empty() {
+        if assigned.replicas.as_slice().is_empty() {
             return true;
         }
+        // What is on its way is planned for.
+        let settled = assigned.settled();
+        let replicas = settled.as_ref().unwrap_or(&assigned.replicas).as_slice();
         busy.extend(replicas.iter().map(|replica| replica.session));
     }
     assignment.tasks.values().any(|task| match task.phase {
@@ -453,6 +630,7 @@ mod tests {
         leader: Leader,
         now: Time,
         drained: Vec<SessionId>,
+        granted: Vec<(SessionId, u64)>,
     }
 
     fn kv() -> JobName {
@@ -463,7 +641,7 @@ mod tests {
         fn new() -> Self {
             let (state, now) = (State::default(), Time::from_millis(1_000));
             let leader = Leader::new(now, &state);
-            let mut scene = Self { state, leader, now, drained: Vec::new() };
+            let mut scene = Self { state, leader, now, drained: Vec::new(), granted: Vec::new() };
             scene.propose(Command::ApplyJob { spec: JobSpec::new(kv()), if_version: None });
             scene
         }
@@ -494,6 +672,8 @@ mod tests {
                         self.happen(Event::Planned { job: kv(), plan });
                     }
                     Action::Drained { session, .. } => self.drained.push(session),
+                    Action::Confirm => self.happen(Event::Confirmed(true)),
+                    Action::Grant { session, request, .. } => self.granted.push((session, request)),
                 }
             }
         }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
-use crate::assignment::{Assigned, Replica, Replicas};
+use crate::assignment::{Assigned, Replica};
 use crate::generation::Generation;
 use crate::key::SliceKey;
 use crate::load::Load;
@@ -11,6 +12,7 @@ use crate::slice::Slice;
 use crate::slice_map::SliceMap;
 use crate::spec::Ratio;
 use crate::task::SessionId;
+use crate::transit::{HandOffId, Step, Transit};
 
 /// The most slices of a job.
 pub const SLICES_MAX: usize = 1_000_000;
@@ -110,6 +112,17 @@ pub enum EditError {
     /// The task that should give does not have it, the one that should take does, or neither was named.
     #[error("cannot move {0}: its replicas are not as the move expects")]
     Replicas(Slice),
+    /// The slice is on its way from one task to another.
+    #[error("cannot touch {0}: it is in hand-off")]
+    InTransit(Slice),
+}
+
+/// Which moves begin a hand-off, while the slice stays where it is; all others are made at once.
+pub type HandsOver<'a> = &'a dyn Fn(&Move, &Assigned) -> bool;
+
+/// No move begins a hand-off: where nobody has to be waited for, such as on paper.
+pub const fn at_once(_: &Move, _: &Assigned) -> bool {
+    false
 }
 
 impl Edit {
@@ -118,11 +131,12 @@ impl Edit {
         &self,
         slices: &mut SliceMap<Assigned>,
         now: Generation,
+        hands_over: HandsOver<'_>,
     ) -> Result<Slice, EditError> {
         match *self {
             Self::Split { at, low } => split(slices, at, low),
             Self::Merge(whole) => merge(slices, whole),
-            Self::Move(step) => shift(slices, step, now),
+            Self::Move(step) => shift(slices, step, now, hands_over),
         }
     }
 }
@@ -130,12 +144,18 @@ impl Edit {
 fn split(slices: &mut SliceMap<Assigned>, at: SliceKey, low: Load) -> Result<Slice, EditError> {
     let (whole, assigned) = slices.get(at);
     let (below, above) = whole.split_at(at).ok_or(EditError::Split(at))?;
+    stays(whole, assigned)?;
     let low = low.min(assigned.load);
     let parts = [low, assigned.load - low].map(|load| Assigned { load, ..assigned.clone() });
     let [lower, upper] = parts;
     slices.set(below, lower);
     slices.set(above, upper);
     Ok(whole)
+}
+
+/// A slice in hand-off is touched by nothing but the hand-off.
+fn stays(slice: Slice, assigned: &Assigned) -> Result<(), EditError> {
+    if assigned.transit.is_some() { Err(EditError::InTransit(slice)) } else { Ok(()) }
 }
 
 fn merge(slices: &mut SliceMap<Assigned>, whole: Slice) -> Result<Slice, EditError> {
@@ -149,22 +169,24 @@ fn merged(slices: &SliceMap<Assigned>, whole: Slice) -> Result<Assigned, EditErr
     let mut parts = slices.touching(whole);
     let (first, merged) = parts.next().expect("a slice touches at least one");
     let (mut last, mut merged) = (first, merged.clone());
+    stays(first, &merged)?;
     for (part, assigned) in parts {
+        stays(part, assigned)?;
         let same = |replica: &Replica| merged.replicas.of(replica.session).is_some();
         let replicas = assigned.replicas.as_slice();
         if replicas.len() != merged.replicas.as_slice().len() || !replicas.iter().all(same) {
             return Err(EditError::Merge(whole));
         }
+        // A guard's token is its slice's: one that grew without a change of hands would shut the owner out of its own writes.
+        let differs = merged.replicas != assigned.replicas || merged.token != assigned.token;
+        if assigned.replicas.is_exclusive() && differs {
+            return Err(EditError::Merge(whole));
+        }
         // A replica has held all of it only since it held the last part.
-        merged.replicas = merged
-            .replicas
-            .as_slice()
-            .iter()
-            .map(|&Replica { session, since }| {
-                let other = assigned.replicas.of(session).map_or(since, |other| other.since);
-                Replica { session, since: since.max(other) }
-            })
-            .collect();
+        merged.replicas = merged.replicas.map(|Replica { session, since }| {
+            let other = assigned.replicas.of(session).map_or(since, |other| other.since);
+            Replica { session, since: since.max(other) }
+        });
         merged.load += assigned.load;
         merged.token = merged.token.max(assigned.token);
         last = part;
@@ -175,28 +197,30 @@ fn merged(slices: &SliceMap<Assigned>, whole: Slice) -> Result<Assigned, EditErr
     Ok(merged)
 }
 
-fn shift(slices: &mut SliceMap<Assigned>, step: Move, now: Generation) -> Result<Slice, EditError> {
+fn shift(
+    slices: &mut SliceMap<Assigned>,
+    step: Move,
+    now: Generation,
+    hands_over: HandsOver<'_>,
+) -> Result<Slice, EditError> {
     let index = slices.index_of(step.slice.first());
     if slices.slice_at(index) != step.slice {
         return Err(EditError::NoSuchSlice(step.slice));
     }
     let assigned = slices.value_at_mut(index);
-    let has = |session: SessionId| assigned.replicas.of(session).is_some();
-    if (step.from, step.to) == (None, None)
-        || step.from.is_some_and(|from| !has(from))
-        || step.to.is_some_and(has)
-    {
-        return Err(EditError::Replicas(step.slice));
-    }
-    let stay = assigned
-        .replicas
-        .as_slice()
-        .iter()
-        .copied()
-        .filter(|replica| Some(replica.session) != step.from);
+    stays(step.slice, assigned)?;
     let come = step.to.map(|session| Replica { session, since: now });
-    assigned.replicas = stay.chain(come).collect::<Replicas>();
-    assigned.token = now;
+    let moved = assigned.replicas.moved(step.from, come);
+    let nothing = (step.from, step.to) == (None, None);
+    let moved = moved.filter(|_| !nothing).ok_or(EditError::Replicas(step.slice))?;
+    match step.to {
+        Some(to) if hands_over(&step, assigned) => {
+            let id = HandOffId { began: now, first: step.slice.first() };
+            let transit = Transit { id, from: step.from, to, step: Step::Preparing };
+            assigned.transit = Some(Arc::new(transit));
+        }
+        _ => (assigned.replicas, assigned.token) = (moved, now),
+    }
     Ok(step.slice)
 }
 
@@ -206,6 +230,7 @@ pub fn apply(
     edits: &[Edit],
     slices: &SliceMap<Assigned>,
     now: Generation,
+    hands_over: HandsOver<'_>,
 ) -> Result<(SliceMap<Assigned>, Vec<Slice>), EditError> {
     let mut touched = Vec::with_capacity(edits.len());
     let splits = edits.iter().take_while(|edit| matches!(edit, Edit::Split { .. })).count();
@@ -213,9 +238,9 @@ pub fn apply(
     let merges = edits.len() - merges.min(edits.len() - splits);
     let mut slices = split_all(&edits[..splits], slices, &mut touched)?;
     for edit in &edits[splits..merges] {
-        touched.push(edit.apply(&mut slices, now)?);
+        touched.push(edit.apply(&mut slices, now, hands_over)?);
     }
-    merge_all(&edits[merges..], &mut slices, now, &mut touched)?;
+    merge_all(&edits[merges..], &mut slices, &mut touched)?;
     Ok((slices, touched))
 }
 
@@ -235,6 +260,7 @@ fn split_all(
         if first == at {
             return Err(EditError::Split(at));
         }
+        stays(whole, assigned)?;
         let low = low.min(assigned.load);
         let lower = Assigned { load: low, ..assigned.clone() };
         let upper = Assigned { load: assigned.load - low, ..assigned.clone() };
@@ -248,7 +274,6 @@ fn split_all(
 fn merge_all(
     edits: &[Edit],
     slices: &mut SliceMap<Assigned>,
-    now: Generation,
     touched: &mut Vec<Slice>,
 ) -> Result<(), EditError> {
     let ranges = edits.iter().filter_map(|edit| match edit {
@@ -258,8 +283,8 @@ fn merge_all(
     let ranges: Vec<Slice> = ranges.collect();
     if ranges.windows(2).any(|pair| pair[0].last() >= pair[1].first()) {
         // No plan of ours is made so, yet it means what it says.
-        for edit in edits {
-            touched.push(edit.apply(slices, now)?);
+        for whole in ranges {
+            touched.push(merge(slices, whole)?);
         }
         return Ok(());
     }
@@ -300,6 +325,7 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::assignment::Replicas;
 
     const NOW: Generation = Generation { incarnation: 1, number: 9 };
 
@@ -326,7 +352,7 @@ mod tests {
         let assigned = Assigned {
             replicas: Replicas::One(one),
             load: Load::from_milli(100),
-            token: Generation::ZERO,
+            ..Assigned::default()
         };
         SliceMap::uniform(assigned)
     }
@@ -335,11 +361,11 @@ mod tests {
     fn a_split_keeps_since_and_token_and_a_move_renews_them() {
         let mut slices = served_by_one();
         Edit::Split { at: SliceKey(50), low: Load::from_milli(30) }
-            .apply(&mut slices, NOW)
+            .apply(&mut slices, NOW, &at_once)
             .unwrap();
         let (_, low) = slices.get(SliceKey(0));
         assert_eq!((low.load.milli(), low.token), (30, Generation::ZERO));
-        step(slice(0, 49), Some(1), Some(2)).apply(&mut slices, NOW).unwrap();
+        step(slice(0, 49), Some(1), Some(2)).apply(&mut slices, NOW, &at_once).unwrap();
         let (_, low) = slices.get(SliceKey(0));
         assert_eq!((low.replicas.as_slice()[0].since, low.token), (NOW, NOW));
         let (_, high) = slices.get(SliceKey(50));
@@ -349,14 +375,16 @@ mod tests {
     #[test]
     fn a_merge_counts_from_when_the_last_part_came() {
         let mut slices = served_by_one();
-        Edit::Split { at: SliceKey(50), low: Load::ZERO }.apply(&mut slices, NOW).unwrap();
-        step(slice(0, 49), Some(1), Some(2)).apply(&mut slices, NOW).unwrap();
+        Edit::Split { at: SliceKey(50), low: Load::ZERO }
+            .apply(&mut slices, NOW, &at_once)
+            .unwrap();
+        step(slice(0, 49), Some(1), Some(2)).apply(&mut slices, NOW, &at_once).unwrap();
         assert_eq!(
-            Edit::Merge(Slice::FULL).apply(&mut slices, NOW),
+            Edit::Merge(Slice::FULL).apply(&mut slices, NOW, &at_once),
             Err(EditError::Merge(Slice::FULL))
         );
-        step(slice(0, 49), Some(2), Some(1)).apply(&mut slices, NOW).unwrap();
-        Edit::Merge(Slice::FULL).apply(&mut slices, NOW).unwrap();
+        step(slice(0, 49), Some(2), Some(1)).apply(&mut slices, NOW, &at_once).unwrap();
+        Edit::Merge(Slice::FULL).apply(&mut slices, NOW, &at_once).unwrap();
         let (whole, assigned) = slices.get(SliceKey(7));
         assert_eq!((whole, assigned.replicas.as_slice()[0].since), (Slice::FULL, NOW));
     }
@@ -375,7 +403,7 @@ mod tests {
             (step(Slice::FULL, None, None), EditError::Replicas(Slice::FULL)),
         ];
         for (edit, error) in cases {
-            assert_eq!(edit.apply(&mut slices, NOW), Err(error));
+            assert_eq!(edit.apply(&mut slices, NOW, &at_once), Err(error));
             assert_eq!(slices, before);
         }
     }

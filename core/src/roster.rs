@@ -23,6 +23,8 @@ const BLIND_FROM_TASKS: usize = 4;
 #[derive(Clone, Debug)]
 pub struct Roster {
     heartbeat: Duration,
+    /// How long an owner's lease lasts by this clock: until it is over nobody can be given what the owner has.
+    lease: Option<Duration>,
     lives: BTreeMap<SessionId, Life>,
     /// While most tasks seem gone: until when not to believe it.
     doubt: Option<Time>,
@@ -49,12 +51,17 @@ enum Link {
 impl Roster {
     /// Begins with nobody.
     pub const fn new(heartbeat: Duration) -> Self {
-        Self { heartbeat, lives: BTreeMap::new(), doubt: None }
+        Self { heartbeat, lease: None, lives: BTreeMap::new(), doubt: None }
     }
 
     /// Takes another heartbeat from the job's spec.
     pub const fn set_heartbeat(&mut self, heartbeat: Duration) {
         self.heartbeat = heartbeat;
+    }
+
+    /// Takes the lease of an exclusive job's tasks: none is lost before it is over.
+    pub const fn set_lease(&mut self, lease: Option<Duration>) {
+        self.lease = lease;
     }
 
     /// Brings the roster in line with who has a session: a newcomer counts as heard of just now, whoever ended is dropped.
@@ -153,6 +160,11 @@ impl Roster {
 
     fn loss(&self, life: &Life) -> Option<Time> {
         let silent = life.heard + self.heartbeat * SILENT_HEARTBEATS;
+        if let Some(lease) = self.lease
+            && life.link != Link::Judged
+        {
+            return Some(silent.max(life.heard + lease));
+        }
         match life.link {
             Link::Judged => None,
             Link::Broken(at) => Some(silent.min(at + self.heartbeat * BROKEN_HEARTBEATS)),

@@ -15,6 +15,9 @@ pub const HOMES_MAX: usize = 10_000;
 /// The most loads beside the main one: each costs the planner a column, and every report a number a slice.
 pub const METRICS_MAX: usize = 4;
 
+/// The longest lease: what a restored cluster waits out before anyone owns anything.
+pub const LEASE_MAX: Duration = Duration::from_secs(60);
+
 /// A share or a ratio in millionths, so that it is exact and the same everywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ratio(u32);
@@ -270,6 +273,11 @@ impl JobSpec {
             report_every: Duration::from_secs(5),
             balance_every: Duration::from_secs(10),
         }
+    }
+
+    /// Gives the lease of the job's tasks, if it is one whose slices have owners.
+    pub fn owner_lease(&self) -> Option<Duration> {
+        (self.consistency == Consistency::Exclusive).then_some(self.lease)
     }
 
     /// Checks that each value lies where it makes sense, alone and beside the others.

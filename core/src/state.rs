@@ -17,6 +17,7 @@ use crate::plan::{self, EditError, Move, Plan, SLICES_MAX};
 use crate::slice::Slice;
 use crate::spec::{Consistency, JobSpec, Ratio, SpecError};
 use crate::task::{Address, Phase, SessionId, TASKS_MAX, Task, TaskInfo, TaskInfoError};
+use crate::transit::{Act, HandOffId, Step, Transit};
 
 /// The most jobs of a cluster: beyond that, run another cluster.
 pub const JOBS_MAX: usize = 1_000;
@@ -34,6 +35,9 @@ pub struct State {
     pub last_session: u64,
     /// The node id that was minted last.
     pub last_node: u64,
+    /// Whether a backup was restored so lately that a task of the cluster before may still believe that it owns: no exclusive
+    /// slice gets an owner until a leader has waited that out.
+    pub hold_off: bool,
     /// The jobs by name.
     pub jobs: BTreeMap<JobName, Job>,
 }
@@ -202,6 +206,26 @@ pub enum Refused {
         /// Which task.
         session: SessionId,
     },
+    /// No hand-off is as any of the steps expects: it is over, further, another's, or never was.
+    #[error(
+        "{id} is no hand-off of job {job} that can be taken on by {act}: it is over, or not that far"
+    )]
+    StaleHandOff {
+        /// Which job.
+        job: JobName,
+        /// The first of them.
+        id: HandOffId,
+        /// What should have happened to it.
+        act: Act,
+    },
+    /// A backup was restored lately.
+    #[error(
+        "no slice of {0} gets an owner yet: a backup was restored, and tasks of the cluster before may still serve"
+    )]
+    HoldOff(JobName),
+    /// There was no restore, or another one since.
+    #[error("no restore {0} is waited out")]
+    NoHoldOff(u64),
     /// There are as many loads as slices, or the command is wrong.
     #[error("{found} loads for {expected} slices")]
     Loads {
@@ -222,7 +246,14 @@ pub enum Refused {
 
 impl Default for State {
     fn default() -> Self {
-        Self { cluster: None, incarnation: 1, last_session: 0, last_node: 0, jobs: BTreeMap::new() }
+        Self {
+            cluster: None,
+            incarnation: 1,
+            last_session: 0,
+            last_node: 0,
+            hold_off: false,
+            jobs: BTreeMap::new(),
+        }
     }
 }
 
@@ -249,7 +280,12 @@ impl State {
                 job.task(session)?;
                 Ok(Applied { delta: Some(job.end(session)), outcome: Outcome::Done })
             }
-            Command::Change { job, plan } => self.job_mut(&job)?.change(&plan),
+            Command::Change { job, plan } => {
+                let hold_off = self.hold_off;
+                self.job_mut(&job)?.change(&plan, hold_off)
+            }
+            Command::HandOff { job, steps } => self.job_mut(&job)?.hand_off(&steps),
+            Command::Settle { incarnation } => self.settle(incarnation),
             Command::StoreLoads { job, base, loads } => {
                 self.job_mut(&job)?.store_loads(base, &loads)
             }
@@ -267,6 +303,30 @@ impl State {
         self.cluster = Some(id);
         self.last_node = self.last_node.max(nodes);
         self.incarnation = self.incarnation.max(incarnation);
+        Ok(Outcome::Done.into())
+    }
+
+    /// Gives what a restored backup begins with, as cluster `id`: greater generations than any that were given before it is
+    /// `incarnation`, no session, and no owner of an exclusive slice until the tasks of the cluster before have surely lapsed.
+    #[must_use]
+    pub fn restored(&self, id: ClusterId, incarnation: u64) -> Self {
+        let incarnation = incarnation.max(self.incarnation + 1);
+        // The backup is older than the last session that the cluster before has minted: none may be minted again, and
+        // incarnations, which are milliseconds, are far above what any cluster mints.
+        let last_session = self.last_session.max(incarnation);
+        let (cluster, hold_off) = (Some(id), true);
+        let mut state = Self { cluster, incarnation, last_session, hold_off, ..self.clone() };
+        for job in state.jobs.values_mut() {
+            job.restart(Generation { incarnation, number: 1 });
+        }
+        state
+    }
+
+    fn settle(&mut self, incarnation: u64) -> Result<Applied, Refused> {
+        if !self.hold_off || incarnation != self.incarnation {
+            return Err(Refused::NoHoldOff(incarnation));
+        }
+        self.hold_off = false;
         Ok(Outcome::Done.into())
     }
 
@@ -307,14 +367,20 @@ impl State {
         info.check()?;
         let minted = SessionId(self.last_session + 1);
         let job = self.job_mut(job)?;
-        if let Some(same) = job
-            .find(|task| task.info.name == info.name && task.info.incarnation == info.incarnation)
-        {
+        let same_process =
+            |task: &Task| task.info.name == info.name && task.info.incarnation == info.incarnation;
+        // Whoever says that its own session has stopped, which lapsed, wants a new one.
+        let goes_on = |task: &Task| same_process(task) && Some(task.session) != stopped;
+        if let Some(same) = job.find(goes_on) {
             return Ok(Outcome::Session(same.session).into());
         }
-        // Only a predecessor may be said to have stopped: whoever bore this name.
-        let same_name = |session| job.task(session).is_ok_and(|task| task.info.name == info.name);
-        let stopped = stopped.filter(|session| same_name(*session));
+        // Only a predecessor may be said to have stopped: whoever bore this name. Of an owner only the process itself may:
+        // nobody else can know that it serves no more.
+        let may_say = |task: &Task| match task.lease {
+            None => task.info.name == info.name,
+            Some(_) => same_process(task),
+        };
+        let stopped = stopped.filter(|session| job.task(*session).is_ok_and(may_say));
         let in_the_way = |task: &&Task| Some(task.session) != stopped;
         if let Some(other) = job.find(|task| task.info.name == info.name).filter(in_the_way) {
             let (session, address) = (other.session, other.info.address.clone());
@@ -327,7 +393,8 @@ impl State {
         if job.assignment.tasks.len() >= TASKS_MAX {
             return Err(Refused::Limit { what: "tasks of a job", max: TASKS_MAX });
         }
-        let delta = job.begin(Task { session: minted, info, phase: Phase::Serving }, stopped);
+        let delta =
+            job.begin(Task { lease: job.spec.owner_lease(), ..Task::new(minted, info) }, stopped);
         self.last_session = minted.0;
         Ok(Applied { delta: Some(delta), outcome: Outcome::Session(minted) })
     }
@@ -385,7 +452,10 @@ impl Job {
 
     /// Begins a job that nobody serves.
     pub fn new(spec: JobSpec, first: Generation) -> Self {
-        let mut assignment = Assignment::new(spec.name.clone(), first);
+        let mut assignment = match spec.consistency {
+            Consistency::Affinity => Assignment::new(spec.name.clone(), first),
+            Consistency::Exclusive => Assignment::exclusive(spec.name.clone(), first),
+        };
         assignment.spill = spec.spill.map(|spill| spill.cap);
         let assignment = Arc::new(assignment);
         let (churn, history) = (Churn::default(), VecDeque::new());
@@ -418,22 +488,105 @@ impl Job {
         self.step(vec![TaskChange::Gone(session)], left)
     }
 
-    /// The slices that `session` serves, as they are without it.
+    /// The slices that `session` serves or is about to, as they are without it.
     fn without(&self, session: SessionId) -> Vec<(Slice, Assigned)> {
-        let token = self.assignment.generation.next();
-        let served = self
-            .assignment
-            .slices
-            .iter()
-            .filter(|(_, assigned)| assigned.replicas.of(session).is_some());
-        let left = |replicas: &[Replica]| {
-            replicas.iter().copied().filter(|r| r.session != session).collect()
+        let now = self.assignment.generation.next();
+        let without = |old: &Assigned| {
+            let transit = old.transit.as_deref();
+            if transit.is_some_and(|transit| transit.to == session) {
+                // Whoever has it keeps it, or has it back.
+                return Some(Assigned { transit: None, ..old.clone() });
+            }
+            old.replicas.of(session)?;
+            let left = old.replicas.moved(Some(session), None).expect("it serves the slice");
+            let was_last = left.as_slice().is_empty();
+            match transit {
+                Some(to) if to.from == Some(session) || was_last => {
+                    if self.may_take(to.to) {
+                        let to = Transit { from: Some(session), ..*to };
+                        return Some(switched(old, &to, now));
+                    }
+                    Some(Assigned { replicas: left, token: now, transit: None, load: old.load })
+                }
+                _ => Some(Assigned { replicas: left, token: now, ..old.clone() }),
+            }
         };
-        served
-            .map(|(slice, old)| {
-                (slice, Assigned { replicas: left(old.replicas.as_slice()), load: old.load, token })
-            })
-            .collect()
+        let slices = self.assignment.slices.iter();
+        slices.filter_map(|(slice, old)| Some((slice, without(old)?))).collect()
+    }
+
+    fn may_take(&self, session: SessionId) -> bool {
+        self.task(session).is_ok_and(|task| task.phase == Phase::Serving)
+    }
+
+    /// Says whether a move begins a hand-off: an owner has to let go first, a task that prepares is waited for.
+    fn hands_over(&self, step: &Move, assigned: &Assigned) -> bool {
+        let Some(to) = step.to.and_then(|to| self.task(to).ok()) else { return false };
+        match self.spec.consistency {
+            Consistency::Exclusive => step.from.is_some(),
+            Consistency::Affinity => {
+                let is_served = !assigned.replicas.as_slice().is_empty();
+                to.info.prepares && is_served && !self.spec.prepare_within.is_zero()
+            }
+        }
+    }
+
+    /// Takes hand-offs further, those that are as the steps expect.
+    fn hand_off(&mut self, steps: &[(HandOffId, Act)]) -> Result<Applied, Refused> {
+        let now = self.assignment.generation.next();
+        let mut changed: BTreeMap<Slice, Assigned> = BTreeMap::new();
+        for (id, act) in steps {
+            let (slice, known) = self.assignment.get(id.first);
+            let old = changed.get(&slice).unwrap_or(known);
+            if let Some(new) = old.transit.as_deref().and_then(|transit| {
+                (transit.id == *id).then(|| self.acted(old, transit, *act, now))?
+            }) {
+                changed.insert(slice, new);
+            }
+        }
+        if changed.is_empty() {
+            let job = self.spec.name.clone();
+            let Some((id, act)) = steps.first().copied() else { return Ok(Outcome::Done.into()) };
+            return Err(Refused::StaleHandOff { job, id, act });
+        }
+        let delta = self.step(vec![], changed.into_iter().collect());
+        Ok(Applied { delta: Some(delta), outcome: Outcome::Done })
+    }
+
+    /// What a slice in hand-off becomes; nothing where the act does not fit.
+    fn acted(
+        &self,
+        old: &Assigned,
+        transit: &Transit,
+        act: Act,
+        now: Generation,
+    ) -> Option<Assigned> {
+        let exclusive = old.replicas.is_exclusive();
+        match (act, transit.step) {
+            (Act::Abort, _) => Some(Assigned { transit: None, ..old.clone() }),
+            (Act::Release, Step::Preparing) if exclusive => {
+                let transit = Transit { step: Step::Releasing, ..*transit };
+                Some(Assigned { transit: Some(Arc::new(transit)), ..old.clone() })
+            }
+            (Act::Switch, Step::Preparing) if !exclusive => Some(switched(old, transit, now)),
+            (Act::Acknowledged { by }, Step::Releasing) if transit.from == Some(by) => {
+                Some(switched(old, transit, now))
+            }
+            (Act::Lapsed, Step::Releasing) => Some(switched(old, transit, now)),
+            _ => None,
+        }
+    }
+
+    /// Begins anew after a restore: the tasks that were are unknown, and so is who serves.
+    fn restart(&mut self, first: Generation) {
+        let mut assignment = self.assignment.as_ref().clone();
+        assignment.generation = first;
+        assignment.tasks.clear();
+        for assigned in assignment.slices.values_mut() {
+            let nobody = assigned.replicas.nobody();
+            *assigned = Assigned { replicas: nobody, token: first, transit: None, ..*assigned };
+        }
+        self.assignment = Arc::new(assignment);
     }
 
     /// Moves the assignment one generation on.
@@ -455,17 +608,22 @@ impl Job {
         }
     }
 
-    fn change(&mut self, plan: &Plan) -> Result<Applied, Refused> {
+    fn change(&mut self, plan: &Plan, hold_off: bool) -> Result<Applied, Refused> {
         self.current(plan.base)?;
-        let takes = plan.moves().filter_map(|step| Some((step.slice, step.to?)));
-        let may_take = |session| {
-            self.assignment.tasks.get(&session).is_some_and(|task| task.phase == Phase::Serving)
-        };
-        if let Some((slice, session)) = takes.into_iter().find(|(_, session)| !may_take(*session)) {
+        let mut takes = plan.moves().filter_map(|step| Some((step.slice, step.to?)));
+        if let Some((slice, session)) = takes.find(|(_, session)| !self.may_take(*session)) {
             return Err(Refused::Taker { slice, session });
         }
+        if hold_off
+            && self.spec.consistency == Consistency::Exclusive
+            && plan.moves().any(|step| step.to.is_some())
+        {
+            return Err(Refused::HoldOff(self.spec.name.clone()));
+        }
         let now = plan.base.next();
-        let (slices, touched) = plan::apply(&plan.edits, &self.assignment.slices, now)?;
+        let hands_over = |step: &Move, assigned: &Assigned| self.hands_over(step, assigned);
+        let (slices, touched) =
+            plan::apply(&plan.edits, &self.assignment.slices, now, &hands_over)?;
         if slices.count() > SLICES_MAX {
             return Err(Refused::Limit { what: "slices of a job", max: SLICES_MAX });
         }
@@ -507,6 +665,13 @@ impl Churn {
         let total = u128::from(plan.total.milli()).max(1);
         self.load += (u128::from(plan.moved().milli()) * 1_000_000 / total) as u64;
     }
+}
+
+/// A slice whose hand-off is over: the next one serves it.
+fn switched(old: &Assigned, transit: &Transit, now: Generation) -> Assigned {
+    let to = Replica { session: transit.to, since: transit.id.began };
+    let replicas = old.replicas.moved(transit.from, Some(to)).expect("a hand-off fits its slice");
+    Assigned { replicas, token: now, transit: None, ..old.clone() }
 }
 
 impl From<Outcome> for Applied {

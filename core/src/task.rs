@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::name::TaskName;
 
@@ -122,6 +123,8 @@ pub struct TaskInfo {
     pub capacity: Capacity,
     /// Which version of the program it runs; empty if it does not say.
     pub revision: String,
+    /// Whether it gets ready for a slice before it serves it: callers then stay where they are until it is.
+    pub prepares: bool,
 }
 
 /// Why a task's description was refused.
@@ -143,8 +146,16 @@ pub enum TaskInfoError {
 impl TaskInfo {
     /// Describes an ordinary task: capacity 1, no labels.
     pub fn new(name: TaskName, incarnation: u64, address: Address) -> Self {
-        let (labels, revision) = (BTreeMap::new(), String::new());
-        Self { name, incarnation, address, watch: None, labels, capacity: Capacity::ONE, revision }
+        Self {
+            name,
+            incarnation,
+            address,
+            watch: None,
+            labels: BTreeMap::new(),
+            capacity: Capacity::ONE,
+            revision: String::new(),
+            prepares: false,
+        }
     }
 
     /// Checks what has a bound: labels and revision.
@@ -171,6 +182,15 @@ pub struct Task {
     pub info: TaskInfo,
     /// Whether it may be given slices.
     pub phase: Phase,
+    /// How long it may serve after it last asked to, fixed when it registered; nothing in an affinity job.
+    pub lease: Option<Duration>,
+}
+
+impl Task {
+    /// A task of an affinity job that may be given slices.
+    pub const fn new(session: SessionId, info: TaskInfo) -> Self {
+        Self { session, info, phase: Phase::Serving, lease: None }
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::slice::Slice;
-use mandoline_core::task::{Address, Phase, SessionId, Task, TaskInfo};
+use mandoline_core::task::{Address, SessionId, Task, TaskInfo};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -49,7 +49,7 @@ pub(crate) fn step(old: &Assignment) -> (Arc<Assignment>, Delta) {
     let id = to.number;
     let address = format!("127.0.0.1:{}", 1 + id % 65_000).parse().unwrap();
     let info = TaskInfo::new(format!("t{id}").parse().unwrap(), id, address);
-    let task = Task { session: SessionId(id), info, phase: Phase::Serving };
+    let task = Task::new(SessionId(id), info);
     let first = SliceKey(id.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 1);
     let slice = Slice::new(first, SliceKey(first.0 + 0xFFFF)).unwrap();
     let replica = Replica { session: SessionId(id), since: to };

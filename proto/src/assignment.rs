@@ -12,6 +12,7 @@ use mandoline_core::slice::Slice;
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::Ratio;
 use mandoline_core::task::{SessionId, Task};
+use mandoline_core::transit::{HandOffId, Step, Transit};
 
 use crate::error::{WireError, each, need};
 use crate::pb;
@@ -25,6 +26,20 @@ impl From<Generation> for pb::Generation {
 impl From<pb::Generation> for Generation {
     fn from(generation: pb::Generation) -> Self {
         Self { incarnation: generation.incarnation, number: generation.number }
+    }
+}
+
+impl From<HandOffId> for pb::HandOffId {
+    fn from(id: HandOffId) -> Self {
+        Self { began: Some(id.began.into()), first: id.first.0 }
+    }
+}
+
+impl TryFrom<pb::HandOffId> for HandOffId {
+    type Error = WireError;
+
+    fn try_from(id: pb::HandOffId) -> Result<Self, WireError> {
+        Ok(Self { began: need(id.began, "began")?.into(), first: SliceKey(id.first) })
     }
 }
 
@@ -69,7 +84,42 @@ impl From<&Assigned> for pb::Assigned {
             replicas: assigned.replicas.as_slice().iter().map(replica).collect(),
             load: assigned.load.milli(),
             token: Some(assigned.token.into()),
+            exclusive: assigned.replicas.is_exclusive(),
+            transit: assigned.transit.as_deref().map(pb::Transit::from),
         }
+    }
+}
+
+impl From<&Transit> for pb::Transit {
+    fn from(transit: &Transit) -> Self {
+        let step = match transit.step {
+            Step::Preparing => pb::Step::Preparing,
+            Step::Releasing => pb::Step::Releasing,
+        };
+        Self {
+            id: Some(transit.id.into()),
+            from: transit.from.map_or(0, |from| from.0),
+            to: transit.to.0,
+            step: step.into(),
+        }
+    }
+}
+
+impl TryFrom<pb::Transit> for Transit {
+    type Error = WireError;
+
+    fn try_from(transit: pb::Transit) -> Result<Self, WireError> {
+        let step = match transit.step() {
+            pb::Step::Preparing => Step::Preparing,
+            pb::Step::Releasing => Step::Releasing,
+            pb::Step::Unspecified => {
+                return Err(WireError::new("step", "is not one of those that this version knows"));
+            }
+        };
+        let id =
+            HandOffId::try_from(need(transit.id, "id")?).map_err(|error| error.within("id"))?;
+        let from = (transit.from != 0).then_some(SessionId(transit.from));
+        Ok(Self { id, from, to: session(transit.to, "to")?, step })
     }
 }
 
@@ -88,12 +138,24 @@ impl TryFrom<pb::Assigned> for Assigned {
     type Error = WireError;
 
     fn try_from(assigned: pb::Assigned) -> Result<Self, WireError> {
+        let replicas = assigned.replicas.into_iter().map(Replica::try_from);
         let replicas =
-            assigned.replicas.into_iter().map(Replica::try_from).collect::<Result<Replicas, _>>();
+            replicas.collect::<Result<Vec<_>, _>>().map_err(|error| error.within("replicas"))?;
+        let replicas = match (assigned.exclusive, replicas.as_slice()) {
+            (false, _) => replicas.into_iter().collect::<Replicas>(),
+            (true, []) => Replicas::Owner(None),
+            (true, [owner]) => Replicas::Owner(Some(*owner)),
+            (true, _) => {
+                let many = format!("are {} of a slice that has one owner at most", replicas.len());
+                return Err(WireError::new("replicas", many));
+            }
+        };
+        let transit = assigned.transit.map(Transit::try_from).transpose();
         Ok(Self {
-            replicas: replicas.map_err(|error| error.within("replicas"))?,
+            replicas,
             load: Load::from_milli(assigned.load),
             token: need(assigned.token, "token")?.into(),
+            transit: transit.map_err(|error| error.within("transit"))?.map(Arc::new),
         })
     }
 }
@@ -156,7 +218,9 @@ impl TryFrom<pb::Assignment> for Assignment {
         match assignment.broken_slice() {
             Some(slice) => Err(WireError::new(
                 "slices",
-                format!("{slice} names a task that is unknown or named twice"),
+                format!(
+                    "{slice} names a task that is unknown or named twice, or its hand-off does not fit"
+                ),
             )),
             None => Ok(assignment),
         }

@@ -6,6 +6,7 @@ use mandoline_core::load::Load;
 use mandoline_core::plan::{Edit, Move, Plan, Reason};
 use mandoline_core::spec::Ratio;
 use mandoline_core::task::SessionId;
+use mandoline_core::transit::{Act, HandOffId};
 
 use crate::assignment::{job_name, session, task_name};
 use crate::error::{WireError, each, need};
@@ -46,6 +47,11 @@ impl From<&Command> for pb::Command {
             Command::Change { job, plan } => {
                 Kind::Change(pb::Change { job: job.to_string(), plan: Some(plan.into()) })
             }
+            Command::HandOff { job, steps } => Kind::HandOff(pb::HandOff {
+                job: job.to_string(),
+                steps: steps.iter().map(pb::HandOffStep::from).collect(),
+            }),
+            Command::Settle { incarnation } => Kind::Settle(*incarnation),
             Command::StoreLoads { job, base, loads } => Kind::StoreLoads(pb::StoreLoads {
                 job: job.to_string(),
                 base: Some((*base).into()),
@@ -103,6 +109,14 @@ impl TryFrom<pb::Command> for Command {
                 job: job_name(&change.job)?,
                 plan: need(change.plan, "plan")?.try_into()?,
             },
+            Kind::HandOff(hand_off) => Self::HandOff {
+                job: job_name(&hand_off.job)?,
+                steps: each::<_, Step>(hand_off.steps, "steps")?
+                    .into_iter()
+                    .map(|Step(id, act)| (id, act))
+                    .collect(),
+            },
+            Kind::Settle(incarnation) => Self::Settle { incarnation },
             Kind::StoreLoads(store) => Self::StoreLoads {
                 job: job_name(&store.job)?,
                 base: need(store.base, "base")?.into(),
@@ -120,6 +134,37 @@ impl TryFrom<pb::Command> for Command {
                 slice: need(pin.slice, "slice")?.try_into()?,
             },
         })
+    }
+}
+
+impl From<&(HandOffId, Act)> for pb::HandOffStep {
+    fn from((id, act): &(HandOffId, Act)) -> Self {
+        let (act, by) = match act {
+            Act::Release => (pb::Act::Release, 0),
+            Act::Acknowledged { by } => (pb::Act::Acknowledged, by.0),
+            Act::Lapsed => (pb::Act::Lapsed, 0),
+            Act::Switch => (pb::Act::Switch, 0),
+            Act::Abort => (pb::Act::Abort, 0),
+        };
+        Self { id: Some((*id).into()), act: act.into(), by }
+    }
+}
+
+struct Step(HandOffId, Act);
+
+impl TryFrom<pb::HandOffStep> for Step {
+    type Error = WireError;
+
+    fn try_from(step: pb::HandOffStep) -> Result<Self, WireError> {
+        let act = match step.act() {
+            pb::Act::Release => Act::Release,
+            pb::Act::Acknowledged => Act::Acknowledged { by: session(step.by, "by")? },
+            pb::Act::Lapsed => Act::Lapsed,
+            pb::Act::Switch => Act::Switch,
+            pb::Act::Abort => Act::Abort,
+            pb::Act::Unspecified => return Err(unknown("act")),
+        };
+        Ok(Self(need(step.id, "id")?.try_into()?, act))
     }
 }
 

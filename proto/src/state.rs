@@ -108,6 +108,7 @@ impl From<&State> for pb::State {
             incarnation: state.incarnation,
             last_session: state.last_session,
             last_node: state.last_node,
+            hold_off: state.hold_off,
             jobs: state.jobs.values().map(pb::Job::from).collect(),
         }
     }
@@ -123,6 +124,7 @@ impl TryFrom<pb::State> for State {
             incarnation: state.incarnation,
             last_session: state.last_session,
             last_node: state.last_node,
+            hold_off: state.hold_off,
             jobs: jobs.into_iter().map(|job| (job.spec.name.clone(), job)).collect(),
         })
     }

@@ -24,6 +24,7 @@ impl From<&TaskInfo> for pb::TaskInfo {
             labels: info.labels.clone(),
             capacity: info.capacity.thousandths(),
             revision: info.revision.clone(),
+            prepares: info.prepares,
         }
     }
 }
@@ -48,6 +49,7 @@ impl TryFrom<pb::TaskInfo> for TaskInfo {
             labels: info.labels,
             capacity,
             revision: info.revision,
+            prepares: info.prepares,
         };
         info.check().map_err(|error| WireError::new("task", error))?;
         Ok(info)
@@ -60,7 +62,12 @@ impl From<&Task> for pb::Task {
             Phase::Serving => pb::Phase::Serving,
             Phase::Draining => pb::Phase::Draining,
         };
-        Self { session: task.session.0, info: Some((&task.info).into()), phase: phase.into() }
+        Self {
+            session: task.session.0,
+            info: Some((&task.info).into()),
+            phase: phase.into(),
+            lease_ms: task.lease.map_or(0, whole_millis),
+        }
     }
 }
 
@@ -77,8 +84,13 @@ impl TryFrom<pb::Task> for Task {
         };
         let info =
             TaskInfo::try_from(need(task.info, "info")?).map_err(|error| error.within("info"))?;
-        Ok(Self { session: session(task.session, "session")?, info, phase })
+        let lease = (task.lease_ms != 0).then(|| Duration::from_millis(task.lease_ms));
+        Ok(Self { session: session(task.session, "session")?, info, phase, lease })
     }
+}
+
+fn whole_millis(length: Duration) -> u64 {
+    u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl From<&Report> for pb::Report {

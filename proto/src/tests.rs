@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mandoline_core::assignment::{Assigned, Assignment, Replica};
+use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
 use mandoline_core::command::{ClusterId, Command, EndReason};
 use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::generation::Generation;
@@ -21,6 +21,7 @@ use mandoline_core::spec::{
 };
 use mandoline_core::state::{Churn, Job, State};
 use mandoline_core::task::{Phase, SessionId, Task, TaskInfo};
+use mandoline_core::transit::{Act, HandOffId, Step, Transit};
 use prost::Message;
 
 use crate::error::{WireError, decode};
@@ -40,17 +41,37 @@ fn info(id: u64) -> TaskInfo {
     info.watch = Some("h:81".parse().unwrap());
     info.labels.insert("zone".into(), "a".into());
     info.revision = "v2".into();
+    info.prepares = id == 2;
     info
 }
 
 fn member(id: u64) -> Arc<Task> {
-    Arc::new(Task { session: SessionId(id), info: info(id), phase: Phase::Draining })
+    let lease = (id == 2).then(|| Duration::from_millis(2_500));
+    Arc::new(Task { phase: Phase::Draining, lease, ..Task::new(SessionId(id), info(id)) })
 }
 
 fn assigned(sessions: &[u64]) -> Assigned {
     let replicas =
         sessions.iter().map(|id| Replica { session: SessionId(*id), since: NOW }).collect();
-    Assigned { replicas, load: Load::from_milli(12_345), token: NOW }
+    Assigned { replicas, load: Load::from_milli(12_345), token: NOW, transit: None }
+}
+
+/// An exclusive job's: one slice on its way to the other task, one that nobody owns.
+fn owned() -> Assignment {
+    let mut assignment = Assignment::exclusive("lock".parse().unwrap(), NOW);
+    assignment.tasks = [1, 2].map(|id| (SessionId(id), member(id))).into();
+    let owner = Replica { session: SessionId(1), since: NOW };
+    let transit = Transit {
+        id: HandOffId { began: NOW, first: SliceKey(0) },
+        from: Some(SessionId(1)),
+        to: SessionId(2),
+        step: Step::Releasing,
+    };
+    let transit = Some(Arc::new(transit));
+    let moving =
+        Assigned { replicas: Replicas::Owner(Some(owner)), transit, ..Assigned::unowned() };
+    assignment.slices.set(slice(0, 9), moving);
+    assignment
 }
 
 fn assignment(slices: u64) -> Assignment {
@@ -137,6 +158,19 @@ fn commands() -> Vec<Command> {
         Command::End { job: job.clone(), session, reason: EndReason::Lost },
         Command::Change { job: job.clone(), plan },
         Command::StoreLoads { job: job.clone(), base: NOW, loads },
+        Command::HandOff {
+            job: job.clone(),
+            steps: [
+                Act::Release,
+                Act::Acknowledged { by: session },
+                Act::Lapsed,
+                Act::Switch,
+                Act::Abort,
+            ]
+            .map(|act| (HandOffId { began: NOW, first: SliceKey(9) }, act))
+            .into(),
+        },
+        Command::Settle { incarnation: 8 },
         Command::Freeze { job: job.clone() },
         Command::Unfreeze { job: job.clone() },
         Command::Pin { job: job.clone(), slice: slice(5, 9), task: "t1".parse().unwrap() },
@@ -157,8 +191,11 @@ fn state() -> State {
         history: VecDeque::from([(NOW, step())]),
         ..Job::new(spec.clone(), NOW)
     };
-    let jobs = [(spec.name, job)].into();
-    State { cluster: Some(ClusterId(9)), incarnation: 2, last_session: 8, last_node: 3, jobs }
+    let lock = JobSpec::new("lock".parse().unwrap());
+    let owned = Job { assignment: Arc::new(owned()), ..Job::new(lock.clone(), NOW) };
+    let jobs = [(spec.name, job), (lock.name, owned)].into();
+    let (cluster, hold_off) = (Some(ClusterId(9)), true);
+    State { cluster, incarnation: 2, last_session: 8, last_node: 3, hold_off, jobs }
 }
 
 /// Checks that a message comes back; that no cut and no flipped bit does worse than an error.
@@ -417,4 +454,25 @@ fn a_delta_between_parts_is_refused() {
     let mut assembler = Assembler::default();
     assembler.take_bytes(&messages[0]).unwrap();
     assert_eq!(assembler.take_bytes(&encode_delta(&delta())).unwrap_err().field, "update");
+}
+
+#[test]
+fn a_second_owner_is_refused() {
+    let mut message = pb::Assignment::from(&owned());
+    let assigned = message.slices[0].assigned.as_mut().unwrap();
+    let second = pb::Replica { session: 2, ..assigned.replicas[0] };
+    assigned.replicas.push(second);
+    let error = Assignment::try_from(message).unwrap_err().to_string();
+    assert_eq!(error, "slices[0].replicas: are 2 of a slice that has one owner at most");
+}
+
+#[test]
+fn a_hand_off_that_does_not_fit_its_slice_is_refused() {
+    let bent: [fn(&mut pb::Transit); 4] =
+        [|t| t.to = 1, |t| t.to = 9, |t| t.from = 2, |t| t.step = 0];
+    for bend in bent {
+        let mut message = pb::Assignment::from(&owned());
+        bend(message.slices[0].assigned.as_mut().unwrap().transit.as_mut().unwrap());
+        Assignment::try_from(message).unwrap_err();
+    }
 }

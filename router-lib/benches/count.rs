@@ -13,7 +13,7 @@ use mandoline::{Address, Assignment, Generation, SessionId, SliceKey, Slicelet, 
 use mandoline_core::assignment::{Assigned, Replica, Replicas};
 use mandoline_core::prng::Prng;
 use mandoline_core::slice_map::SliceMap;
-use mandoline_core::task::{Phase, TaskInfo};
+use mandoline_core::task::TaskInfo;
 use rustix::time::{ClockId, clock_gettime};
 
 // What is measured is private to the library.
@@ -33,7 +33,7 @@ fn slicelet() -> Slicelet {
     let address: Address = "10.0.0.1:80".parse().expect("an address");
     let info = TaskInfo::new("t1".parse().expect("a name"), 1, address);
     let mut made = Assignment::new("bench".parse().expect("a name"), generation);
-    made.tasks.insert(session, Arc::new(Task { session, info, phase: Phase::Serving }));
+    made.tasks.insert(session, Arc::new(Task::new(session, info)));
     let replicas = Replicas::One(Replica { session, since: generation });
     let run = |nth: usize| {
         let first = (u128::from(u64::MAX) * nth as u128 / SLICES as u128) as u64;

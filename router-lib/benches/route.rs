@@ -15,7 +15,7 @@ use mandoline_core::assignment::{Assigned, Replica};
 use mandoline_core::prng::Prng;
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::Ratio;
-use mandoline_core::task::{Phase, TaskInfo};
+use mandoline_core::task::TaskInfo;
 
 const TASKS: u64 = 50;
 const KEYS: usize = 1 << 16;
@@ -27,7 +27,7 @@ fn assignment(slices: usize, replicas: u64) -> Arc<Assignment> {
     for id in 1..=TASKS {
         let address: Address = format!("10.0.0.{id}:80").parse().expect("an address");
         let info = TaskInfo::new(format!("t{id}").parse().expect("a name"), id, address);
-        let task = Task { session: SessionId(id), info, phase: Phase::Serving };
+        let task = Task::new(SessionId(id), info);
         made.tasks.insert(task.session, Arc::new(task));
     }
     let mut firsts: Vec<u64> = (1..slices).map(|_| prng.bits()).chain([0]).collect();

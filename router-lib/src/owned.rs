@@ -410,7 +410,7 @@ mod tests {
 
     use mandoline_core::assignment::{Assigned, Replica, Replicas};
     use mandoline_core::slice_map::SliceMap;
-    use mandoline_core::task::{Phase, Task, TaskInfo};
+    use mandoline_core::task::{Task, TaskInfo};
 
     use super::*;
 
@@ -427,7 +427,7 @@ mod tests {
         let task = |id: u64| {
             let address = format!("127.0.0.1:{id}").parse().unwrap();
             let info = TaskInfo::new(format!("t{id}").parse().unwrap(), id, address);
-            (SessionId(id), Arc::new(Task { session: SessionId(id), info, phase: Phase::Serving }))
+            (SessionId(id), Arc::new(Task::new(SessionId(id), info)))
         };
         let run = |&(first, session, since): &(u64, u64, u64)| {
             let replica = Replica { session: SessionId(session), since: number(since) };

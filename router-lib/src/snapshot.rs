@@ -291,7 +291,7 @@ mod tests {
     use mandoline_core::assignment::{Replica, Replicas};
     use mandoline_core::prng::Prng;
     use mandoline_core::slice_map::SliceMap;
-    use mandoline_core::task::{Phase, TaskInfo};
+    use mandoline_core::task::TaskInfo;
 
     fn assignment(firsts: impl IntoIterator<Item = u64>) -> Arc<Assignment> {
         let mut firsts: Vec<u64> = firsts.into_iter().chain([0]).collect();
@@ -302,7 +302,7 @@ mod tests {
         for id in 1..=5 {
             let name = format!("t{id}").parse().unwrap();
             let info = TaskInfo::new(name, id, format!("127.0.0.1:{id}").parse().unwrap());
-            let task = Task { session: SessionId(id), info, phase: Phase::Serving };
+            let task = Task::new(SessionId(id), info);
             made.tasks.insert(SessionId(id), Arc::new(task));
         }
         let replica = |id: u64| Replica { session: SessionId(id), since: generation };

@@ -250,7 +250,7 @@ mod tests {
         for id in 1..=3 {
             let address = format!("10.0.0.{id}:80").parse().unwrap();
             let info = TaskInfo::new(format!("t{id}").parse().unwrap(), id, address);
-            let task = Task { session: SessionId(id), info, phase: Phase::Serving };
+            let task = Task::new(SessionId(id), info);
             made.tasks.insert(task.session, Arc::new(task));
         }
         let replica = Replica { session: SessionId(1), since: generation };

@@ -291,7 +291,9 @@ impl Service {
                     let plan = balance::plan(&round);
                     self.happen(Event::Planned { job: self.job(), plan });
                 }
-                Action::Drained { .. } => {}
+                Action::Confirm => self.happen(Event::Confirmed(true)),
+                // Nobody here owns anything exclusively.
+                Action::Drained { .. } | Action::Grant { .. } => {}
             }
         }
     }

@@ -648,7 +648,10 @@ fn refused(refusal: &Refused) -> Status {
         | Refused::Pinned { .. } => Code::FailedPrecondition,
         Refused::Spec(_) | Refused::Task(_) => Code::InvalidArgument,
         Refused::NameTaken { .. } | Refused::AddressTaken { .. } => Code::AlreadyExists,
-        Refused::Stale { .. } => Code::Aborted,
+        Refused::Stale { .. } | Refused::StaleHandOff { .. } | Refused::NoHoldOff(_) => {
+            Code::Aborted
+        }
+        Refused::HoldOff(_) => Code::Unavailable,
         Refused::Limit { .. } => Code::ResourceExhausted,
         Refused::Edit(_) | Refused::Taker { .. } | Refused::Loads { .. } => Code::Internal,
     };

@@ -21,6 +21,7 @@ use mandoline_core::offers::{Offer, OfferError};
 use mandoline_core::spec::JobSpec;
 use mandoline_core::state::{Applied, Outcome, Refused};
 use mandoline_core::task::{Phase, SessionId, TaskInfo};
+use mandoline_core::transit::HandOffId;
 use mandoline_distributor::hub::{Hub, Subscription};
 use mandoline_proto::assignment::{job_name, session};
 use mandoline_proto::error::{WireError, need};
@@ -39,7 +40,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::node::{Node, term_of};
 use crate::raft::{Consensus, ProposeError, Role};
-use crate::sessions::{Seat, Sessions};
+use crate::sessions::{Grant, Seat, Sessions};
 
 /// How long a stream may take to say who speaks.
 const FIRST_PATIENCE: Duration = Duration::from_secs(5);
@@ -191,13 +192,13 @@ impl Inner {
                 (Who { session: self.register(register).await?, job, incarnation }, known)
             }
         };
-        let spec = self.find(&who).await?;
+        let known_of = self.find(&who).await?;
         let subscription = self
             .hub
             .subscribe(&who.job, known)
             .map_err(|error| refused(pb::RefusedCode::Limit, error.to_string()))?;
         let seat = self.sessions.take(&who.job, who.session);
-        Ok(Session::new(Arc::clone(self), term, role, who, subscription, seat, &spec))
+        Ok(Session::new(Arc::clone(self), term, role, who, subscription, seat, &known_of))
     }
 
     /// Hands on what a caller offered, or says who leads.
@@ -238,9 +239,9 @@ impl Inner {
     }
 
     /// Gives the spec of a job whose session has not ended.
-    async fn find(&self, who: &Who) -> Result<JobSpec, Reply> {
-        if let Ok(spec) = self.look(who) {
-            return Ok(spec);
+    async fn find(&self, who: &Who) -> Result<Known, Reply> {
+        if let Ok(known) = self.look(who) {
+            return Ok(known);
         }
         // Only who surely leads can say that a session has ended: another may have begun it meanwhile.
         if self.consensus.confirm_leadership().await.is_err() {
@@ -249,11 +250,13 @@ impl Inner {
         self.look(who).map_err(|why| refused(code_of(&why), why.to_string()))
     }
 
-    fn look(&self, who: &Who) -> Result<JobSpec, Refused> {
+    fn look(&self, who: &Who) -> Result<Known, Refused> {
         let state = self.consensus.state();
         let known = state.job(&who.job)?;
         match known.assignment.tasks.get(&who.session) {
-            Some(task) if task.info.incarnation == who.incarnation => Ok(known.spec.clone()),
+            Some(task) if task.info.incarnation == who.incarnation => {
+                Ok(Known { spec: known.spec.clone(), lease: task.lease })
+            }
             _ => {
                 let (job, session) = (who.job.clone(), who.session);
                 Err(Refused::NoSuchSession { job, session })
@@ -295,10 +298,19 @@ fn whole_millis(length: Duration) -> u64 {
     u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn attached(session: SessionId, spec: &JobSpec) -> pb::Attached {
+fn attached(session: SessionId, known: &Known) -> pb::Attached {
+    let Known { spec, lease } = known;
     let (heartbeat_ms, report_every_ms) =
         (whole_millis(spec.heartbeat), whole_millis(spec.report_every));
-    pb::Attached { session: session.0, heartbeat_ms, report_every_ms }
+    let lease_ms = lease.map_or(0, whole_millis);
+    pb::Attached { session: session.0, heartbeat_ms, report_every_ms, lease_ms }
+}
+
+/// What a session is told of itself.
+struct Known {
+    spec: JobSpec,
+    /// As it was when the task registered.
+    lease: Option<Duration>,
 }
 
 type Proposal = Pin<Box<dyn Future<Output = Result<Applied, ProposeError>> + Send>>;
@@ -343,9 +355,9 @@ impl Session {
         who: Who,
         subscription: Subscription,
         seat: Seat,
-        spec: &JobSpec,
+        known: &Known,
     ) -> Self {
-        let attached = attached(who.session, spec);
+        let attached = attached(who.session, known);
         let stuck_at = Instant::now() + inner.read_patience;
         Self {
             inner,
@@ -405,8 +417,15 @@ impl Session {
         let Who { job, session, .. } = self.who.clone();
         match message.request {
             Some(Asked::Heartbeat(heartbeat)) => {
-                self.inner.node.tell(Event::Heard { job, session }).await;
-                self.grant(heartbeat.request);
+                let request = heartbeat.request;
+                if self.attached.lease_ms > 0 {
+                    // An owner's grant waits until a quorum has confirmed that this node leads.
+                    self.inner.node.tell(Event::Renewed { job, session, request }).await;
+                } else {
+                    self.inner.node.tell(Event::Heard { job, session }).await;
+                    let newest = self.inner.hub.get(&self.who.job);
+                    self.grant(request, newest.map(|newest| newest.generation.into()));
+                }
             }
             Some(Asked::Report(measured)) => match report(session, measured) {
                 Ok(mut report) => {
@@ -427,6 +446,14 @@ impl Session {
                 let drain = Command::Drain { job, session };
                 self.draining = Some(Box::pin(async move { inner.consensus.propose(drain).await }));
             }
+            Some(Asked::Ready(id)) => match HandOffId::try_from(id) {
+                Ok(id) => self.inner.node.tell(Event::Ready { job, session, id }).await,
+                Err(error) => self.warn(&error.within("ready")),
+            },
+            Some(Asked::Acknowledge(id)) => match HandOffId::try_from(id) {
+                Ok(id) => self.inner.node.tell(Event::Acknowledged { job, session, id }).await,
+                Err(error) => self.warn(&error.within("acknowledge")),
+            },
             Some(Asked::Leave(pb::Leave {})) => self.ending = Some(End::Left),
             Some(Asked::Resync(pb::Resync {})) => self.resync(),
             Some(Asked::Register(_) | Asked::Attach(_)) => {
@@ -436,11 +463,10 @@ impl Session {
         }
     }
 
-    fn grant(&mut self, request: u64) {
-        let newest = self.inner.hub.get(&self.who.job).map(|newest| newest.generation.into());
+    fn grant(&mut self, request: u64, generation: Option<pb::Generation>) {
         // Only the newest grant means anything.
         self.waiting.retain(|reply| !matches!(reply, Reply::Grant(_)));
-        self.say(Reply::Grant(pb::Grant { request, generation: newest }));
+        self.say(Reply::Grant(pb::Grant { request, generation }));
     }
 
     fn warn(&mut self, problem: &dyn std::fmt::Display) {
@@ -502,9 +528,15 @@ impl Session {
     /// Tells the task what it should know beside its assignment: how often to speak, and that it has nothing left to
     /// wait for. A task may come back to hear what it missed, so this looks at the state and not at events.
     fn look_again(&mut self) {
+        if let Some(Grant { request, generation }) = self.seat.granted() {
+            self.grant(request, Some(generation.into()));
+        }
         let state = self.inner.consensus.state();
         let Ok(job) = state.job(&self.who.job) else { return };
-        let attached = attached(self.who.session, &job.spec);
+        let attached = match self.inner.look(&self.who) {
+            Ok(known) => attached(self.who.session, &known),
+            Err(_) => self.attached,
+        };
         if self.attached != attached {
             self.attached = attached;
             self.say(Reply::Attached(attached));

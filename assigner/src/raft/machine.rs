@@ -133,13 +133,14 @@ impl Machine {
 
 fn job_of(command: &Command) -> Option<&JobName> {
     match command {
-        Command::FoundCluster { .. } | Command::MintNode => None,
+        Command::FoundCluster { .. } | Command::MintNode | Command::Settle { .. } => None,
         Command::ApplyJob { spec, .. } => Some(&spec.name),
         Command::Register { job, .. }
         | Command::Drain { job, .. }
         | Command::Undrain { job, .. }
         | Command::End { job, .. }
         | Command::Change { job, .. }
+        | Command::HandOff { job, .. }
         | Command::StoreLoads { job, .. }
         | Command::Freeze { job }
         | Command::Unfreeze { job }

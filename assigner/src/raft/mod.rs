@@ -39,6 +39,8 @@ use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{
     ChangeMembershipError, ClientWriteError, ForwardToLeader, LinearizableReadError, RaftError,
 };
+use openraft::impls::ProgressResponder;
+use openraft::vote::RaftLeaderId;
 use openraft::{ChangeMembers, RaftMetrics, ReadPolicy, SnapshotPolicy};
 use prost::Message;
 use tokio::sync::{OnceCell, watch};
@@ -55,7 +57,7 @@ use crate::raft::node::{Node, Raft, Unborn, caught_up};
 use crate::raft::peer::{Dialer, Known};
 use crate::raft::service::Service;
 use crate::raft::start::StartError;
-use crate::raft::types::{LogId, Member, Types};
+use crate::raft::types::{LeaderId, LogId, Member, Types};
 use crate::raft::writer::Writer;
 
 /// The largest command, encoded: a plan that touches a million slices weighs half of it.
@@ -392,6 +394,33 @@ impl Consensus {
                 return Err(ProposeError::NotLeader { leader });
             }
             tokio::time::sleep(RETRY_EVERY).await;
+        }
+    }
+
+    /// Proposes what the leader of a term has decided, in that term and no later one: another may have led since, on other
+    /// knowledge. Tried once.
+    pub async fn propose_in(&self, term: u64, command: Command) -> Result<Applied, ProposeError> {
+        let bytes = pb::Command::from(&command).encoded_len();
+        if bytes > COMMAND_BYTES_MAX {
+            return Err(ProposeError::TooLarge { bytes });
+        }
+        let raft = self.node.raft.get().ok_or(ProposeError::NotLeader { leader: None })?;
+        let leader = LeaderId::new(term, raft.metrics().borrow_watched().id);
+        let (responder, answered) = ProgressResponder::complete_only();
+        let write = raft.write(Arc::new(command)).with_leader(leader).responder(responder);
+        if write.await.is_err() {
+            return Err(ProposeError::Stopped);
+        }
+        match tokio::time::timeout(self.timings.propose, answered).await {
+            Err(_) => Err(ProposeError::Unknown),
+            Ok(Err(_)) => Err(ProposeError::Stopped),
+            Ok(Ok(Err(ClientWriteError::ForwardToLeader(forward)))) => {
+                Err(ProposeError::NotLeader { leader: self.other(&forward) })
+            }
+            Ok(Ok(Err(_))) => Err(ProposeError::Unknown),
+            Ok(Ok(Ok(written))) => {
+                Ok(written.data.expect("a command is answered by what it led to")?)
+            }
         }
     }
 

@@ -48,8 +48,10 @@ pub(in crate::balance) struct Draft<'a> {
     pub(in crate::balance) vacant: Vec<u32>,
     /// Parts that may be worth replicating, or that several hold.
     pub(in crate::balance) heavy: Vec<u32>,
-    /// Parts that the operator put where they are.
+    /// Parts that the operator put where they are, or that are on their way.
     pinned: BTreeSet<u32>,
+    /// Slices that are on their way.
+    moving: BTreeSet<u32>,
     owner: Vec<u32>,
     groups: Vec<Vec<u32>>,
     /// How far parts of the assignment reach that were cut.
@@ -100,7 +102,8 @@ impl<'a> Draft<'a> {
             meters: Vec::new(),
             vacant: Vec::new(),
             heavy: Vec::new(),
-            pinned: BTreeSet::new(),
+            pinned: round.moving.iter().copied().collect(),
+            moving: round.moving.iter().copied().collect(),
             owner: Vec::with_capacity(count),
             groups: Vec::new(),
             cut: BTreeMap::new(),
@@ -126,6 +129,7 @@ impl<'a> Draft<'a> {
             steps: Vec::new(),
         };
         draft.count(capacity);
+        draft.vacant.retain(|part| !draft.moving.contains(part));
         draft.before = draft.imbalance();
         draft
     }
@@ -312,6 +316,11 @@ impl<'a> Draft<'a> {
     /// Says whether the operator put a part where it is.
     pub(in crate::balance) fn is_pinned(&self, part: u32) -> bool {
         !self.pinned.is_empty() && self.pinned.contains(&part)
+    }
+
+    /// Says whether a part is on its way: it is neither cut nor joined nor moved.
+    pub(in crate::balance) fn is_moving(&self, part: u32) -> bool {
+        !self.moving.is_empty() && self.moving.contains(&part)
     }
 
     /// Keeps a part where it is from now on.
@@ -585,6 +594,9 @@ impl<'a> Draft<'a> {
     /// Parts a part before `at`; `low` is the load that lies below it. Further loads are taken to lie evenly. Gives the
     /// upper part, or nothing if the cut would leave one side empty.
     pub(in crate::balance) fn cut(&mut self, part: u32, at: SliceKey, low: u64) -> Option<u32> {
+        if self.is_moving(part) {
+            return None;
+        }
         let whole = self.slice(part);
         let (below, above) = whole.split_at(at)?;
         let load = self.load(part);

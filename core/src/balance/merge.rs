@@ -1,5 +1,6 @@
 //! Neighbours that the same tasks serve need not be apart. Merging them moves nothing.
 
+use crate::assignment::Assigned;
 use crate::balance::draft::{Draft, LOAD};
 
 /// Merges cold neighbours with the same holders while there are more slices than needed. What was cut in this round is
@@ -22,7 +23,10 @@ pub(in crate::balance) fn merge(draft: &mut Draft<'_>) {
             && draft.holders_of(first) == draft.holders_of(part)
             && draft.is_whole(first)
             && draft.is_whole(part)
-            && draft.is_pinned(first) == draft.is_pinned(part);
+            && draft.is_pinned(first) == draft.is_pinned(part)
+            && may_join(slices.value_at(first as usize), slices.value_at(part as usize))
+            && !draft.is_moving(first)
+            && !draft.is_moving(part);
         if joins {
             weight += own;
             spare -= 1;
@@ -39,4 +43,10 @@ pub(in crate::balance) fn merge(draft: &mut Draft<'_>) {
     for (first, last) in runs {
         draft.join(slices.slice_at(first as usize).first(), slices.slice_at(last as usize).last());
     }
+}
+
+/// Slices that are owned become one only where nobody could tell the difference: a token that grew without a change of hands
+/// would shut the owner out of its own writes.
+fn may_join(one: &Assigned, other: &Assigned) -> bool {
+    !one.replicas.is_exclusive() || (one.replicas == other.replicas && one.token == other.token)
 }

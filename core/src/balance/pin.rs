@@ -16,6 +16,9 @@ pub(in crate::balance) fn pin(draft: &mut Draft<'_>) {
         let holder = task.and_then(|task| serves(task.session));
         let Some(holder) = holder else { continue };
         for part in parts_within(draft, pin.slice) {
+            if draft.is_moving(part) {
+                continue;
+            }
             if draft.holders_of(part) != [holder as u32] {
                 draft.assign(part, vec![holder as u32], Reason::Pin);
             }

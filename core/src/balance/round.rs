@@ -90,6 +90,8 @@ pub struct Round {
     pub costs: Vec<u64>,
     /// Slices that were moved and that callers may still look for where they were.
     pub in_flight: Vec<InFlight>,
+    /// The places of slices that are on their way: they stand where they are going, and nothing touches them.
+    pub moving: Vec<u32>,
     /// How far off task loads' forecasts lately were, in relation to the mean: widens an adaptive band.
     pub forecast_error: Ratio,
     /// How far a task's load lately lay above what was forecast where that was worst, beyond what chance explains: no plan
@@ -114,6 +116,7 @@ impl Round {
             further: Vec::new(),
             costs: Vec::new(),
             in_flight: Vec::new(),
+            moving: Vec::new(),
             forecast_error: Ratio::from_millionths(0),
             surprise: Ratio::from_millionths(0),
             fresh: false,

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::load::{LOAD_MAX_UNITS, Load};
 use crate::spec::{
-    Band, BandOf, Consistency, HOMES_MAX, Home, JobSpec, METRICS_MAX, Metric, Ratio, ReplicaBounds,
-    SpecError, Unavailable,
+    Band, BandOf, Consistency, HOMES_MAX, Home, JobSpec, LEASE_MAX, METRICS_MAX, Metric, Ratio,
+    ReplicaBounds, SpecError, Unavailable,
 };
 use crate::task::{LABEL_MAX_BYTES, TASKS_MAX};
 
@@ -16,7 +16,7 @@ const ALL: Ratio = Ratio::percent(100);
 const TEN_TIMES: Ratio = Ratio::percent(1_000);
 const HOUR: Duration = Duration::from_secs(3_600);
 /// Shorter, one election costs every owner its slices; longer, so does one crash for minutes.
-const LEASES: RangeInclusive<Duration> = Duration::from_secs(2)..=Duration::from_secs(60);
+const LEASES: RangeInclusive<Duration> = Duration::from_secs(2)..=LEASE_MAX;
 /// Beyond so many crashes nobody waits for one more.
 const CONFINE_AFTER_MAX: u32 = 1_000;
 

@@ -21,7 +21,7 @@ use mandoline_core::key::SliceKey;
 use mandoline_core::name::JobName;
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::Ratio;
-use mandoline_core::task::{Phase, SessionId, Task, TaskInfo};
+use mandoline_core::task::{SessionId, Task, TaskInfo};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -95,9 +95,7 @@ impl Owners {
             let (name, address) =
                 (format!("t{session}").parse().unwrap(), address.to_string().parse().unwrap());
             let (session, info) = (SessionId(session), TaskInfo::new(name, 1, address));
-            assignment
-                .tasks
-                .insert(session, Arc::new(Task { session, info, phase: Phase::Serving }));
+            assignment.tasks.insert(session, Arc::new(Task::new(session, info)));
             let replicas = Replicas::One(Replica { session, since: assignment.generation });
             slices.push((SliceKey(first), Assigned { replicas, ..Assigned::default() }));
         }

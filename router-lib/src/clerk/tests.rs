@@ -4,7 +4,7 @@ use super::*;
 use mandoline_core::assignment::{Assigned, Replica};
 use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::slice::Slice;
-use mandoline_core::task::{Phase, SessionId, Task, TaskInfo};
+use mandoline_core::task::{SessionId, Task, TaskInfo};
 use mandoline_distributor::serve::WatchService;
 use std::fs;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -38,7 +38,7 @@ fn delta(number: u64) -> Delta {
     let to = generation(number);
     let address = format!("127.0.0.1:{number}").parse().unwrap();
     let info = TaskInfo::new(format!("t{number}").parse().unwrap(), number, address);
-    let task = Task { session: SessionId(number), info, phase: Phase::Serving };
+    let task = Task::new(SessionId(number), info);
     let replica = Replica { session: SessionId(number), since: to };
     let assigned = Assigned { replicas: [replica].into_iter().collect(), ..Default::default() };
     Delta {

@@ -90,7 +90,7 @@ mod tests {
     use mandoline_core::generation::Generation;
     use mandoline_core::key::SliceKey;
     use mandoline_core::slice::Slice;
-    use mandoline_core::task::{Phase, Task, TaskInfo};
+    use mandoline_core::task::{Task, TaskInfo};
 
     use super::*;
 
@@ -102,7 +102,7 @@ mod tests {
             let name = format!("t{session}").parse().unwrap();
             let info = TaskInfo::new(name, 1, format!("t:{session}").parse().unwrap());
             let session = SessionId(session);
-            let task = Task { session, info, phase: Phase::Serving };
+            let task = Task::new(session, info);
             assignment.tasks.insert(session, task.into());
         }
         let (below, above) = Slice::FULL.split_at(SliceKey(HALF)).unwrap();

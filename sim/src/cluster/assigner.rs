@@ -318,6 +318,8 @@ impl Assigner {
                     self.propose(ground, command, waiter);
                 }
                 Action::Plan(round) => ground.plan(self.place, term, &round),
+                // No job here is exclusive yet.
+                Action::Confirm | Action::Grant { .. } => {}
                 Action::Drained { session, .. } => {
                     let seat = self.leading.as_ref().and_then(|l| l.seats.get(&session)).copied();
                     if let Some(stream) = seat {

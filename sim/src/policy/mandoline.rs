@@ -18,7 +18,7 @@ use mandoline_core::plan;
 use mandoline_core::report::{HOT_MAX, HotKey, LoadTable, Report};
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::{Band, JobSpec, Ratio, ReplicaBounds};
-use mandoline_core::task::{Capacity, Phase, SessionId, Task, TaskInfo};
+use mandoline_core::task::{Capacity, SessionId, Task, TaskInfo};
 
 use crate::fleet::Member;
 use crate::interval::Interval;
@@ -182,7 +182,7 @@ fn task(member: Member, session: SessionId) -> Task {
     info.revision = member.revision.to_string();
     info.labels.insert("zone".to_owned(), member.zone.to_string());
     info.labels.insert("region".to_owned(), member.region.to_string());
-    Task { session, info, phase: Phase::Serving }
+    Task::new(session, info)
 }
 
 impl Planner for Mandoline {
@@ -226,8 +226,8 @@ impl Planner for Mandoline {
             return;
         }
         let now = self.assignment.generation.next();
-        let (slices, _) =
-            plan::apply(&plan.edits, &self.assignment.slices, now).expect("the plan fits");
+        let (slices, _) = plan::apply(&plan.edits, &self.assignment.slices, now, &plan::at_once)
+            .expect("the plan fits");
         let assignment = Arc::make_mut(&mut self.assignment);
         (assignment.slices, assignment.generation) = (slices, now);
     }

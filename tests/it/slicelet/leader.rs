@@ -330,6 +330,7 @@ impl Tasks for Leader {
                 session: session.0,
                 heartbeat_ms: 100,
                 report_every_ms: 200,
+                lease_ms: 0,
             }),
             Err(turned_away) => turned_away.clone(),
         };

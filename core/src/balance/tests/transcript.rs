@@ -10,7 +10,7 @@ use crate::generation::Generation;
 use crate::key::SliceKey;
 use crate::load::Load;
 use crate::pin::Pin;
-use crate::plan::{Edit, Plan, apply};
+use crate::plan::{Edit, Plan, apply, at_once};
 use crate::report::HotKey;
 use crate::slice::Slice;
 use crate::slice_map::SliceMap;
@@ -86,7 +86,8 @@ pub(in crate::balance) fn round(text: &str) -> Round {
             [slice, ref holders @ .., carried] => {
                 let replica = |name: &&str| Replica { session: session(name), since: SINCE };
                 let replicas = holders.iter().map(replica).collect();
-                let assigned = Assigned { replicas, load: load(carried), token: SINCE };
+                let assigned =
+                    Assigned { replicas, load: load(carried), token: SINCE, transit: None };
                 runs.push((key(slice.split_once("..").unwrap().0), assigned));
             }
             _ => panic!("cannot read {line:?}"),
@@ -142,7 +143,9 @@ pub(in crate::balance) fn add_task(assignment: &mut Assignment, word: &str) {
     let mut info = TaskInfo::new(name.parse().unwrap(), 1, address);
     info.capacity = Capacity::new(capacity).unwrap();
     let phase = if word.ends_with('-') { Phase::Draining } else { Phase::Serving };
-    assignment.tasks.insert(session(name), Arc::new(Task { session: session(name), info, phase }));
+    assignment
+        .tasks
+        .insert(session(name), Arc::new(Task { phase, ..Task::new(session(name), info) }));
 }
 
 /// Slices of one width, so many for each task of `names` in turn, and each of this load.
@@ -198,7 +201,7 @@ pub(in crate::balance) fn check(input: &str, expected: &str) {
 
 /// The slices as they are once a plan was carried out.
 pub(in crate::balance) fn carried_out(round: &Round, plan: &Plan) -> SliceMap<Assigned> {
-    apply(&plan.edits, &round.assignment.slices, SINCE.next()).unwrap().0
+    apply(&plan.edits, &round.assignment.slices, SINCE.next(), &at_once).unwrap().0
 }
 
 /// What each task carries once a plan was carried out, worked out from the slices alone.
