@@ -51,6 +51,9 @@
 //! # }
 //! ```
 
+mod sync;
+#[allow(dead_code)] // until guards are handed out
+mod gate;
 pub mod snapshot;
 mod cache;
 mod counters;
