@@ -21,6 +21,19 @@ impl Generation {
     pub const fn next(self) -> Self {
         Self { incarnation: self.incarnation, number: self.number + 1 }
     }
+
+    /// Gives 16 bytes that sort as generations do, the incarnation first: what a storage compares.
+    #[must_use]
+    pub const fn to_be_bytes(self) -> [u8; 16] {
+        ((self.incarnation as u128) << 64 | self.number as u128).to_be_bytes()
+    }
+
+    /// Reads what [`to_be_bytes`](Self::to_be_bytes) wrote.
+    #[must_use]
+    pub const fn from_be_bytes(bytes: [u8; 16]) -> Self {
+        let both = u128::from_be_bytes(bytes);
+        Self { incarnation: (both >> 64) as u64, number: both as u64 }
+    }
 }
 
 impl fmt::Display for Generation {
@@ -55,5 +68,19 @@ mod tests {
         let restored: Generation = "2.3".parse().unwrap();
         assert!(last < last.next() && last.next() < restored);
         assert!("1".parse::<Generation>().is_err());
+    }
+
+    #[test]
+    fn bytes_sort_as_generations_do_and_read_back() {
+        let parts = [0, 1, 255, 256, 1 << 32, u64::MAX];
+        let all: Vec<Generation> = parts
+            .iter()
+            .flat_map(|&incarnation| parts.map(|number| Generation { incarnation, number }))
+            .collect();
+        assert!(all.windows(2).all(|pair| pair[0] < pair[1]));
+        assert!(all.windows(2).all(|pair| pair[0].to_be_bytes() < pair[1].to_be_bytes()));
+        assert!(all.iter().all(|one| Generation::from_be_bytes(one.to_be_bytes()) == *one));
+        let spelled = Generation { incarnation: 1, number: 0x0203 }.to_be_bytes();
+        assert_eq!(spelled, [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 2, 3]);
     }
 }

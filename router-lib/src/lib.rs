@@ -54,6 +54,7 @@
 mod sync;
 #[allow(dead_code)] // until guards are handed out
 mod gate;
+pub mod fence;
 pub mod snapshot;
 mod cache;
 mod counters;
