@@ -12,7 +12,7 @@ use crate::slice::Slice;
 use crate::slice_map::SliceMap;
 use crate::spec::Ratio;
 use crate::task::{SessionId, Task};
-use crate::transit::Transit;
+use crate::transit::{Step, Transit};
 
 /// One of the tasks that a slice is assigned to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,6 +130,11 @@ impl Assigned {
     /// The slice of an exclusive job that nobody owns.
     pub fn unowned() -> Self {
         Self { replicas: Replicas::Owner(None), ..Self::default() }
+    }
+
+    /// Says whether whoever has the slice is letting go of it, so that nobody takes work on it.
+    pub fn is_releasing(&self) -> bool {
+        self.transit.as_deref().is_some_and(|transit| transit.step == Step::Releasing)
     }
 
     /// Gives who serves the slice once the hand-off that it is in, if it is in one, is over.

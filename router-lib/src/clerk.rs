@@ -124,6 +124,32 @@ pub struct TimedOut {
     pub state: State,
 }
 
+/// The slice of a key was still on its way to another task when the caller's time was over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotMoved {
+    /// No assignment newer than `told` came in time that shows the slice settled.
+    #[error("key {key} was still moving {waited:?} after a task had said so by {told}: {state:?}")]
+    TimedOut {
+        /// Whose slice it is.
+        key: SliceKey,
+        /// The assignment that the task judged by.
+        told: Generation,
+        /// For how long it was waited.
+        waited: Duration,
+        /// How the clerk was placed then.
+        state: State,
+    },
+    /// The slice has settled, and nobody serves it.
+    #[error(transparent)]
+    NoTask(#[from] NoTask),
+}
+
+/// Says whether an assignment shows the slice of a key settled after a task said that it was giving that away, judging by
+/// generation `told`: it is newer, and the slice is not being released by it.
+pub fn is_settled(assignment: &Assignment, key: SliceKey, told: Generation) -> bool {
+    assignment.generation > told && !assignment.get(key).1.is_releasing()
+}
+
 impl Clerk {
     /// Begins to describe a clerk of a job.
     pub fn builder(job: JobName) -> Builder {
@@ -270,6 +296,28 @@ impl Clerk {
         reached.map_err(|_| TimedOut { wanted, waited: patience, state: self.state() })
     }
 
+    /// Waits until the slice of a key has settled, after a task answered that it is giving that away, and says who serves it now.
+    ///
+    /// `told` is the generation that the task judged by: it goes with the answer, as `mandoline-generation` beside
+    /// `mandoline-transit` (503) in HTTP. The request had no effect, so it may be sent to the new owner whatever it is. Needs a
+    /// tokio runtime with time.
+    pub async fn wait_moved(
+        &self,
+        key: SliceKey,
+        told: Generation,
+        patience: Duration,
+    ) -> Result<Target<Held>, NotMoved> {
+        self.refresh(told);
+        let settled = self.first(|newest| is_settled(newest, key, told));
+        match tokio::time::timeout(patience, settled).await {
+            Ok(_) => Ok(self.route_at(key)?),
+            Err(_) => {
+                let state = self.state();
+                Err(NotMoved::TimedOut { key, told, waited: patience, state })
+            }
+        }
+    }
+
     /// Tells the clerk that a generation was seen elsewhere, such as on a request that a task turned away. Should its
     /// source not have it soon, it asks another one.
     pub fn refresh(&self, seen: Generation) {
@@ -292,11 +340,14 @@ impl Clerk {
     }
 
     async fn reached(&self, wanted: Generation) -> Arc<Assignment> {
+        self.first(|newest| newest.generation >= wanted).await
+    }
+
+    /// Waits for an assignment of which something is so.
+    async fn first(&self, so: impl Fn(&Assignment) -> bool) -> Arc<Assignment> {
         let mut current = self.inner.current.clone();
-        let reached = |current: &Option<Arc<Assignment>>| {
-            current.as_ref().is_some_and(|current| current.generation >= wanted)
-        };
-        let newest = match current.wait_for(reached).await {
+        let so = |current: &Option<Arc<Assignment>>| current.as_deref().is_some_and(&so);
+        let newest = match current.wait_for(so).await {
             Ok(newest) => newest.clone(),
             Err(_) => None, // nothing changes any more
         };

@@ -5,6 +5,7 @@ use mandoline_core::assignment::{Assigned, Replica};
 use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{SessionId, Task, TaskInfo};
+use mandoline_core::transit::{HandOffId, Step, Transit};
 use mandoline_distributor::serve::WatchService;
 use std::fs;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -293,6 +294,41 @@ async fn a_frozen_clerk_knows_what_it_was_given() {
     assert_eq!(soon("what it knows", clerk.ready()).await, assignment(3));
     clerk.refresh(generation(9));
     assert!(clerk.wait_for(generation(9), Duration::from_millis(5)).await.is_err());
+}
+
+#[tokio::test]
+async fn a_clerk_waits_until_a_slice_has_moved() {
+    let hub = hub_at(1);
+    let clerk = Clerk::follow_hub(&hub, job()).unwrap();
+    soon("an assignment", clerk.ready()).await;
+    let key = SliceKey::of(b"some key");
+    // The old owner judged by 1.2, and 1.3 still shows the release.
+    advance(&hub);
+    let released = delta(3).apply_to(&hub.get(&job()).unwrap()).unwrap();
+    let (from, to) = (SessionId(2), SessionId(4));
+    let id = HandOffId { began: generation(2), first: SliceKey(0) };
+    let transit = Some(Arc::new(Transit { id, from: Some(from), to, step: Step::Releasing }));
+    let assigned = released.get(key).1.clone();
+    let mut in_transit = released;
+    in_transit.slices.set(Slice::FULL, Assigned { transit, ..assigned });
+    let wait = clerk.wait_moved(key, generation(2), PATIENCE);
+    let moves = async {
+        hub.publish(Arc::new(in_transit), None);
+        clerk.wait_for(generation(3), PATIENCE).await.unwrap();
+        let short = Duration::from_millis(20);
+        let error = clerk.wait_moved(key, generation(2), short).await.unwrap_err();
+        let NotMoved::TimedOut { told, waited, .. } = &error else { panic!("{error}") };
+        assert_eq!((*told, *waited), (generation(2), short));
+        assert!(error.to_string().contains("was still moving 20ms after"), "{error}");
+        let over = delta(4).apply_to(&hub.get(&job()).unwrap()).unwrap();
+        hub.publish(Arc::new(over), None);
+    };
+    let (target, ()) = tokio::join!(wait, moves);
+    assert_eq!(target.unwrap().name().as_str(), "t4");
+    // Where nobody serves it then, that is said, and not waited for.
+    hub.publish(Arc::new(Assignment::new(job(), generation(5))), None);
+    let error = clerk.wait_moved(key, generation(4), PATIENCE).await.unwrap_err();
+    assert!(matches!(error, NotMoved::NoTask(_)), "{error}");
 }
 
 #[tokio::test]
