@@ -21,6 +21,7 @@ use crate::access_args::AccessArgs;
 use crate::failure::Failure;
 use crate::task::{default_assigners, demo_job};
 use crate::text::{self, Text, overlay};
+use crate::units::{Size, Span};
 use crate::{file, ports, stop};
 
 /// Sends each request to the task that owns its key
@@ -71,6 +72,15 @@ pub(crate) struct ProxyArgs {
     /// How many cores to use [default: all]
     #[arg(long, env = "MANDOLINE_WORKERS")]
     workers: Option<NonZeroUsize>,
+    /// How long a request is held at most while the slice of its key moves to another task [default: 30s]
+    #[arg(long, env = "MANDOLINE_HOLD_WAIT", value_name = "DURATION")]
+    hold_wait: Option<Span>,
+    /// How many requests are held at a time; one more gets a 503 [default: 10000]
+    #[arg(long, env = "MANDOLINE_HOLD_REQUESTS", value_name = "NUMBER")]
+    hold_requests: Option<usize>,
+    /// How much of them is held at a time, heads and bodies [default: 64MiB]
+    #[arg(long, env = "MANDOLINE_HOLD_BYTES", value_name = "SIZE")]
+    hold_bytes: Option<Size>,
     #[command(flatten)]
     access: AccessArgs,
 }
@@ -81,7 +91,8 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         let from_file: ProxyArgs = file::read(path)?;
         overlay!(
             args, from_file;
-            listen, admin, job, key, assigners, watch_peers, watch_listen, cache, workers,
+            listen, admin, job, key, assigners, watch_peers, watch_listen, cache, workers, hold_wait,
+            hold_requests, hold_bytes,
         );
         args.access.overlay(from_file.access);
     }
@@ -121,6 +132,15 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     let mut config = Config { admin: Some(local(args.admin, 7480)), ..Config::new(listen, key) };
     if let Some(workers) = args.workers {
         config.workers = workers;
+    }
+    if let Some(Span(wait)) = args.hold_wait {
+        config.timeouts.hold = wait;
+    }
+    if let Some(requests) = args.hold_requests {
+        config.limits.held_requests = requests;
+    }
+    if let Some(Size(bytes)) = args.hold_bytes {
+        config.limits.held_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
     }
     let proxy = start(config, &clerk, &stop)?;
     eprintln!("proxy: requests for job {job} at {}", proxy.local_addr());

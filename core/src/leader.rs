@@ -16,15 +16,14 @@ use crate::generation::Generation;
 use crate::handoff::HandOffs;
 use crate::lease::{Ledger, Margin, Renewal};
 use crate::load::Load;
-use crate::name::{JobName, TaskName};
+use crate::name::JobName;
 use crate::offers::{Offer, OfferError, Offers, Totals};
 use crate::plan::{Move, Plan};
 use crate::report::{LoadTable, Report, ReportError};
-use crate::restart::{NotNow, Restarts};
 use crate::roster::Roster;
 use crate::sizes::Sizes;
-use crate::spec::{Consistency, LEASE_MAX};
-use crate::state::{Job, Refused, State};
+use crate::spec::{Consistency, JobSpec, LEASE_MAX};
+use crate::state::{Job, State};
 use crate::task::{Phase, SessionId};
 use crate::time::Time;
 use crate::transit::HandOffId;
@@ -229,7 +228,7 @@ impl Leader {
                     lead.next_step = Some(now + RETRY_AFTER);
                 });
             }
-            // Stored loads are renewed before long, and so is that a grace is over; the rest is proposed by others, who hear of it themselves.
+            // Stored loads are renewed before long; the rest is proposed by others, who hear of it themselves.
             Event::Failed(_) => {}
         }
     }
@@ -253,10 +252,6 @@ impl Leader {
                 || lead.hand_offs.deadline().is_some_and(|deadline| deadline <= now)
             {
                 out.extend(lead.hand_offs.propose(now, name).map(Action::Propose));
-            }
-            for (task, session) in lead.restarts.over(now) {
-                let job = name.clone();
-                out.push(Action::Propose(Command::Forget { job, task, session }));
             }
             if lead.next_round <= now {
                 lead.round(now, job, out);
@@ -321,22 +316,6 @@ impl Leader {
         self.jobs.get(job).is_some_and(|lead| lead.roster.connected(session))
     }
 
-    /// Says whether a task may restart now, and counts it as leaving if so.
-    pub fn may_restart(
-        &mut self,
-        now: Time,
-        state: &State,
-        job: &JobName,
-        task: &TaskName,
-    ) -> Result<Result<(), NotNow>, Refused> {
-        let known = state.job(job)?;
-        if !known.assignment.tasks.values().any(|known| known.info.name == *task) {
-            return Err(Refused::NoSuchTask { job: job.clone(), task: task.clone() });
-        }
-        let lead = self.lead(now, state, job).expect("the job is there");
-        Ok(lead.restarts.may_restart(now, known, task))
-    }
-
     /// Takes what a caller of a job has offered. `None` if there is no such job.
     pub fn offer(
         &mut self,
@@ -366,7 +345,10 @@ impl Leader {
 
     fn lead(&mut self, now: Time, state: &State, name: &JobName) -> Option<&mut Lead> {
         let job = state.jobs.get(name)?;
-        let lead = self.jobs.entry(name.clone()).or_insert_with(|| Lead::new(now, job));
+        let lead = self
+            .jobs
+            .entry(name.clone())
+            .or_insert_with(|| Lead::new(now, &job.spec, &job.assignment));
         lead.roster.set_heartbeat(job.spec.heartbeat);
         lead.roster.set_lease(job.spec.owner_lease().map(|lease| self.margin.waited(lease)));
         lead.hold_off = state.hold_off && job.spec.consistency == Consistency::Exclusive;
@@ -386,7 +368,6 @@ impl Leader {
 #[derive(Clone, Debug)]
 struct Lead {
     roster: Roster,
-    restarts: Restarts,
     table: LoadTable,
     /// The newest generation that each task is known to serve by.
     served: BTreeMap<SessionId, Generation>,
@@ -420,13 +401,11 @@ enum Busy {
 }
 
 impl Lead {
-    fn new(now: Time, job: &Job) -> Self {
-        let (spec, assignment) = (&job.spec, job.assignment.as_ref());
+    fn new(now: Time, spec: &JobSpec, assignment: &Assignment) -> Self {
         let mut roster = Roster::new(spec.heartbeat);
         roster.sync(now, assignment.tasks.keys().copied());
         Self {
             roster,
-            restarts: Restarts::new(now, job),
             table: LoadTable::default(),
             served: BTreeMap::new(),
             began: assignment.generation,
@@ -438,7 +417,7 @@ impl Lead {
             sizes: Sizes::default(),
             loads: BTreeMap::new(),
             // What the leader before could not finish cannot wait for a round.
-            next_round: if is_urgent(job) { now } else { now + spec.balance_every },
+            next_round: if is_urgent(assignment) { now } else { now + spec.balance_every },
             next_store: now + STORE_EVERY,
             busy: None,
             held: 0,
@@ -447,8 +426,7 @@ impl Lead {
     }
 
     fn deadline(&self) -> Time {
-        let (roster, hand_offs) = (self.roster.deadline(), self.hand_offs.deadline());
-        let soon = [roster, hand_offs, self.restarts.deadline(), self.next_step];
+        let soon = [self.roster.deadline(), self.hand_offs.deadline(), self.next_step];
         let due = soon.into_iter().flatten().chain([self.next_round, self.next_store]).min();
         due.expect("there is always a next round")
     }
@@ -467,7 +445,6 @@ impl Lead {
         let assignment = &job.assignment;
         self.next_round = self.next_round.min(now + job.spec.balance_every);
         self.roster.sync(now, assignment.tasks.keys().copied());
-        self.restarts.sync(now, job);
         self.told.retain(|session| assignment.tasks.contains_key(session));
         self.served.retain(|session, _| assignment.tasks.contains_key(session));
         if matches!(self.busy, Some(Busy::Proposed(base)) if base < assignment.generation) {
@@ -479,7 +456,7 @@ impl Lead {
             }
         }
         out.extend(self.hand_offs.propose(now, name).map(Action::Propose));
-        if self.busy.is_none() && is_urgent(job) {
+        if self.busy.is_none() && is_urgent(assignment) {
             self.plan(now, job, false, out);
         }
     }
@@ -505,9 +482,7 @@ impl Lead {
             let mut serving = assignment.tasks.values().filter(|task| task.phase == Phase::Serving);
             let all_hear = serving.all(|task| self.roster.connected(task.session));
             self.held = if all_hear { 0 } else { self.held + 1 };
-            let even = all_hear || self.held > HELD_ROUNDS;
-            let even = even && !self.restarts.holds(now);
-            self.plan(now, job, even, out);
+            self.plan(now, job, all_hear || self.held > HELD_ROUNDS, out);
         }
     }
 
@@ -515,7 +490,7 @@ impl Lead {
         if self.hold_off {
             return;
         }
-        let (of, moving) = settled(job, &self.hand_offs);
+        let (of, moving) = settled(&job.assignment, &self.hand_offs);
         let of = &of;
         if of.tasks.values().all(|task| task.phase != Phase::Serving) {
             return;
@@ -538,7 +513,6 @@ impl Lead {
             surprise: self.forecast.surprise(),
             fresh,
             moving,
-            rollout: self.restarts.before(),
             ..Round::new(Arc::clone(of), loads, policy)
         };
         self.busy = Some(Busy::Planning(of.generation));
@@ -600,12 +574,9 @@ impl Lead {
     }
 }
 
-/// The assignment as it will be once all hand-offs are over, and the places of the slices that are in one, or that wait for
-/// their task.
-fn settled(job: &Job, hand_offs: &HandOffs) -> (Arc<Assignment>, Vec<u32>) {
-    let (assignment, waiting) = (&job.assignment, job.waiting());
-    let places = waiting.iter().map(|slice| assignment.slices.index_of(slice.first()) as u32);
-    let mut moving: Vec<u32> = places.collect();
+/// The assignment as it will be once all hand-offs are over, and the places of the slices that are in one.
+fn settled(assignment: &Arc<Assignment>, hand_offs: &HandOffs) -> (Arc<Assignment>, Vec<u32>) {
+    let mut moving = Vec::new();
     if hand_offs.is_empty() {
         return (Arc::clone(assignment), moving);
     }
@@ -627,11 +598,10 @@ fn drained(assignment: &Assignment) -> impl Iterator<Item = SessionId> {
 
 /// Whether something cannot wait for the next round: a slice that nobody serves, a leaving task that still serves, or a
 /// task that has nothing.
-fn is_urgent(job: &Job) -> bool {
-    let (assignment, waiting) = (&job.assignment, job.waiting());
+fn is_urgent(assignment: &Assignment) -> bool {
     let mut busy = BTreeSet::new();
-    for (slice, assigned) in assignment.slices.iter() {
-        if assigned.replicas.as_slice().is_empty() && !waiting.contains(&slice) {
+    for (_, assigned) in assignment.slices.iter() {
+        if assigned.replicas.as_slice().is_empty() {
             return true;
         }
         // What is on its way is planned for.
@@ -646,32 +616,29 @@ fn is_urgent(job: &Job) -> bool {
 }
 
 #[cfg(test)]
-mod rollouts;
-
-#[cfg(test)]
 mod tests {
     use super::*;
     use crate::balance;
     use crate::report::Size;
-    use crate::spec::{Band, BandOf, JobSpec, Metric, Ratio};
+    use crate::spec::{Band, BandOf, Metric, Ratio};
     use crate::state::Outcome;
     use crate::task::TaskInfo;
 
     /// A leader, and a log of one node that applies at once.
-    pub(super) struct Scene {
-        pub(super) state: State,
-        pub(super) leader: Leader,
-        pub(super) now: Time,
+    struct Scene {
+        state: State,
+        leader: Leader,
+        now: Time,
         drained: Vec<SessionId>,
         granted: Vec<(SessionId, u64)>,
     }
 
-    pub(super) fn kv() -> JobName {
+    fn kv() -> JobName {
         "kv".parse().unwrap()
     }
 
     impl Scene {
-        pub(super) fn new() -> Self {
+        fn new() -> Self {
             let (state, now) = (State::default(), Time::from_millis(1_000));
             let leader = Leader::new(now, &state);
             let mut scene = Self { state, leader, now, drained: Vec::new(), granted: Vec::new() };
@@ -679,7 +646,7 @@ mod tests {
             scene
         }
 
-        pub(super) fn propose(&mut self, command: Command) -> Option<SessionId> {
+        fn propose(&mut self, command: Command) -> Option<SessionId> {
             let applied = self.state.apply(command.clone());
             let event =
                 if applied.is_ok() { Event::Applied { job: kv() } } else { Event::Failed(command) };
@@ -712,7 +679,7 @@ mod tests {
         }
 
         /// Lets time pass; all tasks but `silent` beat, and report the load that `load` gives each key.
-        pub(super) fn pass(
+        fn pass(
             &mut self,
             seconds: u64,
             silent: &[SessionId],
@@ -751,21 +718,13 @@ mod tests {
                 id,
                 format!("h:{id}").parse().unwrap(),
             );
-            self.join(info)
-        }
-
-        pub(super) fn join(&mut self, info: TaskInfo) -> SessionId {
             let session =
                 self.propose(Command::Register { job: kv(), info, stopped: None }).unwrap();
             self.happen(Event::Attached { job: kv(), session });
             session
         }
 
-        pub(super) fn load_of(&self, session: SessionId) -> f64 {
-            self.leader.load_of(&kv(), session).units()
-        }
-
-        pub(super) fn keys_of(&self, session: SessionId) -> f64 {
+        fn keys_of(&self, session: SessionId) -> f64 {
             let keys: u128 =
                 self.state.jobs[&kv()].assignment.of(session).map(|(slice, _)| slice.width()).sum();
             keys as f64 / (1_u128 << 64) as f64

@@ -52,7 +52,7 @@ impl Config {
 
     /// Refuses values that no proxy could work with.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
-        let Timeouts { connect, header, client_idle, response, stall, idle, grace: _ } =
+        let Timeouts { connect, header, client_idle, response, stall, idle, hold, grace: _ } =
             self.timeouts;
         let timeouts = [
             ("connect", connect),
@@ -61,20 +61,29 @@ impl Config {
             ("response", response),
             ("stall", stall),
             ("idle", idle),
+            ("hold", hold),
         ];
         for (name, length) in timeouts {
             if length.is_zero() || length > TIMEOUT_MAX {
                 return Err(ConfigError::Timeout { name, length });
             }
         }
-        let Limits { connections, header_bytes, headers, idle_per_task, replay_bytes: _ } =
-            self.limits;
+        let Limits {
+            connections,
+            header_bytes,
+            headers,
+            idle_per_task,
+            held_requests,
+            held_bytes: _,
+            replay_bytes: _,
+        } = self.limits;
         let limits = [
             ("connections", connections, 1, 1_000_000),
             // hyper's smallest buffer is 8 KiB, and a key alone may have 8 KiB.
             ("header_bytes", header_bytes, 8 << 10, 1 << 20),
             ("headers", headers, 1, 10_000),
             ("idle_per_task", idle_per_task, 0, 100_000),
+            ("held_requests", held_requests, 0, 1_000_000),
         ];
         for (name, value, least, most) in limits {
             if !(least..=most).contains(&value) {
@@ -138,6 +147,9 @@ pub struct Timeouts {
     /// How long a connection to a task is kept for the next request. Below the 5 s after which Node closes its end, the
     /// shortest common default: closing first means never sending into a connection that is being closed.
     pub idle: Duration,
+    /// How long a request is held at most, in all, while the slice of its key is on its way to another task. Several
+    /// times the default lease (5 s), after which such a slice has an owner again; about as long as callers wait.
+    pub hold: Duration,
     /// For requests in flight to finish once the proxy is told to stop.
     pub grace: Duration,
 }
@@ -151,6 +163,7 @@ impl Default for Timeouts {
             response: Duration::from_secs(60),
             stall: Duration::from_secs(300),
             idle: Duration::from_secs(4),
+            hold: Duration::from_secs(30),
             grace: Duration::from_secs(10),
         }
     }
@@ -167,6 +180,11 @@ pub struct Limits {
     pub headers: usize,
     /// Connections kept open to a task that have nothing to do, for each worker. More are closed.
     pub idle_per_task: usize,
+    /// Requests held at a time while the slices of their keys are on their way to other tasks, shared out evenly to the workers.
+    /// One more gets a 503 at once; with 0 none is held.
+    pub held_requests: usize,
+    /// The same in bytes of heads and of bodies as far as they were read.
+    pub held_bytes: usize,
     /// Request bodies kept for a second try, over all requests of a worker. Beyond it a body cannot be sent again.
     pub replay_bytes: usize,
 }
@@ -179,6 +197,9 @@ impl Default for Limits {
             header_bytes: 32 << 10,
             headers: 100,
             idle_per_task: 256,
+            // A second's worth of 10,000 requests a second, and 6 KiB for each.
+            held_requests: 10_000,
+            held_bytes: 64 << 20,
             replay_bytes: 64 << 20,
         }
     }

@@ -18,6 +18,8 @@ use crate::worker::Worker;
 pub(crate) struct Exchange {
     worker: Rc<Worker>,
     began: Instant,
+    // When it began, or was last let go on.
+    waits_since: Instant,
     key: Option<SliceKey>,
     generation: Generation,
     first: Option<SessionId>,
@@ -31,9 +33,11 @@ pub(crate) struct Exchange {
 impl Exchange {
     pub(crate) fn begin(worker: &Rc<Worker>) -> Self {
         worker.counters.count(Count::Requests);
+        let began = Instant::now();
         Self {
             worker: Rc::clone(worker),
-            began: Instant::now(),
+            began,
+            waits_since: began,
             key: None,
             generation: Generation::ZERO,
             first: None,
@@ -45,8 +49,14 @@ impl Exchange {
         }
     }
 
-    pub(crate) const fn began(&self) -> Instant {
-        self.began
+    /// Says from when on an answer is waited for: the beginning, or the end of the last hold.
+    pub(crate) const fn waits_since(&self) -> Instant {
+        self.waits_since
+    }
+
+    /// The request was held, and is let go on.
+    pub(crate) fn goes_on(&mut self) {
+        self.waits_since = Instant::now();
     }
 
     /// The request's key is known: from here on it counts as offered, second tries apart.

@@ -1,28 +1,32 @@
 //! From a target to an answer: one try, and a second on the fresh owner where the first may be repeated. An owner that has
-//! not heard yet that it is one is given a moment.
+//! not heard yet that it is one is given a moment, and where the old owner is giving the slice away the request is held until
+//! the new one has it.
 //!
 //! A request may be sent again when no task has acted on it: the task could not be reached, the connection was closed
-//! before the request was written, or the task answered 421, which says so. After a connection that broke off before the
+//! before the request was written, or the task answered 421, or 503 with `mandoline-transit`, which say so. After a connection that broke off before the
 //! answer it may be sent again only if its method promises that twice is as good as once (RFC 9110, 9.2.2). In each case
 //! its body must still be at hand.
 
 use std::future::Future;
 use std::pin::pin;
+use std::str::FromStr;
 use std::time::Duration;
 
-use http::header::{self, HeaderMap, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use mandoline::Utilisation;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
+use mandoline_core::transit::HandOffId;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
 use crate::exchange::Exchange;
 use crate::metrics::{Count, TaskCount};
-use crate::names::{GENERATION, LOAD, SPILL, strip_hop_by_hop};
+use crate::names::{GENERATION, LOAD, SPILL, TRANSIT, strip_hop_by_hop};
+use crate::pause::Held;
 use crate::pool::Lease;
 use crate::refusal::Refusal;
 use crate::route::Target;
@@ -38,6 +42,8 @@ enum Setback {
     Unreached,
     /// The task says that the key is not its own, and by which assignment.
     Misdirected(Option<Generation>),
+    /// The task is giving the key's slice away, by this assignment or an older one.
+    InTransit(Generation),
     /// The task broke off before it answered.
     Broken,
     /// There is no use in trying again.
@@ -47,23 +53,31 @@ enum Setback {
 /// How long a task that lags behind the proxy is given to hear that it owns the key, before it is asked again, and again.
 /// News reach tasks and proxies at the same moment, so the first pause does nearly always; the sum is longer than a busy
 /// machine keeps a thread waiting, and still no hang.
-const LAG_PAUSES_MS: [u64; 5] = [5, 10, 20, 40, 80];
+const LAG_PAUSES_MS: [u64; 7] = [5, 10, 20, 40, 80, 160, 320];
 
 /// Sends a request to its task, and once more to the fresh owner if it may be repeated.
 ///
 /// An owner, fresh or not, that answers by an older assignment than the proxy's is asked again after a pause: in a move the
-/// old owner, the proxy and the new owner hear of it in any order.
+/// old owner, the proxy and the new owner hear of it in any order. One that is giving the slice away is not asked, or not
+/// again: the request is held, and when it goes on the tries begin anew. Holds and pauses are counted over the whole request,
+/// so it ends.
 pub(crate) async fn forward(
     worker: &Worker,
     key: SliceKey,
     mut target: Target,
     head: &Parts,
     tape: &Tape,
+    held: &mut Held<'_>,
     exchange: &mut Exchange,
 ) -> Result<Answer, Refusal> {
     let mut pauses = LAG_PAUSES_MS.into_iter().map(Duration::from_millis);
     let mut is_fresh = false;
     loop {
+        if target.is_releasing {
+            target = next_owner(worker, key, target.generation, head, held, exchange).await?;
+            is_fresh = false;
+            continue;
+        }
         exchange.tries(&target);
         let setback = match attempt(worker, &target, head, tape, exchange).await {
             Ok(answer) => {
@@ -76,30 +90,41 @@ pub(crate) async fn forward(
             Err(setback) => setback,
         };
         let may_be_repeated = match setback {
-            Setback::Misdirected(_) | Setback::Unreached => tape.is_whole(),
+            Setback::Misdirected(_) | Setback::InTransit(_) | Setback::Unreached => tape.is_whole(),
             Setback::Broken => tape.is_whole() && head.method.is_idempotent(),
             Setback::Final(_) => false,
         };
-        let told = if let Setback::Misdirected(told) = &setback { *told } else { None };
+        if !may_be_repeated {
+            return Err(refusal(setback, head));
+        }
+        let told = match &setback {
+            Setback::Misdirected(told) => *told,
+            Setback::InTransit(told) => Some(*told),
+            _ => None,
+        };
         let lags = told.is_some_and(|told| told < target.generation);
-        let pause = if lags { pauses.next() } else { None };
-        let next = match pause {
-            _ if !may_be_repeated => return Err(refusal(setback, head)),
+        let next = match setback {
             // A task that cannot take what was spilled to it says nothing about the owner, who has not been asked yet.
             _ if target.is_spilled => worker.lookup.route_to_owner(key, &worker.pool),
-            Some(pause) => {
+            _ if lags => {
+                let Some(pause) = pauses.next() else { return Err(refusal(setback, head)) };
                 sleep(pause).await;
                 worker.lookup.route_to_owner(key, &worker.pool)
             }
-            None if lags || is_fresh => return Err(refusal(setback, head)),
-            None => {
+            Setback::InTransit(told) => {
+                is_fresh = false;
+                Some(next_owner(worker, key, told, head, held, exchange).await?)
+            }
+            _ if is_fresh => return Err(refusal(setback, head)),
+            _ => {
                 is_fresh = true;
                 worker.lookup.fresh(key, &worker.pool, &target, told).await
             }
         };
         let Some(next) = next else { return Err(Refusal::Unserved) };
-        // Only a task that was heard may say something else a moment later.
-        if next.session() == target.session() && !matches!(setback, Setback::Misdirected(_)) {
+        // Only a task that was heard may say something else a moment later, and one that lets go is not asked.
+        let was_heard = matches!(setback, Setback::Misdirected(_) | Setback::InTransit(_));
+        if next.session() == target.session() && !was_heard && !next.is_releasing {
             return Err(refusal(setback, head));
         }
         debug!(%key, from = %target.session(), to = %next.session(), "Request is tried again");
@@ -107,11 +132,25 @@ pub(crate) async fn forward(
     }
 }
 
+/// Holds a request until its slice has settled by an assignment newer than `told`, and finds who owns that then.
+async fn next_owner(
+    worker: &Worker,
+    key: SliceKey,
+    told: Generation,
+    head: &Parts,
+    held: &mut Held<'_>,
+    exchange: &mut Exchange,
+) -> Result<Target, Refusal> {
+    held.settled(told, head).await?;
+    exchange.goes_on();
+    worker.lookup.route_to_owner(key, &worker.pool).ok_or(Refusal::Unserved)
+}
+
 /// What the client is told of a setback that ends its request.
 fn refusal(setback: Setback, head: &Parts) -> Refusal {
     match setback {
         Setback::Unreached => Refusal::Unreached,
-        Setback::Misdirected(_) => Refusal::Moving,
+        Setback::Misdirected(_) | Setback::InTransit(_) => Refusal::Moving,
         Setback::Broken if head.method.is_idempotent() => Refusal::BrokenRepeatable,
         Setback::Broken => Refusal::Broken,
         Setback::Final(refusal) => refusal,
@@ -135,6 +174,7 @@ async fn attempt(
         Ok((response, _)) if response.status().is_server_error() => TaskCount::Failed,
         Ok(_) => TaskCount::Answered,
         Err(Setback::Misdirected(_)) => TaskCount::Misdirected,
+        Err(Setback::InTransit(_)) => TaskCount::Releasing,
         Err(_) => TaskCount::Failed,
     });
     answer
@@ -162,7 +202,7 @@ async fn exchange_messages(
         let Some(upload) = tape.play() else { return Err(Setback::Broken) };
         let sent = lease.sender.try_send_request(request(target, head, upload));
         let limit = worker.config.timeouts.response;
-        let Some(answer) = within(sent, limit, exchange.began(), tape).await else {
+        let Some(answer) = within(sent, limit, exchange.waits_since(), tape).await else {
             let late = if tape.is_waiting() { Refusal::SlowBody } else { Refusal::Late };
             return Err(Setback::Final(late));
         };
@@ -219,11 +259,11 @@ fn load(response: &mut Response<Incoming>) -> Option<Utilisation> {
 async fn within<T>(
     answer: impl Future<Output = T>,
     limit: Duration,
-    began: Instant,
+    since: Instant,
     tape: &Tape,
 ) -> Option<T> {
     let mut answer = pin!(answer);
-    let mut deadline = began + limit;
+    let mut deadline = since + limit;
     loop {
         if let Ok(answer) = timeout_at(deadline, answer.as_mut()).await {
             return Some(answer);
@@ -233,12 +273,16 @@ async fn within<T>(
     }
 }
 
-/// Takes an answer over: 421 leads to another try, and what belongs to this hop ends here.
+/// Takes an answer over: 421, and 503 in a hand-off, lead to another try, and what belongs to this hop ends here.
 fn accept(mut response: Response<Incoming>, lease: Lease) -> Result<Answer, Setback> {
     if response.status() == StatusCode::MISDIRECTED_REQUEST {
-        let told =
-            response.headers().get(GENERATION).and_then(|value| value.to_str().ok()?.parse().ok());
-        return Err(Setback::Misdirected(told));
+        return Err(Setback::Misdirected(named(response.headers(), &GENERATION)));
+    }
+    if response.status() == StatusCode::SERVICE_UNAVAILABLE
+        && let Some(id) = named::<HandOffId>(response.headers(), &TRANSIT)
+    {
+        let told: Option<Generation> = named(response.headers(), &GENERATION);
+        return Err(Setback::InTransit(told.unwrap_or(id.began)));
     }
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return Err(Setback::Final(Refusal::Garbled(
@@ -249,6 +293,11 @@ fn accept(mut response: Response<Incoming>, lease: Lease) -> Result<Answer, Setb
     strip_hop_by_hop(response.headers_mut());
     *response.version_mut() = Version::HTTP_11;
     Ok((response, lease))
+}
+
+/// Reads what a task says in a field of its answer. What cannot be read is as good as nothing.
+fn named<T: FromStr>(headers: &HeaderMap, field: &HeaderName) -> Option<T> {
+    headers.get(field)?.to_str().ok()?.parse().ok()
 }
 
 /// Leaves one reading of where the answer ends: hyper has chosen it by the rules, so what speaks against it goes.

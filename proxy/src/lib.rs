@@ -4,7 +4,7 @@
 //! assignment. A request runs through named stages, in this order and in one function, `serve::serve`:
 //!
 //! ```text
-//! listen -> identify -> key -> route -> forward -> observe
+//! listen -> identify -> key -> pause -> route -> forward -> observe
 //! ```
 
 pub mod names;
@@ -16,6 +16,7 @@ mod refusal;
 mod upload;
 mod pool;
 pub mod route;
+mod pause;
 mod worker;
 mod exchange;
 mod download;

@@ -97,6 +97,8 @@ pub(crate) async fn run(
             None => turn_away(&worker, &stream),
         }
     };
+    let releasing = Rc::clone(&worker);
+    worker.pool.spawn(async move { releasing.hold.release().await });
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -23,9 +23,17 @@ use crate::record::{Outcome, Record};
 #[repr(align(128))]
 pub(crate) struct Counters {
     cells: [AtomicU64; COUNTS.len()],
-    durations: [AtomicU64; BUCKETS + 1],
-    duration_nanos: AtomicU64,
+    durations: Durations,
+    holds: Durations,
+    held_bytes: AtomicU64,
     tasks: Mutex<BTreeMap<SessionId, Arc<TaskCounters>>>,
+}
+
+/// How often something took how long, in buckets, and how long in all.
+#[derive(Debug, Default)]
+struct Durations {
+    buckets: [AtomicU64; BUCKETS + 1],
+    nanos: AtomicU64,
 }
 
 /// What one worker counts for one task.
@@ -54,9 +62,14 @@ pub(crate) enum Count {
     ConnectFailures,
     Stale,
     Malformed,
+    Holds,
+    HoldsReleased,
+    HoldsLate,
+    HoldsLeft,
+    HoldsRefused,
 }
 
-const COUNTS: [(Count, &str, &str); 16] = [
+const COUNTS: [(Count, &str, &str); 21] = [
     (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
     (
         Count::Answered,
@@ -117,6 +130,27 @@ const COUNTS: [(Count, &str, &str); 16] = [
         "mandoline_proxy_malformed_heads",
         "Heads that were no HTTP, too large or too slow, and so did not become requests",
     ),
+    (
+        Count::Holds,
+        "mandoline_proxy_holds",
+        "Times that a request was held while the slice of its key moved",
+    ),
+    (
+        Count::HoldsReleased,
+        "mandoline_proxy_holds_released",
+        "Holds that ended with the slice served again",
+    ),
+    (
+        Count::HoldsLate,
+        "mandoline_proxy_holds_late",
+        "Holds that ended because the request had been held for as long as it may be",
+    ),
+    (Count::HoldsLeft, "mandoline_proxy_holds_left", "Holds that ended because the client left"),
+    (
+        Count::HoldsRefused,
+        "mandoline_proxy_holds_refused",
+        "Requests that were not held since too many others were, or too many bytes",
+    ),
 ];
 
 /// What is counted for each task. `TASK_COUNTS` has the name and the help of each, in this order.
@@ -125,10 +159,11 @@ pub(crate) enum TaskCount {
     Tried,
     Answered,
     Misdirected,
+    Releasing,
     Failed,
 }
 
-const TASK_COUNTS: [(TaskCount, &str, &str); 4] = [
+const TASK_COUNTS: [(TaskCount, &str, &str); 5] = [
     (
         TaskCount::Tried,
         "mandoline_proxy_task_requests",
@@ -145,6 +180,11 @@ const TASK_COUNTS: [(TaskCount, &str, &str); 4] = [
         "Requests that the task said it does not own (421)",
     ),
     (
+        TaskCount::Releasing,
+        "mandoline_proxy_task_releasing",
+        "Requests that met their slice as the task gave it away (503 with mandoline-transit)",
+    ),
+    (
         TaskCount::Failed,
         "mandoline_proxy_task_failures",
         "Requests that the task could not be reached for, broke off or answered 5xx",
@@ -159,10 +199,15 @@ const GENERATION: (&str, &str) = (
     "mandoline_proxy_assignment_generation",
     "Number of the generation that requests are routed by, 0 before the first",
 );
+const HELD: (&str, &str) = ("mandoline_proxy_requests_held", "Requests that are held");
+const HELD_BYTES: (&str, &str) =
+    ("mandoline_proxy_held_bytes", "Heads and read bodies of requests that are held");
 const DURATION: (&str, &str) = (
     "mandoline_proxy_request_duration_seconds",
     "From the head of a request to the last byte of its answer",
 );
+const HOLD: (&str, &str) =
+    ("mandoline_proxy_hold_duration_seconds", "How long requests were held, however it ended");
 
 /// Durations are counted in buckets that double, from 128 us (below it a proxy's own time shows) to 67 s (above the
 /// longest wait for an answer).
@@ -179,6 +224,14 @@ const fn bucket(nanos: u64) -> usize {
 fn bump(cell: &AtomicU64, by: u64) {
     // One writer, so no read-modify-write is needed.
     cell.store(cell.load(Relaxed) + by, Relaxed);
+}
+
+impl Durations {
+    fn record(&self, took: Duration) {
+        let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        bump(&self.buckets[bucket(nanos)], 1);
+        bump(&self.nanos, nanos);
+    }
 }
 
 impl Counters {
@@ -211,10 +264,17 @@ impl Counters {
         if record.retried {
             self.count(Count::Retried);
         }
-        let nanos = u64::try_from(record.duration.as_nanos()).unwrap_or(u64::MAX);
-        let bucket = bucket(nanos);
-        bump(&self.durations[bucket], 1);
-        bump(&self.duration_nanos, nanos);
+        self.durations.record(record.duration);
+    }
+
+    /// Says how a hold ended, and after how long.
+    pub(crate) fn hold_ended(&self, how: Count, after: Duration) {
+        self.count(how);
+        self.holds.record(after);
+    }
+
+    pub(crate) fn holds_bytes(&self, bytes: usize) {
+        self.held_bytes.store(bytes as u64, Relaxed);
     }
 }
 
@@ -224,7 +284,7 @@ impl TaskCounters {
     }
 }
 
-/// What a proxy has done so far, added up over its workers. Grows only, but for the two that say "now".
+/// What a proxy has done so far, added up over its workers. Grows only, but for those that say "now".
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Requests whose head came in.
@@ -249,6 +309,20 @@ pub struct Stats {
     pub spilled: u64,
     /// Heads that were no HTTP, too large or too slow, and so did not become requests.
     pub malformed: u64,
+    /// Times that a request was held while the slice of its key moved.
+    pub holds: u64,
+    /// Those of them that ended with the slice served again.
+    pub holds_released: u64,
+    /// Those that ended because the request had been held for as long as it may be.
+    pub holds_late: u64,
+    /// Those that ended because the client left.
+    pub holds_left: u64,
+    /// Requests that were not held since too many others were.
+    pub holds_refused: u64,
+    /// Requests that are held, now.
+    pub held: u64,
+    /// Their heads, and bodies as far as they were read, in bytes, now.
+    pub held_bytes: u64,
     /// Client connections, now.
     pub connections: u64,
     /// Connections to tasks that were opened.
@@ -268,6 +342,8 @@ pub struct TaskStats {
     pub answered: u64,
     /// Requests that it said it does not own (421).
     pub misdirected: u64,
+    /// Requests that met their slice as it gave that away.
+    pub releasing: u64,
     /// Requests that it could not be reached for, broke off or answered 5xx.
     pub failed: u64,
 }
@@ -303,6 +379,9 @@ impl Tally {
             self.sum(Count::ConnectionsClosed) + self.sum(Count::ConnectionsTurnedAway),
         ];
         let requests = self.sum(Count::Requests);
+        let holds = self.sum(Count::Holds);
+        let [released, late, left] =
+            [Count::HoldsReleased, Count::HoldsLate, Count::HoldsLeft].map(|c| self.sum(c));
         Stats {
             requests,
             in_flight: requests.saturating_sub(ended),
@@ -315,6 +394,13 @@ impl Tally {
             unserved: self.sum(Count::Unserved),
             spilled: self.sum(Count::Spilled),
             malformed: self.sum(Count::Malformed),
+            holds,
+            holds_released: released,
+            holds_late: late,
+            holds_left: left,
+            holds_refused: self.sum(Count::HoldsRefused),
+            held: holds.saturating_sub(released + late + left),
+            held_bytes: self.workers.iter().map(|worker| worker.held_bytes.load(Relaxed)).sum(),
             connections: self.sum(Count::ConnectionsOpened).saturating_sub(closed),
             connects: self.sum(Count::Connects),
             tasks: self.tasks(),
@@ -335,6 +421,7 @@ impl Tally {
                     tried: 0,
                     answered: 0,
                     misdirected: 0,
+                    releasing: 0,
                     failed: 0,
                 };
                 let sum: &mut TaskStats = sums.entry(*session).or_insert(empty);
@@ -342,22 +429,24 @@ impl Tally {
                 sum.tried += now(TaskCount::Tried);
                 sum.answered += now(TaskCount::Answered);
                 sum.misdirected += now(TaskCount::Misdirected);
+                sum.releasing += now(TaskCount::Releasing);
                 sum.failed += now(TaskCount::Failed);
             }
         }
         sums
     }
 
-    /// Adds up how long requests took: the sum in seconds, their number, and how many ended by each bucket's bound.
-    fn durations(&self) -> (f64, u64, Vec<(f64, u64)>) {
-        let nanos: u64 =
-            self.workers.iter().map(|worker| worker.duration_nanos.load(Relaxed)).sum();
+    /// Adds up how long something took: the sum in seconds, how often, and how many ended by each bucket's bound.
+    fn durations(&self, of: impl Fn(&Counters) -> &Durations) -> (f64, u64, Vec<(f64, u64)>) {
+        let sum = |cell: &dyn Fn(&Durations) -> u64| -> u64 {
+            self.workers.iter().map(|worker| cell(of(worker))).sum()
+        };
+        let nanos = sum(&|durations| durations.nanos.load(Relaxed));
         let bound = |n: usize| match n {
             BUCKETS => f64::INFINITY,
             n => Duration::from_nanos(FIRST_BUCKET_NANOS << n).as_secs_f64(),
         };
-        let count =
-            |n: usize| self.workers.iter().map(|worker| worker.durations[n].load(Relaxed)).sum();
+        let count = |n: usize| sum(&|durations| durations.buckets[n].load(Relaxed));
         let buckets: Vec<(f64, u64)> = (0..=BUCKETS).map(|n| (bound(n), count(n))).collect();
         (nanos as f64 / 1e9, buckets.iter().map(|(_, count)| count).sum(), buckets)
     }
@@ -375,6 +464,8 @@ impl Collector for Tally {
         let now = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         let gauges = [
             (IN_FLIGHT, now(stats.in_flight)),
+            (HELD, now(stats.held)),
+            (HELD_BYTES, now(stats.held_bytes)),
             (CONNECTIONS, now(stats.connections)),
             (GENERATION, number),
         ];
@@ -389,16 +480,23 @@ impl Collector for Tally {
                     TaskCount::Tried => task.tried,
                     TaskCount::Answered => task.answered,
                     TaskCount::Misdirected => task.misdirected,
+                    TaskCount::Releasing => task.releasing,
                     TaskCount::Failed => task.failed,
                 };
                 let labels = [("task", session.to_string()), ("address", task.address.to_string())];
                 ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
             }
         }
-        let (sum, count, buckets) = self.durations();
-        let (name, help) = DURATION;
-        let mut histogram = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-        histogram.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+        let histograms = [
+            (DURATION, self.durations(|worker| &worker.durations)),
+            (HOLD, self.durations(|worker| &worker.holds)),
+        ];
+        for ((name, help), (sum, count, buckets)) in histograms {
+            let mut histogram =
+                encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            histogram.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+        }
+        Ok(())
     }
 }
 
@@ -446,10 +544,15 @@ mod tests {
                 duration: Duration::from_millis(1),
             });
         }
+        workers[0].count(Count::Holds);
+        workers[1].count(Count::Holds);
+        workers[1].hold_ended(Count::HoldsReleased, Duration::from_millis(3));
+        workers[0].holds_bytes(77);
         let tally = Tally::new(workers, || Generation { incarnation: 1, number: 42 });
         let stats = tally.stats();
         assert_eq!((stats.requests, stats.answered, stats.in_flight, stats.retried), (4, 2, 2, 2));
         assert_eq!(stats.tasks[&SessionId(7)].tried, 2);
+        assert_eq!((stats.holds, stats.holds_released, stats.held), (2, 1, 1));
 
         let mut registry = prometheus_client::registry::Registry::default();
         registry.register_collector(Box::new(tally));
@@ -463,6 +566,9 @@ mod tests {
             "mandoline_proxy_request_duration_seconds_count 2",
             "mandoline_proxy_request_duration_seconds_bucket{le=\"0.001024\"} 2",
             "mandoline_proxy_request_duration_seconds_bucket{le=\"+Inf\"} 2",
+            "mandoline_proxy_requests_held 1",
+            "mandoline_proxy_held_bytes 77",
+            "mandoline_proxy_hold_duration_seconds_count 1",
         ] {
             assert!(text.contains(line), "{line} in {text}");
         }

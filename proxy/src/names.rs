@@ -8,6 +8,9 @@ use http::header::{HeaderMap, HeaderName, HeaderValue};
 pub const OWNER: HeaderName = HeaderName::from_static("mandoline-owner");
 /// In a 421 answer: the generation that the sender judged by, as `incarnation.number`.
 pub const GENERATION: HeaderName = HeaderName::from_static("mandoline-generation");
+/// In a 503 answer: the task is giving the key's slice away, by the hand-off of this id (`HandOffId`). It has done nothing, and
+/// says with `mandoline-generation` what it judged by: a newer assignment tells who has the slice next.
+pub const TRANSIT: HeaderName = HeaderName::from_static("mandoline-transit");
 
 /// In a request: the proxy sends it to a task that does not own the key, since those that do are loaded above the cap; the
 /// generation that it goes by, as `incarnation.number`. From a client it means nothing, and is taken away.

@@ -52,6 +52,17 @@ pub(crate) enum Refusal {
     /// The task and its successor both say that the key is not theirs.
     #[error("this key is moving from task to task at the moment: try again in a second")]
     Moving,
+    /// The key is on its way to another task, and so many requests wait for such keys that no more may.
+    #[error(
+        "this key is moving to another task at the moment, and too many requests wait for such keys: try again in a second"
+    )]
+    HeldFull,
+    /// The key was on its way to another task for longer than a request is held.
+    #[error("this key has been moving to another task for too long: try again in a second")]
+    HeldLong,
+    /// The client left while its request was held: nobody reads this.
+    #[error("the client left before the key was served again")]
+    Left,
     /// The task broke off, and may have done what was asked or not.
     #[error("the task broke off before it answered: the request may have been carried out or not")]
     Broken,
@@ -81,6 +92,9 @@ impl Refusal {
             Self::Unserved
             | Self::Unreached
             | Self::Moving
+            | Self::HeldFull
+            | Self::HeldLong
+            | Self::Left
             | Self::BrokenRepeatable
             | Self::Full => StatusCode::SERVICE_UNAVAILABLE,
             Self::Broken | Self::Garbled(_) => StatusCode::BAD_GATEWAY,
@@ -99,6 +113,7 @@ impl Refusal {
             | Self::Upgrade
             | Self::TransferCoding
             | Self::Loop => Outcome::Refused,
+            Self::Left => Outcome::Abandoned,
             _ => Outcome::Failed,
         }
     }
@@ -114,7 +129,9 @@ impl Refusal {
             | Self::Upgrade
             | Self::TransferCoding => "mandoline; error=http_request_error",
             Self::Loop => "mandoline; error=proxy_loop_detected",
-            Self::Unserved | Self::Moving => "mandoline; error=destination_unavailable",
+            Self::Unserved | Self::Moving | Self::HeldFull | Self::HeldLong | Self::Left => {
+                "mandoline; error=destination_unavailable"
+            }
             Self::Unreached => "mandoline; error=connection_refused",
             Self::Broken | Self::BrokenRepeatable => "mandoline; error=connection_terminated",
             Self::Garbled(_) => "mandoline; error=http_protocol_error",
@@ -140,7 +157,11 @@ impl Refusal {
         // What follows a request whose framing is in doubt cannot be trusted to be a request.
         if matches!(
             self,
-            Self::Malformed(_) | Self::Doubt(_) | Self::TransferCoding | Self::SlowBody
+            Self::Malformed(_)
+                | Self::Doubt(_)
+                | Self::TransferCoding
+                | Self::SlowBody
+                | Self::Left
         ) {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }

@@ -33,6 +33,10 @@ impl Router {
         Self { clerk }
     }
 
+    pub(crate) const fn clerk(&self) -> &Clerk {
+        &self.clerk
+    }
+
     /// Gives the generation that keys are routed by, zero before the first.
     pub(crate) fn generation(&self) -> Generation {
         self.clerk.assignment().map_or(Generation::ZERO, |assignment| assignment.generation)
@@ -54,6 +58,8 @@ pub(crate) struct Target {
     sent: Option<Sent>,
     /// Whether the task is none of the key's owners, which are loaded above the cap.
     pub(crate) is_spilled: bool,
+    /// Whether the task is letting go of the key's slice, so that there is no use in asking it.
+    pub(crate) is_releasing: bool,
 }
 
 impl Target {
@@ -115,7 +121,8 @@ impl Lookup {
             let known = changes.borrow_and_update().as_ref().map(|known| known.generation);
             if known >= Some(least) {
                 match self.route_to_owner(key, pool) {
-                    Some(target) if target.session() == tried.session() => {}
+                    Some(target) if target.session() == tried.session() && !target.is_releasing => {
+                    }
                     other => return other,
                 }
             }
@@ -129,6 +136,11 @@ impl Lookup {
 
 fn target(found: &mandoline::Target<&Snapshot>, pool: &Pool) -> Target {
     let upstream = pool.upstream(found.session(), found.address());
-    let (sent, is_spilled) = (found.sent(), found.is_spilled());
-    Target { upstream, generation: found.generation(), sent, is_spilled }
+    Target {
+        upstream,
+        generation: found.generation(),
+        sent: found.sent(),
+        is_spilled: found.is_spilled(),
+        is_releasing: found.assigned().is_releasing(),
+    }
 }

@@ -19,10 +19,11 @@ use crate::exchange::Exchange;
 use crate::forward::{Answer, forward};
 use crate::identify::{Client, Fields, Host, identify, sign};
 use crate::metrics::Count;
+use crate::pause::Held;
 use crate::record::Outcome;
 use crate::refusal::Refusal;
 use crate::upload::Tape;
-use crate::wire::{Abort, Seen};
+use crate::wire::{Abort, Line, Seen};
 use crate::worker::Worker;
 
 /// Answers one request, whatever comes.
@@ -38,13 +39,13 @@ pub(crate) async fn serve(
     let tape = Tape::new(body, &worker.replay_room, seen.body);
     let answer = match seen.doubt {
         Some(doubt) => Err(Refusal::Doubt(doubt)),
-        None => stages(&worker, &client, &mut head, &tape, &mut exchange).await,
+        None => stages(&worker, &client, &mut head, &tape, &seen.line, &mut exchange).await,
     };
     let mut response = match answer {
         Ok(answer) => pass_on(&worker, answer, exchange, seen.abort),
         Err(refusal) => {
             // A client that waits for leave to send its body will see the answer first.
-            if !waits_for_leave {
+            if !waits_for_leave && refusal != Refusal::Left {
                 linger(&worker, tape);
             }
             refuse(&worker, &refusal, exchange)
@@ -62,14 +63,19 @@ async fn stages(
     client: &Client,
     head: &mut Parts,
     tape: &Tape,
+    line: &Line,
     exchange: &mut Exchange,
 ) -> Result<Answer, Refusal> {
     let host = identify(worker, head)?;
     let key = key(worker, head, &host)?;
     exchange.has_key(key);
+    let mut held = Held::new(&worker.hold, key, tape, line);
+    if held.in_turn(head).await? {
+        exchange.goes_on();
+    }
     let target = worker.lookup.route(key, &worker.pool).ok_or(Refusal::Unserved)?;
     sign(worker, client, &host, head);
-    forward(worker, key, target, head, tape, exchange).await
+    forward(worker, key, target, head, tape, &mut held, exchange).await
 }
 
 fn key(worker: &Worker, head: &Parts, host: &Host) -> Result<SliceKey, Refusal> {

@@ -133,6 +133,16 @@ impl Tape {
         self.reel.as_ref().is_some_and(|reel| reel.borrow().waiting)
     }
 
+    /// Says how much of the body is kept, in bytes.
+    pub(crate) fn kept_bytes(&self) -> usize {
+        self.reel.as_ref().map_or(0, |reel| reel.borrow().kept_bytes)
+    }
+
+    /// Says whether the client has more to send than was read.
+    pub(crate) fn is_coming(&self) -> bool {
+        self.reel.as_ref().is_some_and(|reel| !reel.borrow().source.is_end_stream())
+    }
+
     /// Says whether the client's body broke off.
     pub(crate) fn is_broken(&self) -> bool {
         self.reel.as_ref().is_some_and(|reel| reel.borrow().broken)

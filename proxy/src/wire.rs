@@ -11,9 +11,10 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::future::pending;
 use std::io;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -39,7 +40,8 @@ pub(crate) struct SlowHead;
 
 /// A client's socket.
 pub(crate) struct Wire {
-    stream: TcpStream,
+    // Shared so that it can be asked whether the client is there while nobody reads; borrowed for the length of a call.
+    stream: Rc<RefCell<TcpStream>>,
     watch: Watch,
     head_timeout: Duration,
     // Runs while a head has begun and not ended, and before the first: who connects has something to say.
@@ -57,7 +59,12 @@ pub(crate) struct Seen {
     pub(crate) body: Option<BodyMark>,
     /// There if the client knows no end of an answer but the connection's.
     pub(crate) abort: Option<Abort>,
+    pub(crate) line: Line,
 }
+
+/// Says whether the client is still there, also while nobody reads what it sends.
+// Weak, for the socket must close with the connection, whoever still thinks of its requests.
+pub(crate) struct Line(Weak<RefCell<TcpStream>>);
 
 /// Makes a connection end with a reset, so that an answer that breaks off does not seem whole.
 pub(crate) struct Abort(Watch);
@@ -67,6 +74,8 @@ pub(crate) struct BodyMark(Watch);
 
 impl Wire {
     pub(crate) fn new(stream: TcpStream, watch: Watch, head_timeout: Duration) -> Self {
+        let stream = Rc::new(RefCell::new(stream));
+        watch.0.borrow_mut().socket = Rc::downgrade(&stream);
         Self { stream, watch, head_timeout, slow: None }
     }
 }
@@ -78,7 +87,36 @@ impl Watch {
         let doubt = scan.heads.pop_front().flatten();
         scan.in_body = has_body;
         let abort = (version == Version::HTTP_10).then(|| Abort(self.clone()));
-        Seen { doubt, body: has_body.then(|| BodyMark(self.clone())), abort }
+        let line = Line(Weak::clone(&scan.socket));
+        Seen { doubt, body: has_body.then(|| BodyMark(self.clone())), abort, line }
+    }
+}
+
+impl Line {
+    /// Waits until the client has closed its side or is gone; for ever where the system cannot tell.
+    ///
+    /// hyper reads no further than the body was asked for, so a client that leaves with part of its body unread goes unnoticed.
+    /// The kernel says so at once, but a socket that has something to read is always ready; so this asks for urgent data,
+    /// which nobody sends, and for the end, through a descriptor of its own. A close that waits in the client's kernel behind
+    /// more than the socket holds has not reached this side, and nobody can tell.
+    pub(crate) async fn hung_up(&self) {
+        #[cfg(target_os = "linux")]
+        if let Some(second) = self.second() {
+            // An error would be the runtime's end, and then there is nobody to tell.
+            drop(second.ready(tokio::io::Interest::PRIORITY).await);
+            return;
+        }
+        pending::<()>().await;
+    }
+
+    /// The same socket by another descriptor; none if the connection has ended or the process has no descriptor left.
+    #[cfg(target_os = "linux")]
+    fn second(&self) -> Option<TcpStream> {
+        use std::os::fd::AsFd;
+
+        let stream = self.0.upgrade()?;
+        let descriptor = stream.borrow().as_fd().try_clone_to_owned().ok()?;
+        TcpStream::from_std(descriptor.into()).ok()
     }
 }
 
@@ -93,7 +131,7 @@ impl Drop for Wire {
     fn drop(&mut self) {
         if self.watch.0.borrow().abort {
             // If it fails the connection is closed in order, which is no worse than before.
-            drop(SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)));
+            drop(SockRef::from(&*self.stream.borrow()).set_linger(Some(Duration::ZERO)));
         }
     }
 }
@@ -108,6 +146,7 @@ impl Drop for BodyMark {
 
 #[derive(Default)]
 struct Scan {
+    socket: Weak<RefCell<TcpStream>>,
     has_read: bool,
     abort: bool,
     in_body: bool,
@@ -210,7 +249,7 @@ impl AsyncRead for Wire {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         let before = buffer.filled().len();
-        let polled = Pin::new(&mut this.stream).poll_read(context, buffer);
+        let polled = Pin::new(&mut *this.stream.borrow_mut()).poll_read(context, buffer);
         let mut scan = this.watch.0.borrow_mut();
         scan.read(&buffer.filled()[before..]);
         if scan.has_read && !scan.is_in_head() {
@@ -227,31 +266,31 @@ impl AsyncRead for Wire {
 
 impl AsyncWrite for Wire {
     fn poll_write(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        Pin::new(&mut *self.stream.borrow_mut()).poll_write(context, bytes)
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.stream.borrow_mut()).poll_flush(context)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.stream.borrow_mut()).poll_shutdown(context)
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, buffers)
+        Pin::new(&mut *self.stream.borrow_mut()).poll_write_vectored(context, buffers)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        self.stream.borrow().is_write_vectored()
     }
 }
 

@@ -9,6 +9,7 @@ use http::header::HeaderValue;
 
 use crate::config::Config;
 use crate::metrics::Counters;
+use crate::pause::Hold;
 use crate::pool::Pool;
 use crate::route::{Lookup, Router};
 
@@ -18,6 +19,8 @@ pub(crate) struct Worker {
     pub(crate) lookup: Lookup,
     pub(crate) counters: Arc<Counters>,
     pub(crate) pool: Pool,
+    /// Requests that wait for the slices of their keys to settle.
+    pub(crate) hold: Hold,
     /// Bytes of request bodies that may still be kept for a second try.
     pub(crate) replay_room: Rc<Cell<usize>>,
     /// Whether the proxy is stopping, so that each connection ends with its next answer.
@@ -39,8 +42,20 @@ impl Worker {
         let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
         let replay_room = Rc::new(Cell::new(config.limits.replay_bytes));
         let lookup = Lookup::new(router);
+        let hold = Hold::new(&config, router, Arc::clone(&counters));
         let stopping = Cell::new(false);
-        Self { config, lookup, counters, pool, replay_room, stopping, pseudonym, via_10, via_11 }
+        Self {
+            config,
+            lookup,
+            counters,
+            pool,
+            hold,
+            replay_room,
+            stopping,
+            pseudonym,
+            via_10,
+            via_11,
+        }
     }
 
     /// Gives the `Via` entry for a message that came in by `version`.

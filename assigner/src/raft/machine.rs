@@ -138,7 +138,6 @@ fn job_of(command: &Command) -> Option<&JobName> {
         Command::Register { job, .. }
         | Command::Drain { job, .. }
         | Command::Undrain { job, .. }
-        | Command::Forget { job, .. }
         | Command::End { job, .. }
         | Command::Change { job, .. }
         | Command::HandOff { job, .. }

@@ -22,6 +22,7 @@ use mandoline_core::name::JobName;
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::Ratio;
 use mandoline_core::task::{SessionId, Task, TaskInfo};
+use mandoline_core::transit::{HandOffId, Step, Transit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -88,28 +89,58 @@ impl Owners {
         self.publish(number, runs, Some(Ratio::percent(115))).await;
     }
 
+    /// All that this session has is on its way to another.
+    pub(super) async fn hand_over(
+        &self,
+        number: u64,
+        step: Step,
+        (from, at): (u64, SocketAddr),
+        (to, there): (u64, SocketAddr),
+    ) {
+        let mut assignment = made(number, &[(0, to, there)]);
+        let [from, to] = [from, to].map(SessionId);
+        let task = TaskInfo::new("old".parse().unwrap(), 1, at.to_string().parse().unwrap());
+        assignment.tasks.insert(from, Arc::new(Task::new(from, task)));
+        let id = HandOffId { began: generation(number), first: SliceKey(0) };
+        let since = assignment.generation;
+        assignment.slices = SliceMap::uniform(Assigned {
+            replicas: Replicas::One(Replica { session: from, since }),
+            transit: Some(Arc::new(Transit { id, from: Some(from), to, step })),
+            ..Assigned::default()
+        });
+        self.tell(assignment).await;
+    }
+
     async fn publish(&self, number: u64, runs: &[(u64, u64, SocketAddr)], spill: Option<Ratio>) {
-        let mut assignment = Assignment::new(job(), generation(number));
-        let mut slices = Vec::new();
-        for &(first, session, address) in runs {
-            let (name, address) =
-                (format!("t{session}").parse().unwrap(), address.to_string().parse().unwrap());
-            let (session, info) = (SessionId(session), TaskInfo::new(name, 1, address));
-            assignment.tasks.insert(session, Arc::new(Task::new(session, info)));
-            let replicas = Replicas::One(Replica { session, since: assignment.generation });
-            slices.push((SliceKey(first), Assigned { replicas, ..Assigned::default() }));
-        }
-        if !slices.is_empty() {
-            assignment.slices = SliceMap::from_runs(slices).unwrap();
-        }
-        assignment.spill = spill;
+        self.tell(Assignment { spill, ..made(number, runs) }).await;
+    }
+
+    async fn tell(&self, assignment: Assignment) {
+        let generation = assignment.generation;
         self.hub.publish(Arc::new(assignment), None);
-        self.clerk.wait_for(generation(number), DEADLINE).await.unwrap();
+        self.clerk.wait_for(generation, DEADLINE).await.unwrap();
     }
 
     pub(super) fn router(&self) -> Router {
         Router::new(self.clerk.clone())
     }
+}
+
+fn made(number: u64, runs: &[(u64, u64, SocketAddr)]) -> Assignment {
+    let mut assignment = Assignment::new(job(), generation(number));
+    let mut slices = Vec::new();
+    for &(first, session, address) in runs {
+        let (name, address) =
+            (format!("t{session}").parse().unwrap(), address.to_string().parse().unwrap());
+        let (session, info) = (SessionId(session), TaskInfo::new(name, 1, address));
+        assignment.tasks.insert(session, Arc::new(Task::new(session, info)));
+        let replicas = Replicas::One(Replica { session, since: assignment.generation });
+        slices.push((SliceKey(first), Assigned { replicas, ..Assigned::default() }));
+    }
+    if !slices.is_empty() {
+        assignment.slices = SliceMap::from_runs(slices).unwrap();
+    }
+    assignment
 }
 
 fn job() -> JobName {

@@ -5,6 +5,7 @@ mod routing;
 mod framing;
 mod bodies;
 mod tries;
+mod holds;
 mod moves;
 mod spills;
 mod limits;

@@ -103,8 +103,8 @@ async fn a_task_that_never_catches_up_ends_in_a_503() {
     stage.owners.give(5, &[(0, 1, backend.address)]).await;
     let answer = stage.talk(GET).await;
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("moving"), "{answer}");
-    // Once, and once more after each of five pauses.
-    assert_eq!(asked.load(SeqCst), 6);
+    // Once, and once more after each of seven pauses.
+    assert_eq!(asked.load(SeqCst), 8);
     let stats = stage.stats();
     assert_eq!((stats.requests, stats.failed, stats.retried), (1, 1, 1));
 }
