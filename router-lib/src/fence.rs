@@ -107,8 +107,8 @@ impl Fence {
             let (neighbour, known) = self.tokens.get(key?);
             (*known == token).then_some(neighbour)
         };
-        let first = same(range.first().previous()).map_or(range.first(), Slice::first);
-        let last = same(range.last().next()).map_or(range.last(), Slice::last);
+        let first = same(range.first().previous()).unwrap_or(range).first();
+        let last = same(range.last().next()).unwrap_or(range).last();
         Slice::new(first, last).expect("it became no narrower")
     }
 }
