@@ -742,8 +742,12 @@ impl<'a> Draft<'a> {
             let (to, after) = (to.map(session), Load::from_milli(loads[side]));
             edits.push(Edit::Move(Move { slice, from, to, reason, load: carried, before, after }));
         };
-        for holder in came {
+        for (at, holder) in came.into_iter().enumerate() {
             push(gone.next(), Some(holder), why(Some(holder)));
+            // A slice is in one hand-off at a time: what else changes is for a round after it.
+            if (at > 0 || !old.is_empty()) && self.is_waited_for(part, holder) {
+                return;
+            }
         }
         for from in gone {
             push(Some(from), None, why(None));
@@ -752,6 +756,23 @@ impl<'a> Draft<'a> {
 }
 
 impl Draft<'_> {
+    /// Says whether a part goes to its new holder by a hand-off, which leaves it where it is for now.
+    pub(in crate::balance) fn hands_over(&self, part: u32) -> bool {
+        let old = &self.held_before(part).replicas;
+        let came = |holder: &&u32| old.of(self.holders[**holder as usize].session).is_none();
+        // Whoever is the first to serve it does so at once.
+        let at_once = usize::from(old.as_slice().is_empty());
+        let mut later = self.holders_of(part).iter().filter(came).skip(at_once);
+        !self.steps.is_empty() && later.any(|holder| self.is_waited_for(part, *holder))
+    }
+
+    /// Says whether whoever has a part serves on until this holder is ready, or has to let go first.
+    fn is_waited_for(&self, part: u32, holder: u32) -> bool {
+        let task = self.round.assignment.tasks.get(&self.holders[holder as usize].session);
+        self.held_before(part).replicas.is_exclusive()
+            || task.is_some_and(|task| task.info.prepares)
+    }
+
     fn place(&self, session: SessionId) -> Option<usize> {
         self.holders.binary_search_by_key(&session, |holder| holder.session).ok()
     }

@@ -4,7 +4,7 @@ use crate::assignment::Assigned;
 use crate::balance::draft::{Draft, LOAD};
 
 /// Merges cold neighbours with the same holders while there are more slices than needed. What was cut in this round is
-/// left for the next.
+/// left for the next, and what is handed over for the one after that.
 pub(in crate::balance) fn merge(draft: &mut Draft<'_>) {
     let enough = draft.tuning.slices_merge as usize * draft.serving().max(1);
     let mut spare = draft.parts().saturating_sub(enough);
@@ -26,7 +26,9 @@ pub(in crate::balance) fn merge(draft: &mut Draft<'_>) {
             && draft.is_pinned(first) == draft.is_pinned(part)
             && may_join(slices.value_at(first as usize), slices.value_at(part as usize))
             && !draft.is_moving(first)
-            && !draft.is_moving(part);
+            && !draft.is_moving(part)
+            && !draft.hands_over(first)
+            && !draft.hands_over(part);
         if joins {
             weight += own;
             spare -= 1;

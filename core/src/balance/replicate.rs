@@ -9,7 +9,7 @@ use crate::spec::Ratio;
 /// Sets how many replicas hot slices have: removes those that are no longer needed or allowed, and adds those that are
 /// missing to the least pressed tasks.
 pub(in crate::balance) fn replicate(draft: &mut Draft<'_>) {
-    if draft.round.policy.frozen {
+    if draft.round.policy.frozen || draft.serving() == 0 {
         return;
     }
     let bounds = draft.round.policy.replicas;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::assignment::Assignment;
+use crate::assignment::{Assigned, Assignment};
 use crate::balance::tests::transcript::{SINCE, add_task};
 use crate::balance::{Further, InFlight, Policy, Round, plan};
 use crate::command::Command;
@@ -14,9 +14,11 @@ use crate::plan::{Move, Reason};
 use crate::prng::Prng;
 use crate::report::HotKey;
 use crate::slice::Slice;
-use crate::spec::{Band, BandOf, Home, JobSpec, Ratio, ReplicaBounds};
+use crate::slice_map::SliceMap;
+use crate::spec::{Band, BandOf, Consistency, Home, JobSpec, Ratio, ReplicaBounds};
 use crate::state::{Job, State};
 use crate::task::{Phase, Task};
+use crate::transit::{Act, HandOffId, Step};
 
 #[test]
 fn plans_fit_the_state_that_they_are_made_for() {
@@ -41,6 +43,81 @@ fn plans_fit_the_state_that_they_are_made_for() {
             keeps_the_operators_word(after, &round.policy, seed);
         }
     }
+}
+
+#[test]
+fn plans_fit_a_state_in_which_slices_are_handed_over() {
+    for seed in 0..200 {
+        let mut prng = Prng::new(seed);
+        let name: JobName = "kv".parse().unwrap();
+        let mut spec = JobSpec::new(name.clone());
+        let mut asked = policy(&mut prng);
+        let mut assignment = tasks(&mut prng, &name);
+        if one_in(&mut prng, 2) {
+            spec.consistency = Consistency::Exclusive;
+            asked.replicas = ReplicaBounds { min: 1, max: 1 };
+            assignment.slices = SliceMap::uniform(Assigned { token: SINCE, ..Assigned::unowned() });
+        }
+        for task in assignment.tasks.values_mut().map(Arc::make_mut) {
+            task.info.prepares = prng.below(3) > 0;
+        }
+        let mut state = State::default();
+        let mut job = Job::new(spec, SINCE);
+        job.assignment = Arc::new(assignment);
+        state.jobs.insert(name.clone(), job);
+        for _ in 0..12 {
+            let settled = settled(&state.jobs[&name].assignment);
+            let moving = moving(&state.jobs[&name].assignment);
+            let round = Round { moving, ..round(&mut prng, settled, &asked) };
+            let change = Command::Change { job: name.clone(), plan: plan(&round) };
+            state.apply(change).unwrap_or_else(|refused| panic!("seed {seed}: {refused}"));
+            assert_eq!(state.jobs[&name].assignment.broken_slice(), None, "seed {seed}");
+            let steps: Vec<(HandOffId, Act)> = steps(&mut prng, &state.jobs[&name].assignment);
+            state.apply(Command::HandOff { job: name.clone(), steps }).unwrap();
+            // What leaves next time has much that lies side by side.
+            let sessions: Vec<_> = state.jobs[&name].assignment.tasks.keys().copied().collect();
+            let session = sessions[prng.below(sessions.len() as u64) as usize];
+            let job = name.clone();
+            state
+                .apply(match one_in(&mut prng, 2) {
+                    true => Command::Drain { job, session },
+                    false => Command::Undrain { job, session },
+                })
+                .unwrap();
+        }
+    }
+}
+
+/// The assignment as planners see it: each slice where it is going.
+fn settled(assignment: &Assignment) -> Arc<Assignment> {
+    let mut settled = assignment.clone();
+    for assigned in settled.slices.values_mut() {
+        assigned.replicas = assigned.settled().unwrap_or_else(|| assigned.replicas.clone());
+    }
+    Arc::new(settled)
+}
+
+fn moving(assignment: &Assignment) -> Vec<u32> {
+    let places = assignment.slices.iter().enumerate();
+    places.filter(|(_, (_, one))| one.transit.is_some()).map(|(at, _)| at as u32).collect()
+}
+
+/// Takes most hand-offs a step further, and calls some off.
+fn steps(prng: &mut Prng, assignment: &Assignment) -> Vec<(HandOffId, Act)> {
+    let mut steps = Vec::new();
+    for (_, assigned) in assignment.slices.iter() {
+        let Some(transit) = assigned.transit.as_deref() else { continue };
+        let act = match (transit.step, assigned.replicas.is_exclusive()) {
+            _ if one_in(prng, 9) => Act::Abort,
+            (Step::Preparing, true) => Act::Release,
+            (Step::Preparing, false) => Act::Switch,
+            (Step::Releasing, _) => Act::Lapsed,
+        };
+        if !one_in(prng, 4) {
+            steps.push((transit.id, act));
+        }
+    }
+    steps
 }
 
 fn one_in(prng: &mut Prng, many: u64) -> bool {
