@@ -199,12 +199,15 @@ impl Assignment {
     /// who serves it; or it may have several replicas where others have an owner.
     pub fn broken_slice(&self) -> Option<Slice> {
         let exclusive = self.is_exclusive();
-        let broken = |assigned: &Assigned| {
+        let broken = |slice: Slice, assigned: &Assigned| {
             let replicas = assigned.replicas.as_slice();
-            let lost = |transit: &Transit| {
-                !self.tasks.contains_key(&transit.to) || assigned.settled().is_none()
+            let unfit = |transit: &Transit| {
+                !self.tasks.contains_key(&transit.to)
+                    || assigned.settled().is_none()
+                    || transit.id.first != slice.first()
+                    || (transit.step == Step::Releasing && !exclusive)
             };
-            if assigned.transit.as_deref().is_some_and(lost)
+            if assigned.transit.as_deref().is_some_and(unfit)
                 || assigned.replicas.is_exclusive() != exclusive
             {
                 return true;
@@ -214,7 +217,10 @@ impl Assignment {
                     || replicas[..index].iter().any(|other| other.session == replica.session)
             })
         };
-        self.slices.iter().find(|(_, assigned)| broken(assigned)).map(|(slice, _)| slice)
+        self.slices
+            .iter()
+            .find(|(slice, assigned)| broken(*slice, assigned))
+            .map(|(slice, _)| slice)
     }
 }
 
@@ -241,5 +247,80 @@ impl fmt::Display for Assignment {
             writeln!(f)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::TaskInfo;
+    use crate::transit::HandOffId;
+
+    const A: SessionId = SessionId(1);
+    const B: SessionId = SessionId(2);
+    const C: SessionId = SessionId(3);
+    const SINCE: Generation = Generation { incarnation: 1, number: 1 };
+
+    fn replica(session: SessionId) -> Replica {
+        Replica { session, since: SINCE }
+    }
+
+    #[test]
+    fn replicas_move_only_as_they_are_expected_to_be() {
+        let of = |sessions: &[SessionId]| sessions.iter().copied().map(replica).collect();
+        let moved = |replicas: &Replicas, from, to: Option<SessionId>| {
+            let moved = replicas.moved(from, to.map(replica))?;
+            Some(moved.as_slice().iter().map(|replica| replica.session).collect::<Vec<_>>())
+        };
+        let two: Replicas = of(&[A, B]);
+        assert_eq!(moved(&two, Some(A), Some(C)), Some(vec![B, C]));
+        assert_eq!(moved(&two, None, Some(C)), Some(vec![A, B, C]));
+        assert_eq!(moved(&two, Some(B), None), Some(vec![A]));
+        for (from, to) in [(Some(C), None), (None, Some(A)), (Some(A), Some(B)), (Some(A), Some(A))]
+        {
+            assert_eq!(moved(&two, from, to), None, "{from:?} to {to:?}");
+        }
+        let owned = Replicas::Owner(Some(replica(A)));
+        assert_eq!(moved(&owned, Some(A), Some(B)), Some(vec![B]));
+        assert_eq!(moved(&owned, None, Some(B)), None, "there is no second owner");
+        assert_eq!(moved(&Replicas::Owner(None), None, Some(B)), Some(vec![B]));
+        assert!(owned.moved(Some(A), None).unwrap().is_exclusive());
+    }
+
+    #[test]
+    fn a_hand_off_that_does_not_fit_its_slice_is_found() {
+        let id = |first| HandOffId { began: SINCE, first: SliceKey(first) };
+        let (preparing, releasing) = (Step::Preparing, Step::Releasing);
+        for (exclusive, transit, fits) in [
+            (true, Transit { id: id(0), from: Some(A), to: B, step: preparing }, true),
+            (true, Transit { id: id(0), from: Some(A), to: B, step: releasing }, true),
+            (false, Transit { id: id(0), from: Some(A), to: B, step: preparing }, true),
+            (false, Transit { id: id(0), from: None, to: B, step: preparing }, true),
+            (false, Transit { id: id(0), from: Some(A), to: B, step: releasing }, false),
+            (true, Transit { id: id(0), from: None, to: B, step: preparing }, false),
+            (true, Transit { id: id(0), from: Some(B), to: A, step: preparing }, false),
+            (true, Transit { id: id(0), from: Some(A), to: C, step: preparing }, false),
+            (true, Transit { id: id(0), from: Some(A), to: A, step: preparing }, false),
+            (true, Transit { id: id(9), from: Some(A), to: B, step: preparing }, false),
+        ] {
+            let mut assignment = match exclusive {
+                true => Assignment::exclusive("kv".parse().unwrap(), SINCE),
+                false => Assignment::new("kv".parse().unwrap(), SINCE),
+            };
+            for session in [A, B] {
+                let (name, address) = (format!("t{}", session.0), format!("h:{}", session.0));
+                let info = TaskInfo::new(name.parse().unwrap(), 1, address.parse().unwrap());
+                assignment.tasks.insert(session, Arc::new(Task::new(session, info)));
+            }
+            let owner = Some(replica(A));
+            let replicas = match exclusive {
+                true => Replicas::Owner(owner),
+                false => owner.into_iter().collect(),
+            };
+            let moving = Some(Arc::new(transit));
+            let assigned = Assigned { replicas, transit: moving, ..Assigned::default() };
+            assignment.slices = SliceMap::uniform(assigned);
+            assert_eq!(assignment.broken_slice().is_none(), fits, "{exclusive} {transit:?}");
+        }
     }
 }

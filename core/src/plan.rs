@@ -115,6 +115,11 @@ pub enum EditError {
     /// The slice is on its way from one task to another.
     #[error("cannot touch {0}: it is in hand-off")]
     InTransit(Slice),
+    /// Nobody would take it from an owner who knows nothing of that: whoever is given it next would be a second one.
+    #[error(
+        "cannot take {0} from its owner: it has to be handed over, or its owner's session ended"
+    )]
+    Owned(Slice),
 }
 
 /// Which moves begin a hand-off, while the slice stays where it is; all others are made at once.
@@ -209,6 +214,9 @@ fn shift(
     }
     let assigned = slices.value_at_mut(index);
     stays(step.slice, assigned)?;
+    if assigned.replicas.is_exclusive() && step.from.is_some() && step.to.is_none() {
+        return Err(EditError::Owned(step.slice));
+    }
     let come = step.to.map(|session| Replica { session, since: now });
     let moved = assigned.replicas.moved(step.from, come);
     let nothing = (step.from, step.to) == (None, None);

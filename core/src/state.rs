@@ -21,6 +21,8 @@ use crate::transit::{Act, HandOffId, Step, Transit};
 
 /// The most jobs of a cluster: beyond that, run another cluster.
 pub const JOBS_MAX: usize = 1_000;
+/// How many sessions a cluster mints at most between a backup and what is restored from it: one a millisecond for seven weeks.
+const RESTORE_GAP: u64 = 1 << 32;
 /// How many moves of a job are remembered, the newest: an hour at a move every four seconds.
 pub const HISTORY_MAX: usize = 1_000;
 
@@ -311,9 +313,9 @@ impl State {
     #[must_use]
     pub fn restored(&self, id: ClusterId, incarnation: u64) -> Self {
         let incarnation = incarnation.max(self.incarnation + 1);
-        // The backup is older than the last session that the cluster before has minted: none may be minted again, and
-        // incarnations, which are milliseconds, are far above what any cluster mints.
-        let last_session = self.last_session.max(incarnation);
+        // The backup is older than the last session that the cluster before has minted: none may be minted again, also where
+        // the clock that the incarnation was read from went back.
+        let last_session = (self.last_session + RESTORE_GAP).max(incarnation);
         let (cluster, hold_off) = (Some(id), true);
         let mut state = Self { cluster, incarnation, last_session, hold_off, ..self.clone() };
         for job in state.jobs.values_mut() {
@@ -531,17 +533,16 @@ impl Job {
         }
     }
 
-    /// Takes hand-offs further, those that are as the steps expect.
+    /// Takes hand-offs further, those that are as the steps expect. Each goes one step at most: nobody can have acted on one
+    /// that no assignment has shown.
     fn hand_off(&mut self, steps: &[(HandOffId, Act)]) -> Result<Applied, Refused> {
         let now = self.assignment.generation.next();
         let mut changed: BTreeMap<Slice, Assigned> = BTreeMap::new();
         for (id, act) in steps {
-            let (slice, known) = self.assignment.get(id.first);
-            let old = changed.get(&slice).unwrap_or(known);
-            if let Some(new) = old.transit.as_deref().and_then(|transit| {
-                (transit.id == *id).then(|| self.acted(old, transit, *act, now))?
-            }) {
-                changed.insert(slice, new);
+            let (slice, old) = self.assignment.get(id.first);
+            let transit = old.transit.as_deref().filter(|transit| transit.id == *id);
+            if let Some(new) = transit.and_then(|transit| acted(old, transit, *act, now)) {
+                changed.entry(slice).or_insert(new);
             }
         }
         if changed.is_empty() {
@@ -551,30 +552,6 @@ impl Job {
         }
         let delta = self.step(vec![], changed.into_iter().collect());
         Ok(Applied { delta: Some(delta), outcome: Outcome::Done })
-    }
-
-    /// What a slice in hand-off becomes; nothing where the act does not fit.
-    fn acted(
-        &self,
-        old: &Assigned,
-        transit: &Transit,
-        act: Act,
-        now: Generation,
-    ) -> Option<Assigned> {
-        let exclusive = old.replicas.is_exclusive();
-        match (act, transit.step) {
-            (Act::Abort, _) => Some(Assigned { transit: None, ..old.clone() }),
-            (Act::Release, Step::Preparing) if exclusive => {
-                let transit = Transit { step: Step::Releasing, ..*transit };
-                Some(Assigned { transit: Some(Arc::new(transit)), ..old.clone() })
-            }
-            (Act::Switch, Step::Preparing) if !exclusive => Some(switched(old, transit, now)),
-            (Act::Acknowledged { by }, Step::Releasing) if transit.from == Some(by) => {
-                Some(switched(old, transit, now))
-            }
-            (Act::Lapsed, Step::Releasing) => Some(switched(old, transit, now)),
-            _ => None,
-        }
     }
 
     /// Begins anew after a restore: the tasks that were are unknown, and so is who serves.
@@ -664,6 +641,24 @@ impl Churn {
         self.keys += (((keys >> 24) * 1_000_000) >> 40) as u64;
         let total = u128::from(plan.total.milli()).max(1);
         self.load += (u128::from(plan.moved().milli()) * 1_000_000 / total) as u64;
+    }
+}
+
+/// What a slice in hand-off becomes; nothing where the act does not fit.
+fn acted(old: &Assigned, transit: &Transit, act: Act, now: Generation) -> Option<Assigned> {
+    let exclusive = old.replicas.is_exclusive();
+    match (act, transit.step) {
+        (Act::Abort, _) => Some(Assigned { transit: None, ..old.clone() }),
+        (Act::Release, Step::Preparing) if exclusive => {
+            let transit = Transit { step: Step::Releasing, ..*transit };
+            Some(Assigned { transit: Some(Arc::new(transit)), ..old.clone() })
+        }
+        (Act::Switch, Step::Preparing) if !exclusive => Some(switched(old, transit, now)),
+        (Act::Acknowledged { by }, Step::Releasing) if transit.from == Some(by) => {
+            Some(switched(old, transit, now))
+        }
+        (Act::Lapsed, Step::Releasing) => Some(switched(old, transit, now)),
+        _ => None,
     }
 }
 

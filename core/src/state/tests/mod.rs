@@ -5,6 +5,9 @@ mod plans;
 mod specs;
 mod pins;
 mod cluster;
+mod transcript;
+mod handoffs;
+mod restore;
 
 use std::time::Duration;
 
