@@ -25,6 +25,8 @@ pub(crate) struct HandOffs {
     seen: BTreeMap<HandOffId, Seen>,
     /// What was proposed and has neither been applied nor failed.
     proposed: Vec<(HandOffId, Act)>,
+    /// When to propose again, after that came to nothing.
+    again: Option<Time>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +71,7 @@ impl HandOffs {
             }
             self.seen.insert(transit.id, seen);
         }
-        let Self { seen, proposed } = self;
+        let Self { seen, proposed, .. } = self;
         // A step that was applied has changed its hand-off.
         proposed.retain(|(id, act)| seen.get(id).is_some_and(|seen| seen.fits(*act)));
     }
@@ -80,7 +82,8 @@ impl HandOffs {
             && seen.transit.to == session
             && seen.transit.step == Step::Preparing
         {
-            seen.due.get_or_insert(seen.next());
+            let next = seen.next();
+            seen.due.get_or_insert(next);
         }
     }
 
@@ -94,16 +97,18 @@ impl HandOffs {
         }
     }
 
-    /// What was proposed came to nothing, or nobody knows.
-    pub(crate) fn failed(&mut self) {
+    /// What was proposed came to nothing, or nobody knows: what is still due is proposed again then, and no sooner.
+    pub(crate) fn failed(&mut self, again: Time) {
         self.proposed.clear();
+        self.again = Some(again);
     }
 
     /// Says what to propose now, if something is due and nothing under way.
     pub(crate) fn propose(&mut self, now: Time, job: &JobName) -> Option<Command> {
-        if !self.proposed.is_empty() {
+        if !self.proposed.is_empty() || self.again.is_some_and(|again| now < again) {
             return None;
         }
+        self.again = None;
         let due = self.seen.iter().filter_map(|(id, seen)| Some((*id, seen.act(now)?)));
         self.proposed = due.take(STEPS_MAX).collect();
         let (job, steps) = (job.clone(), self.proposed.clone());
@@ -115,7 +120,8 @@ impl HandOffs {
         if !self.proposed.is_empty() {
             return None;
         }
-        self.seen.values().map(|seen| seen.deadline).min()
+        let next = self.seen.values().map(Seen::acts_at).min()?;
+        Some(self.again.map_or(next, |again| next.max(again)))
     }
 
     /// Says whether anything is in transit.
@@ -128,6 +134,11 @@ impl Seen {
     /// What comes after preparing.
     const fn next(&self) -> Act {
         if self.exclusive { Act::Release } else { Act::Switch }
+    }
+
+    /// When something is due: at once where its task has said so.
+    fn acts_at(&self) -> Time {
+        if self.due.is_some() { Time::ZERO } else { self.deadline }
     }
 
     fn act(&self, now: Time) -> Option<Act> {

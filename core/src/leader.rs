@@ -222,11 +222,7 @@ impl Leader {
             }
             Event::Failed(Command::Change { job, .. }) => self.with(&job, |lead| lead.retry(now)),
             Event::Failed(Command::HandOff { job, .. }) => {
-                // What is still due is proposed again by the next tick: soon, yet no busy loop.
-                self.with(&job, |lead| {
-                    lead.hand_offs.failed();
-                    lead.next_step = Some(now + RETRY_AFTER);
-                });
+                self.with(&job, |lead| lead.hand_offs.failed(now + RETRY_AFTER));
             }
             // Stored loads are renewed before long; the rest is proposed by others, who hear of it themselves.
             Event::Failed(_) => {}
@@ -248,11 +244,7 @@ impl Leader {
                 let (job, reason) = (name.clone(), EndReason::Lost);
                 out.push(Action::Propose(Command::End { job, session, reason }));
             }
-            if lead.next_step.take_if(|at| *at <= now).is_some()
-                || lead.hand_offs.deadline().is_some_and(|deadline| deadline <= now)
-            {
-                out.extend(lead.hand_offs.propose(now, name).map(Action::Propose));
-            }
+            out.extend(lead.hand_offs.propose(now, name).map(Action::Propose));
             if lead.next_round <= now {
                 lead.round(now, job, out);
             }
@@ -353,6 +345,9 @@ impl Leader {
         lead.roster.set_lease(job.spec.owner_lease().map(|lease| self.margin.waited(lease)));
         lead.hold_off = state.hold_off && job.spec.consistency == Consistency::Exclusive;
         let tasks = &job.assignment.tasks;
+        for session in lead.roster.sessions().filter(|session| !tasks.contains_key(session)) {
+            self.ledger.forget(session);
+        }
         for task in tasks.values() {
             if let Some(lease) = task.lease {
                 self.ledger.admit(now, task.session, lease);
@@ -375,8 +370,6 @@ struct Lead {
     began: Generation,
     offers: Offers,
     hand_offs: HandOffs,
-    /// When a step of a hand-off that came to nothing is tried again.
-    next_step: Option<Time>,
     /// Whether nothing may be given to anyone: a backup was restored.
     hold_off: bool,
     forecast: Forecast,
@@ -411,7 +404,6 @@ impl Lead {
             began: assignment.generation,
             offers: Offers::default(),
             hand_offs: HandOffs::default(),
-            next_step: None,
             hold_off: false,
             forecast: Forecast::new(assignment),
             sizes: Sizes::default(),
@@ -426,7 +418,7 @@ impl Lead {
     }
 
     fn deadline(&self) -> Time {
-        let soon = [self.roster.deadline(), self.hand_offs.deadline(), self.next_step];
+        let soon = [self.roster.deadline(), self.hand_offs.deadline()];
         let due = soon.into_iter().flatten().chain([self.next_round, self.next_store]).min();
         due.expect("there is always a next round")
     }
@@ -445,7 +437,8 @@ impl Lead {
         let assignment = &job.assignment;
         self.next_round = self.next_round.min(now + job.spec.balance_every);
         self.roster.sync(now, assignment.tasks.keys().copied());
-        self.told.retain(|session| assignment.tasks.contains_key(session));
+        // Whoever stays after all may leave another time.
+        self.told.retain(|session| is_leaving(assignment, *session));
         self.served.retain(|session, _| assignment.tasks.contains_key(session));
         if matches!(self.busy, Some(Busy::Proposed(base)) if base < assignment.generation) {
             self.busy = None;
@@ -548,7 +541,8 @@ impl Lead {
         }
         self.busy = None;
         if state.jobs[job].assignment.generation != plan.base {
-            // Something came first; what was urgent still is.
+            // Something came first; what was urgent still is, and the rest cannot wait a whole round for a quiet moment.
+            self.retry(now);
             self.applied(now, state, job, out);
         } else if !plan.edits.is_empty() {
             self.busy = Some(Busy::Proposed(plan.base));
@@ -590,10 +584,24 @@ fn settled(assignment: &Arc<Assignment>, hand_offs: &HandOffs) -> (Arc<Assignmen
     (Arc::new(settled), moving)
 }
 
-/// Leaving tasks that serve nothing any more.
+/// Leaving tasks that serve nothing any more, and to which nothing is on its way either.
 fn drained(assignment: &Assignment) -> impl Iterator<Item = SessionId> {
     let leaving = assignment.tasks.values().filter(|task| task.phase == Phase::Draining);
-    leaving.map(|task| task.session).filter(|session| assignment.of(*session).next().is_none())
+    let mut left: BTreeSet<SessionId> = leaving.map(|task| task.session).collect();
+    if !left.is_empty() {
+        for (_, assigned) in assignment.slices.iter() {
+            let comes = assigned.transit.as_deref().map(|transit| transit.to);
+            let serve = assigned.replicas.as_slice().iter().map(|replica| replica.session);
+            for session in serve.chain(comes) {
+                left.remove(&session);
+            }
+        }
+    }
+    left.into_iter()
+}
+
+fn is_leaving(assignment: &Assignment, session: SessionId) -> bool {
+    assignment.tasks.get(&session).is_some_and(|task| task.phase == Phase::Draining)
 }
 
 /// Whether something cannot wait for the next round: a slice that nobody serves, a leaving task that still serves, or a

@@ -176,6 +176,8 @@ pub struct Holder {
 #[derive(Clone, Copy, Debug)]
 struct Release {
     slice: Slice,
+    /// Since when the slice is held: what comes back with another one was someone else's in between.
+    since: Generation,
     /// When the right to the slice ends: with the last grant made before the release.
     until: Option<Time>,
     acknowledged: bool,
@@ -349,7 +351,8 @@ impl Holder {
             let Some(transit) = assigned.transit.as_deref() else { continue };
             if is_release(transit, session) {
                 // The last grants counted: those that come with this assignment or after it extend everything else.
-                let first = Release { slice, until: self.until, acknowledged: false };
+                let Some(Replica { since, .. }) = assigned.replicas.of(session) else { continue };
+                let first = Release { slice, since, until: self.until, acknowledged: false };
                 let known = self.releases.get(&transit.id).copied();
                 releases.insert(transit.id, known.unwrap_or(first));
                 if known.is_none() {
@@ -368,7 +371,8 @@ impl Holder {
         }
         let own = |slice: Slice| assignment.get(slice.first()).1.replicas.of(session);
         for (id, release) in &self.releases {
-            if !releases.contains_key(id) && own(release.slice).is_some() {
+            let has_it = own(release.slice).is_some_and(|own| own.since == release.since);
+            if !releases.contains_key(id) && has_it {
                 out.push(Action::Resume(*id));
             }
         }
@@ -457,9 +461,9 @@ impl Ledger {
         self.leases.entry(session).or_insert(Lease { length, renewed: now, denied: false });
     }
 
-    /// Drops what has ended.
-    pub fn retain(&mut self, mut lives: impl FnMut(SessionId) -> bool) {
-        self.leases.retain(|session, _| lives(*session));
+    /// Drops a session that has ended.
+    pub fn forget(&mut self, session: SessionId) {
+        self.leases.remove(&session);
     }
 
     /// Takes a renewal in, unless the session is being ended. Says whether leadership has to be confirmed.

@@ -73,6 +73,11 @@ impl Roster {
         self.lives = sessions.map(life).collect();
     }
 
+    /// Walks the sessions that it was last brought in line with.
+    pub fn sessions(&self) -> impl Iterator<Item = SessionId> {
+        self.lives.keys().copied()
+    }
+
     /// Notes that a session opened a connection.
     pub fn attached(&mut self, now: Time, session: SessionId) {
         self.note(now, session);
