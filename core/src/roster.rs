@@ -133,7 +133,7 @@ impl Roster {
 
     /// Gives out, once each, the sessions that must be taken for lost.
     pub fn tick(&mut self, now: Time) -> Vec<SessionId> {
-        let due = |life: &Life| self.loss(life).filter(|at| *at <= now);
+        let due = |life: &Life| self.due(life).filter(|at| *at <= now);
         let Some(first) = self.lives.values().filter_map(due).min() else {
             return Vec::new();
         };
@@ -159,8 +159,13 @@ impl Roster {
 
     /// Says when to tick next.
     pub fn deadline(&self) -> Option<Time> {
-        let first = self.lives.values().filter_map(|life| self.loss(life)).min()?;
-        Some(self.doubt.map_or(first, |doubt| first.max(doubt)))
+        self.lives.values().filter_map(|life| self.due(life)).min()
+    }
+
+    /// When a session is to be taken for lost: not while that is doubted.
+    fn due(&self, life: &Life) -> Option<Time> {
+        let loss = self.loss(life)?;
+        Some(self.doubt.map_or(loss, |doubt| loss.max(doubt)))
     }
 
     fn loss(&self, life: &Life) -> Option<Time> {
@@ -192,18 +197,8 @@ impl Roster {
             self.doubt = None;
             return false;
         }
-        let doubt = *self.doubt.get_or_insert(now + self.heartbeat * BLIND_HEARTBEATS);
-        if now < doubt {
-            // The losses stay due; the doubt moves them to its end.
-            for life in self.lives.values_mut().filter(|life| life.link != Link::Judged) {
-                if let Link::Broken(at) = &mut life.link {
-                    *at = doubt;
-                }
-                life.heard = life.heard.max(now);
-            }
-            return true;
-        }
-        false
+        // Who was heard of when stays as it is: else the dead would look alive, and the doubt never end.
+        now < *self.doubt.get_or_insert(now + self.heartbeat * BLIND_HEARTBEATS)
     }
 }
 
@@ -276,6 +271,18 @@ mod tests {
             lost.extend(roster.tick(at(second * 1_000 + 100)));
         }
         assert_eq!(lost, [A, B, SessionId(3)], "but not for ever");
+    }
+
+    #[test]
+    fn the_dead_that_a_new_leader_never_saw_are_lost_though_others_live() {
+        let mut roster = Roster::new(Duration::from_secs(1));
+        roster.sync(at(0), (1..=4).map(SessionId));
+        let mut lost = Vec::new();
+        for millis in (0..=20_000).step_by(250) {
+            roster.heard(at(millis), SessionId(4));
+            lost.extend(roster.tick(at(millis)));
+        }
+        assert_eq!(lost, [A, B, SessionId(3)]);
     }
 
     #[test]
