@@ -53,7 +53,10 @@ impl Generations {
         }
         // Loads are stored beside a generation, and are no part of it.
         let alike = |(a, says): (Slice, &Assigned), (b, other): (Slice, &Assigned)| {
-            a == b && says.replicas == other.replicas && says.token == other.token
+            a == b
+                && says.replicas == other.replicas
+                && says.token == other.token
+                && says.transit == other.transit
         };
         let mut pairs = known.slices.iter().zip(assignment.slices.iter());
         let differs = pairs.find(|(a, b)| !alike(*a, *b)).map(|((slice, _), _)| slice);

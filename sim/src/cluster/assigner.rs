@@ -13,11 +13,14 @@ use mandoline_core::command::{Command, EndReason};
 use mandoline_core::delta::Delta;
 use mandoline_core::generation::Generation;
 use mandoline_core::leader::{Action, Event, Leader};
+use mandoline_core::lease::Margin;
 use mandoline_core::name::JobName;
 use mandoline_core::state::{Applied, Outcome, Refused, State};
 use mandoline_core::task::{Phase, SessionId, TaskInfo};
+use mandoline_core::time::Time;
 
 use crate::check::Seen;
+use crate::cluster::flaw::Flaw;
 use crate::cluster::ground::{Ground, Heard, Own};
 use crate::cluster::log::{Log, Ticket};
 use crate::cluster::network::{Side, StreamId};
@@ -28,6 +31,8 @@ use crate::cluster::wire::{Letter, Refusal, Say};
 const HERE: Side = 1;
 /// After so many applied commands the state is written down, so that a restart need not apply everything anew.
 const SNAPSHOT_EVERY: usize = 100;
+/// How long a proposal waits for its turn at most.
+const TURN_MICROS: u64 = 5_000;
 /// How long a proposal may take before the leader thinks again, as in the shell.
 const PROPOSAL_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -72,21 +77,29 @@ struct Stream {
 #[derive(Debug)]
 enum Waiter {
     Leader(Arc<Command>),
-    Register { stream: StreamId, info: Box<TaskInfo>, known: Option<Generation> },
+    Register { stream: StreamId, info: Box<TaskInfo> },
     Drain(StreamId),
     Nobody,
 }
 
 #[derive(Debug)]
 enum Asked {
+    /// The leader, for renewals.
+    Leader,
     /// Whether a session has ended.
     Ended { stream: StreamId, session: SessionId, incarnation: u64, known: Option<Generation> },
 }
 
 impl Assigner {
     /// A node that has never run.
-    pub fn new(place: usize, nodes: usize, job: JobName, founding: &[Arc<Command>]) -> Self {
-        let log = Log::new(place, nodes, founding);
+    pub fn new(
+        place: usize,
+        nodes: usize,
+        job: JobName,
+        founding: &[Arc<Command>],
+        flaw: Flaw,
+    ) -> Self {
+        let log = Log::new(place, nodes, founding).flawed(flaw == Flaw::ConfirmsAlone);
         Self {
             place,
             job,
@@ -101,6 +114,11 @@ impl Assigner {
             asked: BTreeMap::new(),
             tickets: 0,
         }
+    }
+
+    /// A node of a cluster that was restored, which has never run.
+    pub fn restored(place: usize, nodes: usize, job: JobName, state: State, flaw: Flaw) -> Self {
+        Self { snapshot: (0, state), ..Self::new(place, nodes, job, &[], flaw) }
     }
 
     /// Starts, for the first time or again.
@@ -138,7 +156,7 @@ impl Assigner {
     pub fn hear(&mut self, ground: &mut Ground, heard: Heard) {
         let now = ground.local(self.place);
         match heard {
-            Heard::Letter(from, Letter::Log(packet)) => {
+            Heard::Letter(from, Letter::Log { cluster, packet }) if cluster == ground.cluster => {
                 self.log.hear(now, from, packet, &mut ground.prng);
             }
             Heard::Own(Own::Wake) => {
@@ -156,6 +174,7 @@ impl Assigner {
                     self.happen(ground, Event::Planned { job, plan });
                 }
             }
+            Heard::Own(Own::Proposed { term, command }) => self.proposed(ground, term, command),
             Heard::Own(Own::GivenUp { term, at }) => {
                 // Nobody knows what becomes of it; it may be agreed on yet.
                 if let Some((_, Waiter::Leader(command))) =
@@ -185,7 +204,8 @@ impl Assigner {
             ground.own(self.place, takes, Own::Synced);
         }
         for (to, packet) in self.log.outgoing() {
-            ground.post(self.place, to, Letter::Log(packet));
+            let cluster = ground.cluster;
+            ground.post(self.place, to, Letter::Log { cluster, packet });
         }
         let deadline = self.leading.as_ref().and_then(|leading| leading.leader.deadline());
         ground.wake(self.place, self.log.deadline());
@@ -217,7 +237,12 @@ impl Assigner {
         if let Some(term) = term {
             ground.tally.count(Count::LeaderChanges);
             ground.note(self.place, None, || format!("leads in term {term}"));
-            let leader = Leader::new(ground.local(self.place), &self.state);
+            let now = ground.local(self.place);
+            let leader = match ground.flaw {
+                Flaw::NoMargin => Leader::with_margin(now, &self.state, Margin::NONE),
+                Flaw::LeaderDoesNotWait => Leader::new(Time::ZERO, &self.state),
+                _ => Leader::new(now, &self.state),
+            };
             self.leading = Some(Leading { term, leader, seats: BTreeMap::new() });
         }
     }
@@ -231,11 +256,11 @@ impl Assigner {
             let Some(command) = entry.command else { continue };
             let before = self.assignment().map(|now| now.generation);
             let applied = self.state.apply(Command::clone(&command));
+            if let Err(why) = &applied {
+                ground.note(self.place, None, || format!("refuses {at}: {command}: {why}"));
+            }
             if self.assignment().map(|now| now.generation) != before {
                 let assignment = Arc::clone(self.assignment().expect("it has just changed"));
-                if self.leading.is_some() {
-                    ground.tally.count(Count::Changes);
-                }
                 ground.note(self.place, None, || {
                     format!("applies {at}: {command} -> {}", assignment.generation)
                 });
@@ -261,11 +286,11 @@ impl Assigner {
             (Waiter::Leader(command), Err(_)) => {
                 self.happen(ground, Event::Failed(Command::clone(&command)));
             }
-            (Waiter::Register { stream, info, known }, Ok(applied)) => {
+            (Waiter::Register { stream, info }, Ok(applied)) => {
                 if let Outcome::Session(session) = applied.outcome {
                     ground.tally.count(Count::Sessions);
                     ground.note(self.place, None, || format!("{} is {session}", info.name));
-                    self.attach(ground, stream, session, info.incarnation, known);
+                    self.attach(ground, stream, session, info.incarnation, None);
                 }
             }
             (Waiter::Register { stream, .. }, Err(why)) => {
@@ -290,6 +315,7 @@ impl Assigner {
                         self.turn_away(ground, stream, Say::Refused(Refusal::Ended));
                     }
                 }
+                Some(Asked::Leader) => self.happen(ground, Event::Confirmed(true)),
                 None => {}
             }
         }
@@ -304,7 +330,7 @@ impl Assigner {
     fn lead(
         &mut self,
         ground: &mut Ground,
-        ask: impl FnOnce(&mut Leader, mandoline_core::time::Time, &State, &mut Vec<Action>),
+        ask: impl FnOnce(&mut Leader, Time, &State, &mut Vec<Action>),
     ) {
         let Some(leading) = &mut self.leading else { return };
         let (now, term) = (ground.local(self.place), leading.term);
@@ -313,13 +339,20 @@ impl Assigner {
         for action in out {
             match action {
                 Action::Propose(command) => {
+                    // It waits for its turn, and this node may be deposed and elected again meanwhile.
+                    let turn = Duration::from_micros(ground.prng.below(TURN_MICROS));
                     let command = Arc::new(command);
-                    let waiter = Waiter::Leader(Arc::clone(&command));
-                    self.propose(ground, command, waiter);
+                    ground.own(self.place, turn, Own::Proposed { term, command });
+                }
+                Action::Confirm => self.confirm(ground, Asked::Leader),
+                Action::Grant { session, request, generation, .. } => {
+                    let seat = self.leading.as_ref().and_then(|l| l.seats.get(&session)).copied();
+                    if let Some(stream) = seat {
+                        ground.say(stream, HERE, Say::Grant { session, request, generation });
+                    }
                 }
                 Action::Plan(round) => ground.plan(self.place, term, &round),
                 // No job here is exclusive yet.
-                Action::Confirm | Action::Grant { .. } => {}
                 Action::Drained { session, .. } => {
                     let seat = self.leading.as_ref().and_then(|l| l.seats.get(&session)).copied();
                     if let Some(stream) = seat {
@@ -328,6 +361,17 @@ impl Assigner {
                 }
             }
         }
+    }
+
+    /// A proposal of the leader has its turn. That a session lapsed is written only in the term in which it was found.
+    fn proposed(&mut self, ground: &mut Ground, term: u64, command: Arc<Command>) {
+        let lost = matches!(*command, Command::End { reason: EndReason::Lost, .. });
+        let bound = lost && ground.flaw != Flaw::EndsInAnyTerm;
+        if self.log.leads().is_none_or(|now| bound && now != term) {
+            return self.happen(ground, Event::Failed(Command::clone(&command)));
+        }
+        let waiter = Waiter::Leader(Arc::clone(&command));
+        self.propose(ground, command, waiter);
     }
 
     fn propose(&mut self, ground: &mut Ground, command: Arc<Command>, waiter: Waiter) {
@@ -358,12 +402,12 @@ impl Assigner {
                 ground.say(id, HERE, Say::Opened);
                 self.catch_up(ground, id);
             }
-            (Say::Register { info, stopped, known }, None) => {
+            (Say::Register { info, stopped }, None) => {
                 let Some(stream) = self.begin(ground, id) else { return };
                 self.streams.insert(id, stream);
                 let (job, told) = (self.job.clone(), Box::clone(&info));
                 let command = Command::Register { job, info: *told, stopped };
-                let waiter = Waiter::Register { stream: id, info, known };
+                let waiter = Waiter::Register { stream: id, info };
                 self.propose(ground, Arc::new(command), waiter);
             }
             (Say::Attach { session, incarnation, known }, None) => {
@@ -396,10 +440,19 @@ impl Assigner {
     fn said_by(&mut self, ground: &mut Ground, id: StreamId, session: SessionId, say: Say) {
         let job = self.job.clone();
         match say {
+            Say::Heartbeat { request } if self.lease(session).is_some() => {
+                self.happen(ground, Event::Renewed { job, session, request });
+            }
             Say::Heartbeat { request } => {
                 self.happen(ground, Event::Heard { job, session });
                 let generation = self.assignment().map(|now| now.generation).unwrap_or_default();
-                ground.say(id, HERE, Say::Grant { request, generation });
+                ground.say(id, HERE, Say::Grant { session, request, generation });
+            }
+            Say::Ready(hand_off) => {
+                self.happen(ground, Event::Ready { job, session, id: hand_off });
+            }
+            Say::Acknowledge(hand_off) => {
+                self.happen(ground, Event::Acknowledged { job, session, id: hand_off });
             }
             Say::Report(report) => self.happen(ground, Event::Reported { job, report: *report }),
             Say::Drain => {
@@ -422,6 +475,10 @@ impl Assigner {
         }
     }
 
+    fn lease(&self, session: SessionId) -> Option<Duration> {
+        self.assignment()?.tasks.get(&session)?.lease
+    }
+
     fn lives(&self, session: SessionId, incarnation: u64) -> bool {
         let task = self.assignment().and_then(|now| now.tasks.get(&session));
         task.is_some_and(|task| task.info.incarnation == incarnation)
@@ -435,14 +492,15 @@ impl Assigner {
         incarnation: u64,
         known: Option<Generation>,
     ) {
-        let Some(leading) = &mut self.leading else { return };
         let Some(stream) = self.streams.get_mut(&id) else { return };
+        let Some(leading) = &mut self.leading else { return };
         *stream = Stream { session: Some((session, incarnation)), known, listens: true };
         if let Some(before) = leading.seats.insert(session, id) {
             self.streams.remove(&before);
             ground.close(before, HERE);
         }
-        ground.say(id, HERE, Say::Attached(session));
+        let lease = self.lease(session);
+        ground.say(id, HERE, Say::Attached { session, lease });
         let job = self.job.clone();
         self.happen(ground, Event::Attached { job, session });
         self.catch_up(ground, id);

@@ -4,16 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline_core::assignment::Assignment;
-use mandoline_core::key::SliceKey;
 use mandoline_core::name::JobName;
 use mandoline_core::prng::Prng;
 use mandoline_core::time::Time;
 use mandoline_core::watch::{Action, Event, StreamId as Ask, Watcher};
 
 use crate::check::Seen;
+use crate::cluster::data;
 use crate::cluster::ground::{Ground, Heard, Own};
 use crate::cluster::network::StreamId;
 use crate::cluster::tally::Count;
+use crate::cluster::task;
 use crate::cluster::wire::{Letter, Say};
 
 /// The mean time between two requests of a clerk.
@@ -122,11 +123,10 @@ impl Clerk {
 
     fn request(&self, ground: &mut Ground) {
         let Some(known) = self.known() else { return };
-        let key = SliceKey(ground.prng.bits());
+        let key = data::key(&mut ground.prng);
         let Some(replica) = known.get(key).1.replicas.as_slice().first() else { return };
-        let address = known.tasks[&replica.session].info.address.as_str();
-        let place = address.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
-        let to: usize = place.expect("addresses here are places");
+        let address = &known.tasks[&replica.session].info.address;
+        let to = task::place(address.as_str()).expect("addresses here are places");
         ground.post(self.place, to, Letter::Request { key });
     }
 }

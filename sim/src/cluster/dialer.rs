@@ -34,6 +34,14 @@ impl Dialer {
         Self { places, at: 0, hint: None, hops: 0, pause: PAUSE_FIRST }
     }
 
+    /// Begins anew with the same list.
+    #[must_use]
+    pub fn anew(&self) -> Self {
+        let mut places = self.places.clone();
+        places.sort_unstable();
+        Self::new(places)
+    }
+
     /// Says what to do next.
     pub fn next(&mut self, prng: &mut Prng) -> Next {
         if let Some(hint) = self.hint.take() {

@@ -31,7 +31,9 @@ impl Faults {
 
     /// Says whether this fault still happens; draws when the next one of its kind does.
     pub fn strikes(&self, kind: Kind, ground: &mut Ground) -> bool {
-        if ground.now >= self.until {
+        // What a restored cluster waits out is no time to be judged by.
+        let over = if kind == Kind::Restore { ground.now + HOLD_OFF } else { ground.now };
+        if over >= self.until {
             return false;
         }
         let every = self.setup.every.iter().find(|(other, _)| *other == kind);
@@ -139,6 +141,9 @@ impl Faults {
         (ground.machines[place].health == Health::Up).then_some(place)
     }
 }
+
+/// How long before the end the last backup is restored at the latest: the longest lease, its margin, and an election.
+const HOLD_OFF: Duration = Duration::from_secs(70);
 
 /// Draws a time between two that are this far apart on average.
 fn spread(every: Duration, prng: &mut Prng) -> Duration {

@@ -1,17 +1,23 @@
 //! The ground that all processes stand on: time, chance, clocks, the network, what is to happen, and who looks on.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
-use mandoline_core::balance::Round;
+use mandoline_core::balance::{self, Round};
+use mandoline_core::command::Command;
 use mandoline_core::plan::Plan;
 use mandoline_core::prng::Prng;
 use mandoline_core::slice::Slice;
 use mandoline_core::time::Time;
 
 use crate::check::{Breach, Checks, Seen};
+use crate::cluster::chronicle::Chronicle;
 use crate::cluster::clock::Clock;
+use crate::cluster::flaw::Flaw;
+use crate::cluster::load::TUNING;
 use crate::cluster::network::{Flowed, Network, Side, StreamId, Word};
+use crate::cluster::queue::Queue;
 use crate::cluster::scenario::Kind;
 use crate::cluster::tally::{Count, Tally};
 use crate::cluster::trace::{Line, Trace};
@@ -78,8 +84,20 @@ pub enum Own {
         /// Its place in the log.
         at: usize,
     },
+    /// A proposal gets into the log.
+    Proposed {
+        /// In which term it was decided.
+        term: u64,
+        /// What.
+        command: Arc<Command>,
+    },
     /// The clerk asks for a key.
     Request,
+    /// The work of a guard is done.
+    Done {
+        /// Which guard.
+        guard: u64,
+    },
 }
 
 /// What a process hears.
@@ -136,6 +154,12 @@ pub struct Ground {
     pub network: Network<Say>,
     /// How long a write to disk takes at most.
     pub disk: Duration,
+    /// How often tasks beat.
+    pub heartbeat: Duration,
+    /// In which way the protocol is broken on purpose.
+    pub flaw: Flaw,
+    /// Which cluster it is: a restored one is another.
+    pub cluster: u64,
     /// What happened, in numbers.
     pub tally: Tally,
     /// What happened, line by line.
@@ -143,23 +167,35 @@ pub struct Ground {
     /// The first thing that was broken.
     pub breach: Option<Breach>,
     checks: Checks,
-    queue: crate::cluster::queue::Queue<Event>,
+    chronicle: Chronicle,
+    queue: Queue<Event>,
 }
 
 impl Ground {
     /// Bare ground.
-    pub fn new(machines: Vec<Machine>, network: Network<Say>, prng: Prng, trace: Trace) -> Self {
+    pub fn new(
+        machines: Vec<Machine>,
+        network: Network<Say>,
+        prng: Prng,
+        trace: Trace,
+        flaw: Flaw,
+        checks: Checks,
+    ) -> Self {
         Self {
             now: Time::ZERO,
             prng,
             machines,
             network,
             disk: DISK,
+            heartbeat: Duration::from_secs(1),
+            flaw,
+            cluster: 1,
             tally: Tally::default(),
             trace,
             breach: None,
-            checks: Checks::default(),
-            queue: crate::cluster::queue::Queue::default(),
+            checks,
+            chronicle: Chronicle::default(),
+            queue: Queue::default(),
         }
     }
 
@@ -280,15 +316,31 @@ impl Ground {
 
     /// Shows the checks what happened.
     pub fn see(&mut self, seen: &Seen<'_>) {
+        if let Seen::Holds { assignment, .. } = seen {
+            self.chronicle.see(assignment, &mut self.tally);
+        }
         if self.breach.is_none() {
+            let before = self.checks.double_owners;
             self.breach = self.checks.see(self.now, seen);
+            if self.checks.double_owners > before {
+                self.tally.count(Count::DoubleOwners);
+            }
+        }
+    }
+
+    /// Sends a letter that may take very long: a write that waits somewhere.
+    pub fn post_late(&mut self, from: usize, to: usize, letter: Letter) {
+        if self.prng.below(25) == 0 {
+            let late = Duration::from_millis(self.prng.below(LATE_MILLIS));
+            self.after(late, Event::Letter { from, to, letter });
+        } else {
+            self.post(from, to, letter);
         }
     }
 
     /// Makes a plan, and brings it to whoever asked for it when that would have taken its time.
     pub fn plan(&mut self, place: usize, term: u64, round: &Round) {
-        let plan =
-            Box::new(mandoline_core::balance::plan_with(round, &crate::cluster::load::TUNING));
+        let plan = Box::new(balance::plan_with(round, &TUNING));
         let takes = Duration::from_millis(1 + self.prng.below(PLAN_MILLIS));
         self.own(place, takes, Own::Planned { term, plan });
     }
@@ -312,6 +364,8 @@ impl Machine {
 
 /// A write to disk takes this long at most, on a good day.
 pub const DISK: Duration = Duration::from_millis(3);
+/// A write that waits somewhere comes this late at most.
+const LATE_MILLIS: u64 = 30_000;
 /// A plan takes this long at most.
 const PLAN_MILLIS: u64 = 150;
 /// What a machine that vanished had open lingers this long at most.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use mandoline_core::name::JobName;
 use mandoline_core::prng::Prng;
 
 /// What a cluster has to bear.
@@ -149,8 +150,12 @@ pub struct Setup {
     pub assigners: usize,
     /// How many tasks.
     pub tasks: usize,
+    /// How many processes more that bear the first task's name, by mistake.
+    pub twins: usize,
     /// How many clerks.
     pub clerks: usize,
+    /// How long an owner may serve after it last asked to; nothing in an affinity job.
+    pub lease: Option<Duration>,
     /// How long all of it takes.
     pub length: Duration,
     /// How far clocks may run from true time, in millionths.
@@ -163,12 +168,25 @@ pub struct Setup {
 pub const CALM: Duration = Duration::from_secs(75);
 /// The shortest run: something has to happen before all is left alone.
 pub const LENGTH_MIN: Duration = Duration::from_secs(180);
+/// Leases to draw from: the shortest there is, the usual one, and longer ones, whose margins are wider.
+const LEASES: [Duration; 5] = [
+    Duration::from_secs(2),
+    Duration::from_secs(3),
+    Duration::from_secs(5),
+    Duration::from_secs(5),
+    Duration::from_secs(12),
+];
 /// The drift that the protocol is made for: one in a hundred.
 const DRIFT: i64 = 10_000;
 /// A drift that it is not made for.
 const DRIFT_BEYOND: i64 = 60_000;
 
 impl Setup {
+    /// Gives the name of the job.
+    pub fn job(&self) -> JobName {
+        JobName::new("kv").expect("it is short and plain")
+    }
+
     /// Draws a cluster for a scenario. Three assigners and four tasks are the least.
     pub fn draw(scenario: Scenario, length: Duration, prng: &mut Prng) -> Self {
         use Kind::{
@@ -208,6 +226,9 @@ impl Setup {
         Self {
             assigners: 3,
             tasks: 4 + prng.below(4) as usize,
+            twins: usize::from(prng.below(4) == 0),
+            lease: (scenario == Scenario::Mixed || prng.below(4) > 0)
+                .then(|| LEASES[prng.below(LEASES.len() as u64) as usize]),
             clerks: 2 + prng.below(2) as usize,
             length: length.max(LENGTH_MIN),
             drift: if scenario == Scenario::Drift { DRIFT_BEYOND } else { DRIFT },

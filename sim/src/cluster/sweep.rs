@@ -133,11 +133,11 @@ mod tests {
 
     #[test]
     fn threads_change_nothing_and_a_stop_ends_it() {
-        let sweep = Sweep::new(Scenario::Crashes, 1, 4, Duration::from_secs(240)).unwrap();
+        let sweep = Sweep::new(Scenario::Crashes, 1, 4, LENGTH_MIN).unwrap();
         let threads = |count| NonZeroUsize::new(count).unwrap();
         let stop = AtomicBool::new(false);
         let one = sweep.run(threads(1), &stop, &|| ());
-        assert_eq!((one.seeds, one.simulated), (4, Duration::from_secs(960)));
+        assert_eq!((one.seeds, one.simulated), (4, LENGTH_MIN * 4));
         assert_eq!(sweep.run(threads(3), &stop, &|| ()), one);
         let first = sweep.run(threads(1), &stop, &|| stop.store(true, Ordering::Relaxed));
         assert_eq!(first.seeds, 1);

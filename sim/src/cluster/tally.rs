@@ -25,10 +25,36 @@ pub enum Count {
     Installs,
     /// Requests of clerks that met a task.
     Requests,
+    /// Hand-offs that began.
+    HandOffsBegun,
+    /// Hand-offs that led to the new owner.
+    HandOffsDone,
+    /// Hand-offs that were called off, or came to nothing with a task.
+    HandOffsAborted,
+    /// Leases that ran out on a task's own clock.
+    Expiries,
+    /// Sessions that ended, for whatever reason.
+    Ends,
+    /// Guards that were given.
+    Guards,
+    /// Guards that were lost before their work was done.
+    GuardsLost,
+    /// Slices whose state came with them.
+    Imports,
+    /// Slices that came without, and began empty.
+    EmptyStarts,
+    /// Writes that storage took.
+    Writes,
+    /// Writes of an earlier owner that storage refused.
+    RefusedWrites,
+    /// New owners that were none any more when storage heard of them.
+    RefusedAdvances,
+    /// Times that two tasks believed that they own a key, where clocks were too far off to prevent it.
+    DoubleOwners,
 }
 
 impl Count {
-    const ALL: [(Self, &'static str); 9] = [
+    const ALL: [(Self, &'static str); 22] = [
         (Self::Events, "events"),
         (Self::LettersLost, "letters_lost"),
         (Self::LettersTwice, "letters_twice"),
@@ -38,6 +64,19 @@ impl Count {
         (Self::Changes, "changes"),
         (Self::Installs, "installs"),
         (Self::Requests, "requests"),
+        (Self::HandOffsBegun, "handoffs_begun"),
+        (Self::HandOffsDone, "handoffs_done"),
+        (Self::HandOffsAborted, "handoffs_aborted"),
+        (Self::Expiries, "expiries"),
+        (Self::Ends, "ends"),
+        (Self::Guards, "guards"),
+        (Self::GuardsLost, "guards_lost"),
+        (Self::Imports, "imports"),
+        (Self::EmptyStarts, "empty_starts"),
+        (Self::Writes, "writes"),
+        (Self::RefusedWrites, "refused_writes"),
+        (Self::RefusedAdvances, "refused_advances"),
+        (Self::DoubleOwners, "double_owners"),
     ];
 }
 

@@ -1,13 +1,15 @@
-//! A task: its session with the leader, and what it serves.
+//! A task: its session with the leader, and the holder that says what it may serve.
 //!
 //! What `router-lib/src/session.rs` does, on the virtual clock: it finds the leader, registers once, attaches the same session again over
-//! whatever stream holds, beats, reports, and drains before it stops.
+//! whatever stream holds, beats, reports, and drains before it stops. What it does with what it holds is `work.rs`.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline_core::assignment::Assignment;
-use mandoline_core::name::JobName;
+use mandoline_core::generation::Generation;
+use mandoline_core::lease::{Action, Event, Holder, Margin};
+use mandoline_core::name::{JobName, TaskName};
 use mandoline_core::report::Report;
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{SessionId, TaskInfo};
@@ -15,15 +17,17 @@ use mandoline_core::time::Time;
 
 use crate::check::Seen;
 use crate::cluster::dialer::{Dialer, Next};
+use crate::cluster::flaw::Flaw;
 use crate::cluster::ground::{Ground, Heard, Own};
 use crate::cluster::load::Field;
 use crate::cluster::network::{Side, StreamId};
 use crate::cluster::tally::Count;
 use crate::cluster::wire::{Letter, Refusal, Say};
+use crate::cluster::work::Work;
 
 /// The side of a stream that a task is.
 const HERE: Side = 0;
-/// How often a task beats.
+/// How often a task beats, if its lease lets it.
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How often it reports.
 pub const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -40,7 +44,12 @@ pub struct Task {
     info: TaskInfo,
     dialer: Dialer,
     link: Link,
-    session: Option<SessionId>,
+    holder: Holder,
+    work: Work,
+    /// A session that lapsed, until another begins.
+    stopped: Option<SessionId>,
+    /// Whether it may believe more than it did.
+    gained: bool,
     /// The newest that was heard on the session's stream.
     known: Arc<Assignment>,
     next_beat: Time,
@@ -66,17 +75,19 @@ enum Leaving {
 
 impl Task {
     /// A task that has never run.
-    pub fn new(place: usize, job: JobName, assigners: usize) -> Self {
-        let name = format!("task-{place}").parse().expect("it is short and plain");
+    pub fn new(place: usize, name: TaskName, job: JobName, assigners: usize, store: usize) -> Self {
         let address = format!("task:{place}").parse().expect("it is a host and a port");
-        let known = Assignment::new(job.clone(), mandoline_core::generation::Generation::ZERO);
+        let known = Assignment::new(job.clone(), Generation::ZERO);
         Self {
             place,
             job,
             info: TaskInfo::new(name, 0, address),
             dialer: Dialer::new((0..assigners).collect()),
             link: Link::Gone,
-            session: None,
+            holder: Holder::new(Margin::STANDARD),
+            work: Work::new(place, store),
+            stopped: None,
+            gained: false,
             known: Arc::new(known),
             next_beat: Time::ZERO,
             next_report: Time::ZERO,
@@ -88,17 +99,21 @@ impl Task {
     /// Starts as a new process, which knows nothing of the one before.
     pub fn start(&mut self, ground: &mut Ground) {
         let now = ground.local(self.place);
-        let assigners = ground.machines.iter().take_while(|m| m.name.starts_with("assigner"));
-        let assigners = assigners.count();
-        *self = Self::new(self.place, self.job.clone(), assigners);
+        let (dialer, store) = (self.dialer.anew(), self.work.store());
+        let (name, job) = (self.info.name.clone(), self.job.clone());
+        *self = Self { dialer, ..Self::new(self.place, name, job, 0, store) };
+        if ground.flaw == Flaw::NoMargin {
+            self.holder = Holder::new(Margin::NONE);
+        }
         self.info.incarnation = ground.prng.bits();
+        self.info.prepares = true;
         self.link = Link::Waiting { until: now };
         self.next_report = now + REPORT_EVERY;
         ground.see(&Seen::Started { who: self.place });
         self.wake(ground);
     }
 
-    /// Gives what it holds.
+    /// Gives what it knows.
     pub const fn known(&self) -> &Arc<Assignment> {
         &self.known
     }
@@ -108,10 +123,30 @@ impl Task {
         self.link == Link::Gone
     }
 
-    /// Walks what it serves, by its own word.
-    pub fn serves(&self) -> impl Iterator<Item = Slice> {
-        let session = self.session.into_iter();
-        session.flat_map(|session| self.known.of(session).map(|(slice, _)| slice))
+    /// Says whether it has a session.
+    pub const fn is_on(&self) -> bool {
+        self.holder.session().is_some()
+    }
+
+    /// Says whether it may believe more than when this was last asked.
+    pub const fn gained(&mut self) -> bool {
+        std::mem::replace(&mut self.gained, false)
+    }
+
+    /// Walks what it believes to own right now, by its own clock: slices, and keys of guards that are still good.
+    pub fn believes(&self, ground: &Ground) -> Vec<Slice> {
+        let now = ground.local(self.place);
+        let held = self.work.held().iter().map(|held| held.slice);
+        let held = held.filter(|slice| self.holder.believes(now, slice.first()));
+        let guarded = self.work.guarded(&self.holder, now);
+        held.chain(guarded.map(|key| Slice::new(key, key).expect("a key is a slice"))).collect()
+    }
+
+    /// Walks what it takes new work on right now.
+    pub fn serves(&self, ground: &Ground) -> impl Iterator<Item = Slice> {
+        let now = ground.local(self.place);
+        let held = self.work.held().iter().map(|held| held.slice);
+        held.filter(move |slice| self.holder.accepts(now, slice.first()))
     }
 
     /// Begins to leave.
@@ -124,6 +159,9 @@ impl Task {
 
     /// Takes in what it hears.
     pub fn hear(&mut self, ground: &mut Ground, field: &Field, heard: Heard) {
+        let now = ground.local(self.place);
+        // Whatever comes, a lease that has run out is noticed first.
+        self.tell(ground, |holder, out| holder.tick(now, out));
         match heard {
             Heard::Said(stream, _, say) if self.stream() == Some(stream) => {
                 self.said(ground, stream, say);
@@ -132,19 +170,93 @@ impl Task {
             Heard::Broke(stream, _) if self.stream() == Some(stream) => self.broke(ground),
             Heard::Letter(from, Letter::Request { key }) => {
                 ground.tally.count(Count::Requests);
-                let owns = self.serves().any(|slice| slice.contains(key));
-                if !owns {
+                if !self.work.request(ground, &self.holder, key) {
                     let generation = self.known.generation;
                     ground.post(self.place, from, Letter::Misdirected { generation });
                 }
+                self.gained |= ground.flaw == Flaw::GrantGivesBack;
             }
+            Heard::Letter(from, letter) => {
+                self.work.letter(ground, self.holder.session(), from, letter);
+            }
+            Heard::Own(Own::Done { guard }) => self.work.done(ground, &self.holder, guard),
             Heard::Own(Own::Wake) => self.tick(ground, field),
             _ => {}
         }
-        if self.leaving == Leaving::Done && self.serves().next().is_none() {
+        self.follow_work(ground);
+        if self.leaving == Leaving::Done && self.work.held().is_empty() {
             self.leave(ground);
         }
         self.wake(ground);
+    }
+
+    /// Tells the holder what became of its orders.
+    fn follow_work(&mut self, ground: &mut Ground) {
+        let (now, news) = (ground.local(self.place), self.work.tick(ground));
+        for id in news.prepared {
+            self.tell(ground, |holder, out| holder.handle(now, Event::Prepared(id), out));
+        }
+        for id in news.released {
+            self.tell(ground, |holder, out| holder.handle(now, Event::Released(id), out));
+        }
+    }
+
+    /// Tells the holder something, and does what it says.
+    fn tell(&mut self, ground: &mut Ground, say: impl FnOnce(&mut Holder, &mut Vec<Action>)) {
+        let mut out = Vec::new();
+        say(&mut self.holder, &mut out);
+        for action in out {
+            match action {
+                Action::Renew(request) => {
+                    self.asked = request;
+                    self.say(ground, Say::Heartbeat { request });
+                }
+                Action::Extend(_) => self.gained = true,
+                Action::Hold(held) => {
+                    self.gained = true;
+                    self.work.hold(ground, held);
+                }
+                Action::Prepare(coming) => {
+                    let from = coming.from.and_then(|from| self.place_of(from));
+                    self.work.prepare(ground, coming, from);
+                }
+                Action::Release(going) => {
+                    ground.note(self.place, Some(going.slice), || {
+                        format!("is to let go {}", going.id)
+                    });
+                    let to = self.place_of(going.to).unwrap_or(self.place);
+                    if let Some(by) = self.holder.session() {
+                        self.work.release(going, to, by);
+                    }
+                }
+                Action::Resume(id) => self.work.resume(ground, id),
+                Action::Arrived(id) => self.work.arrive(id),
+                Action::Discard(id) => self.work.discard(ground, id),
+                Action::Ready(id) => self.say(ground, Say::Ready(id)),
+                Action::Acknowledge(id) => {
+                    ground.note(self.place, None, || format!("has let go {id}"));
+                    self.say(ground, Say::Acknowledge(id));
+                }
+                Action::Lapsed(session) => self.lapsed(ground, session),
+            }
+        }
+    }
+
+    fn lapsed(&mut self, ground: &mut Ground, session: SessionId) {
+        ground.note(self.place, None, || format!("finds that the lease of {session} is over"));
+        ground.tally.count(Count::Expiries);
+        self.work.end(ground);
+        self.stopped = Some(session);
+        if self.leaving != Leaving::No {
+            self.leaving = Leaving::Done;
+        }
+        self.hang_up(ground);
+        self.dial(ground);
+    }
+
+    fn place_of(&self, session: SessionId) -> Option<usize> {
+        let task = self.known.tasks.get(&session)?;
+        place(task.info.address.as_str())
     }
 
     fn stream(&self) -> Option<StreamId> {
@@ -167,6 +279,8 @@ impl Task {
             Link::Attached { .. } => self.next_beat.min(self.next_report),
             Link::Gone => return,
         };
+        let work = [self.work.deadline(), self.holder.deadline()];
+        let due = work.into_iter().flatten().fold(due, Time::min);
         ground.wake(self.place, due);
     }
 
@@ -179,15 +293,16 @@ impl Task {
                 self.dial(ground);
             }
             Link::Attached { to, unanswered, .. } => {
-                if unanswered.is_some_and(|at| now.since(at) >= HEARTBEAT * SILENT_HEARTBEATS) {
+                if unanswered
+                    .is_some_and(|at| now.since(at) >= ground.heartbeat * SILENT_HEARTBEATS)
+                {
                     self.dialer.silent(to);
                     self.hang_up(ground);
                     return self.dial(ground);
                 }
                 if self.next_beat <= now {
-                    self.next_beat = now + HEARTBEAT;
-                    self.asked += 1;
-                    self.say(ground, Say::Heartbeat { request: self.asked });
+                    self.next_beat = now + ground.heartbeat;
+                    self.tell(ground, |holder, out| holder.beat(now, out));
                     if let Link::Attached { unanswered, .. } = &mut self.link {
                         unanswered.get_or_insert(now);
                     }
@@ -202,8 +317,9 @@ impl Task {
     }
 
     fn report(&self, ground: &mut Ground, field: &Field) {
-        let Some(session) = self.session else { return };
-        let loads: Vec<_> = self.serves().map(|slice| (slice, field.of(slice))).collect();
+        let Some(session) = self.holder.session() else { return };
+        let held = self.work.held().iter();
+        let loads: Vec<_> = held.map(|held| (held.slice, field.of(held.slice))).collect();
         let report = Report::new(session, self.known.generation, REPORT_EVERY, loads);
         self.say(ground, Say::Report(Box::new(report)));
     }
@@ -216,15 +332,15 @@ impl Task {
             Next::Wait(pause) => Link::Waiting { until: now + pause },
             Next::Dial(to) => {
                 let stream = ground.open(self.place, to);
-                let known = Some(self.known.generation);
-                let say = match self.session {
+                let say = match self.holder.session() {
                     Some(session) => {
                         let incarnation = self.info.incarnation;
+                        let known = Some(self.known.generation);
                         Say::Attach { session, incarnation, known }
                     }
                     None => {
                         let info = Box::new(self.info.clone());
-                        Say::Register { info, stopped: None, known }
+                        Say::Register { info, stopped: self.stopped }
                     }
                 };
                 ground.say(stream, HERE, say);
@@ -250,10 +366,13 @@ impl Task {
         let now = ground.local(self.place);
         let (Link::Dialing { to, .. } | Link::Attached { to, .. }) = self.link else { return };
         match say {
-            Say::Attached(session) => {
+            Say::Attached { session, lease } => {
                 self.dialer.attached();
-                self.session = Some(session);
                 self.link = Link::Attached { stream, to, unanswered: None };
+                self.stopped = None;
+                self.tell(ground, |holder, out| {
+                    holder.handle(now, Event::Attached { session, lease }, out);
+                });
                 self.next_beat = now;
                 if self.leaving == Leaving::Asked {
                     self.say(ground, Say::Drain);
@@ -266,9 +385,10 @@ impl Task {
                 ground.close(stream, HERE);
                 self.dial(ground);
             }
-            Say::Refused(Refusal::Ended) if self.session.is_some() => {
+            Say::Refused(Refusal::Ended) if self.holder.session().is_some() => {
                 ground.note(self.place, None, || "hears that its session has ended".to_owned());
-                self.session = None;
+                self.tell(ground, |holder, out| holder.handle(now, Event::Ended, out));
+                self.work.end(ground);
                 ground.close(stream, HERE);
                 if self.leaving != Leaving::No {
                     self.leaving = Leaving::Done;
@@ -281,10 +401,15 @@ impl Task {
                 self.dialer.refused(to);
                 self.dial(ground);
             }
-            Say::Grant { request, .. } if request == self.asked => {
-                if let Link::Attached { unanswered, .. } = &mut self.link {
+            Say::Grant { session, request, generation } => {
+                if let Link::Attached { unanswered, .. } = &mut self.link
+                    && request == self.asked
+                {
                     *unanswered = None;
                 }
+                self.work.granted(ground);
+                let event = Event::Granted { session, request, generation };
+                self.tell(ground, |holder, out| holder.handle(now, event, out));
             }
             Say::Full(assignment) => self.install(ground, assignment),
             Say::Delta(delta) => match delta.apply_to(&self.known) {
@@ -298,18 +423,28 @@ impl Task {
 
     fn install(&mut self, ground: &mut Ground, next: Arc<Assignment>) {
         // What is known never goes back: a leader that has not caught up yet soon will.
-        if next.generation > self.known.generation {
-            self.known = next;
-            ground.tally.count(Count::Installs);
-            ground.see(&Seen::Holds { who: self.place, assignment: &self.known });
+        if next.generation <= self.known.generation {
+            return;
         }
+        self.known = Arc::clone(&next);
+        ground.tally.count(Count::Installs);
+        ground.see(&Seen::Holds { who: self.place, assignment: &next });
+        let now = ground.local(self.place);
+        self.tell(ground, |holder, out| holder.handle(now, Event::Assigned(next), out));
     }
 
     fn leave(&mut self, ground: &mut Ground) {
         ground.note(self.place, None, || "leaves".to_owned());
+        let now = ground.local(self.place);
+        self.tell(ground, |holder, out| holder.handle(now, Event::Ended, out));
+        self.work.end(ground);
         self.say(ground, Say::Leave);
         self.hang_up(ground);
         self.link = Link::Gone;
-        self.session = None;
     }
+}
+
+/// The place behind an address: here the one is the other's port.
+pub fn place(address: &str) -> Option<usize> {
+    address.rsplit_once(':').and_then(|(_, port)| port.parse().ok())
 }

@@ -1,14 +1,18 @@
 //! What processes say to each other: on streams, as `mandoline.v1` has it, and in letters.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mandoline_core::assignment::Assignment;
 use mandoline_core::delta::Delta;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::report::Report;
+use mandoline_core::slice::Slice;
 use mandoline_core::task::{SessionId, TaskInfo};
+use mandoline_core::transit::HandOffId;
 
+use crate::cluster::data::Data;
 use crate::cluster::log::Packet;
 
 /// What is said on a stream.
@@ -20,8 +24,6 @@ pub enum Say {
         info: Box<TaskInfo>,
         /// A session of its own that has stopped.
         stopped: Option<SessionId>,
-        /// The newest assignment that it holds.
-        known: Option<Generation>,
     },
     /// A task is back with its session.
     Attach {
@@ -39,6 +41,10 @@ pub enum Say {
     },
     /// A task has measured.
     Report(Box<Report>),
+    /// A task is ready for a slice.
+    Ready(HandOffId),
+    /// A task has let go of a slice.
+    Acknowledge(HandOffId),
     /// A task is about to stop.
     Drain,
     /// A task stops.
@@ -53,13 +59,20 @@ pub enum Say {
     /// The watch is heard.
     Opened,
     /// The session is this one.
-    Attached(SessionId),
+    Attached {
+        /// Which.
+        session: SessionId,
+        /// How long it may serve after it last asked to; nothing in an affinity job.
+        lease: Option<Duration>,
+    },
     /// No.
     Refused(Refusal),
     /// Another leads, if anyone.
     Redirect(Option<usize>),
     /// The heartbeat was heard.
     Grant {
+        /// Whose.
+        session: SessionId,
         /// Which of them.
         request: u64,
         /// The newest assignment there is.
@@ -88,7 +101,12 @@ pub enum Refusal {
 #[derive(Clone, Debug)]
 pub enum Letter {
     /// Assigners among each other.
-    Log(Packet),
+    Log {
+        /// Of which cluster: a restored one is another.
+        cluster: u64,
+        /// What it says.
+        packet: Packet,
+    },
     /// A clerk asks a task for a key.
     Request {
         /// Which.
@@ -98,5 +116,59 @@ pub enum Letter {
     Misdirected {
         /// Which.
         generation: Generation,
+    },
+    /// A task wants the state of a slice that is to come, as it is by now.
+    Pull(HandOffId),
+    /// Here it is.
+    Bulk {
+        /// For which hand-off.
+        id: HandOffId,
+        /// By whose word.
+        by: SessionId,
+        /// All of it.
+        data: Data,
+    },
+    /// Here it is for good: nothing changes it any more.
+    Last {
+        /// For which hand-off.
+        id: HandOffId,
+        /// By whose word.
+        by: SessionId,
+        /// All of it, unless the stream broke off.
+        data: Data,
+        /// How many keys there are.
+        length: usize,
+        /// And what they sum up to.
+        checksum: u64,
+    },
+    /// It came.
+    Got(HandOffId),
+    /// A new owner tells the storage of itself, and reads.
+    Advance {
+        /// Which keys.
+        slice: Slice,
+        /// Its token.
+        token: Generation,
+    },
+    /// A new owner reads, and tells nobody.
+    Read {
+        /// Which keys.
+        slice: Slice,
+        /// Its token.
+        token: Generation,
+    },
+    /// It may begin.
+    Advanced {
+        /// Which keys.
+        slice: Slice,
+        /// Its token.
+        token: Generation,
+    },
+    /// An owner writes.
+    Write {
+        /// Which key.
+        key: SliceKey,
+        /// Its token.
+        token: Generation,
     },
 }
