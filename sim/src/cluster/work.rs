@@ -321,10 +321,11 @@ impl Work {
             }
             Letter::Bulk { id, by, .. } => {
                 // What came is a start; what counts comes last.
-                if let Some(import) = self.coming.get_mut(&id).filter(|import| import.is_by(by)) {
-                    if import.state == Preparing::Asked {
-                        import.state = Preparing::Came;
-                    }
+                if let Some(import) = self.coming.get_mut(&id)
+                    && import.is_by(by)
+                    && import.state == Preparing::Asked
+                {
+                    import.state = Preparing::Came;
                 }
             }
             Letter::Last { id, by, data, length, checksum } => {
