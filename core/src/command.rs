@@ -97,6 +97,15 @@ pub enum Command {
         /// Which task.
         session: SessionId,
     },
+    /// Lets go of the slices that wait for a task: its grace is over.
+    Forget {
+        /// Which job.
+        job: JobName,
+        /// Which task.
+        task: TaskName,
+        /// The session of it that ended.
+        session: SessionId,
+    },
     /// Ends a session: its slices are nobody's until the next plan.
     End {
         /// Which job.
@@ -174,6 +183,9 @@ impl fmt::Display for Command {
             }
             Self::Drain { job, session } => write!(f, "drain {job}/{session}"),
             Self::Undrain { job, session } => write!(f, "undrain {job}/{session}"),
+            Self::Forget { job, task, session } => {
+                write!(f, "let go of what waits for {job}/{task}, which was {session}")
+            }
             Self::End { job, session, reason } => write!(f, "end {job}/{session} ({reason})"),
             Self::Change { job, plan } => {
                 write!(f, "change {job} {} by {} edits", plan.base, plan.edits.len())

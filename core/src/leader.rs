@@ -16,14 +16,15 @@ use crate::generation::Generation;
 use crate::handoff::HandOffs;
 use crate::lease::{Ledger, Margin, Renewal};
 use crate::load::Load;
-use crate::name::JobName;
+use crate::name::{JobName, TaskName};
 use crate::offers::{Offer, OfferError, Offers, Totals};
 use crate::plan::{Move, Plan};
 use crate::report::{LoadTable, Report, ReportError};
+use crate::restart::{NotNow, Restarts};
 use crate::roster::Roster;
 use crate::sizes::Sizes;
-use crate::spec::{Consistency, JobSpec, LEASE_MAX};
-use crate::state::{Job, State};
+use crate::spec::{Consistency, LEASE_MAX};
+use crate::state::{Job, Refused, State};
 use crate::task::{Phase, SessionId};
 use crate::time::Time;
 use crate::transit::HandOffId;
@@ -224,7 +225,7 @@ impl Leader {
             Event::Failed(Command::HandOff { job, .. }) => {
                 self.with(&job, |lead| lead.hand_offs.failed(now + RETRY_AFTER));
             }
-            // Stored loads are renewed before long; the rest is proposed by others, who hear of it themselves.
+            // Stored loads are renewed before long, and so is that a grace is over; the rest is proposed by others, who hear of it themselves.
             Event::Failed(_) => {}
         }
     }
@@ -245,6 +246,10 @@ impl Leader {
                 out.push(Action::Propose(Command::End { job, session, reason }));
             }
             out.extend(lead.hand_offs.propose(now, name).map(Action::Propose));
+            for (task, session) in lead.restarts.over(now) {
+                let job = name.clone();
+                out.push(Action::Propose(Command::Forget { job, task, session }));
+            }
             if lead.next_round <= now {
                 lead.round(now, job, out);
             }
@@ -308,6 +313,22 @@ impl Leader {
         self.jobs.get(job).is_some_and(|lead| lead.roster.connected(session))
     }
 
+    /// Says whether a task may restart now, and counts it as leaving if so.
+    pub fn may_restart(
+        &mut self,
+        now: Time,
+        state: &State,
+        job: &JobName,
+        task: &TaskName,
+    ) -> Result<Result<(), NotNow>, Refused> {
+        let known = state.job(job)?;
+        if !known.assignment.tasks.values().any(|known| known.info.name == *task) {
+            return Err(Refused::NoSuchTask { job: job.clone(), task: task.clone() });
+        }
+        let lead = self.lead(now, state, job).expect("the job is there");
+        Ok(lead.restarts.may_restart(now, known, task))
+    }
+
     /// Takes what a caller of a job has offered. `None` if there is no such job.
     pub fn offer(
         &mut self,
@@ -337,10 +358,7 @@ impl Leader {
 
     fn lead(&mut self, now: Time, state: &State, name: &JobName) -> Option<&mut Lead> {
         let job = state.jobs.get(name)?;
-        let lead = self
-            .jobs
-            .entry(name.clone())
-            .or_insert_with(|| Lead::new(now, &job.spec, &job.assignment));
+        let lead = self.jobs.entry(name.clone()).or_insert_with(|| Lead::new(now, job));
         lead.roster.set_heartbeat(job.spec.heartbeat);
         lead.roster.set_lease(job.spec.owner_lease().map(|lease| self.margin.waited(lease)));
         lead.hold_off = state.hold_off && job.spec.consistency == Consistency::Exclusive;
@@ -363,6 +381,7 @@ impl Leader {
 #[derive(Clone, Debug)]
 struct Lead {
     roster: Roster,
+    restarts: Restarts,
     table: LoadTable,
     /// The newest generation that each task is known to serve by.
     served: BTreeMap<SessionId, Generation>,
@@ -394,11 +413,13 @@ enum Busy {
 }
 
 impl Lead {
-    fn new(now: Time, spec: &JobSpec, assignment: &Assignment) -> Self {
+    fn new(now: Time, job: &Job) -> Self {
+        let (spec, assignment) = (&job.spec, job.assignment.as_ref());
         let mut roster = Roster::new(spec.heartbeat);
         roster.sync(now, assignment.tasks.keys().copied());
         Self {
             roster,
+            restarts: Restarts::new(now, job),
             table: LoadTable::default(),
             served: BTreeMap::new(),
             began: assignment.generation,
@@ -409,7 +430,7 @@ impl Lead {
             sizes: Sizes::default(),
             loads: BTreeMap::new(),
             // What the leader before could not finish cannot wait for a round.
-            next_round: if is_urgent(assignment) { now } else { now + spec.balance_every },
+            next_round: if is_urgent(job) { now } else { now + spec.balance_every },
             next_store: now + STORE_EVERY,
             busy: None,
             held: 0,
@@ -418,7 +439,8 @@ impl Lead {
     }
 
     fn deadline(&self) -> Time {
-        let soon = [self.roster.deadline(), self.hand_offs.deadline()];
+        let (roster, hand_offs) = (self.roster.deadline(), self.hand_offs.deadline());
+        let soon = [roster, hand_offs, self.restarts.deadline()];
         let due = soon.into_iter().flatten().chain([self.next_round, self.next_store]).min();
         due.expect("there is always a next round")
     }
@@ -437,6 +459,7 @@ impl Lead {
         let assignment = &job.assignment;
         self.next_round = self.next_round.min(now + job.spec.balance_every);
         self.roster.sync(now, assignment.tasks.keys().copied());
+        self.restarts.sync(now, job);
         // Whoever stays after all may leave another time.
         self.told.retain(|session| is_leaving(assignment, *session));
         self.served.retain(|session, _| assignment.tasks.contains_key(session));
@@ -449,7 +472,7 @@ impl Lead {
             }
         }
         out.extend(self.hand_offs.propose(now, name).map(Action::Propose));
-        if self.busy.is_none() && is_urgent(assignment) {
+        if self.busy.is_none() && is_urgent(job) {
             self.plan(now, job, false, out);
         }
     }
@@ -475,7 +498,9 @@ impl Lead {
             let mut serving = assignment.tasks.values().filter(|task| task.phase == Phase::Serving);
             let all_hear = serving.all(|task| self.roster.connected(task.session));
             self.held = if all_hear { 0 } else { self.held + 1 };
-            self.plan(now, job, all_hear || self.held > HELD_ROUNDS, out);
+            let even = all_hear || self.held > HELD_ROUNDS;
+            let even = even && !self.restarts.holds(now);
+            self.plan(now, job, even, out);
         }
     }
 
@@ -483,7 +508,7 @@ impl Lead {
         if self.hold_off {
             return;
         }
-        let (of, moving) = settled(&job.assignment, &self.hand_offs);
+        let (of, moving) = settled(job, &self.hand_offs);
         let of = &of;
         if of.tasks.values().all(|task| task.phase != Phase::Serving) {
             return;
@@ -506,6 +531,7 @@ impl Lead {
             surprise: self.forecast.surprise(),
             fresh,
             moving,
+            rollout: self.restarts.before(),
             ..Round::new(Arc::clone(of), loads, policy)
         };
         self.busy = Some(Busy::Planning(of.generation));
@@ -568,9 +594,12 @@ impl Lead {
     }
 }
 
-/// The assignment as it will be once all hand-offs are over, and the places of the slices that are in one.
-fn settled(assignment: &Arc<Assignment>, hand_offs: &HandOffs) -> (Arc<Assignment>, Vec<u32>) {
-    let mut moving = Vec::new();
+/// The assignment as it will be once all hand-offs are over, and the places of the slices that are in one, or that wait for
+/// their task.
+fn settled(job: &Job, hand_offs: &HandOffs) -> (Arc<Assignment>, Vec<u32>) {
+    let (assignment, waiting) = (&job.assignment, job.waiting());
+    let places = waiting.iter().map(|slice| assignment.slices.index_of(slice.first()) as u32);
+    let mut moving: Vec<u32> = places.collect();
     if hand_offs.is_empty() {
         return (Arc::clone(assignment), moving);
     }
@@ -606,10 +635,11 @@ fn is_leaving(assignment: &Assignment, session: SessionId) -> bool {
 
 /// Whether something cannot wait for the next round: a slice that nobody serves, a leaving task that still serves, or a
 /// task that has nothing.
-fn is_urgent(assignment: &Assignment) -> bool {
+fn is_urgent(job: &Job) -> bool {
+    let (assignment, waiting) = (&job.assignment, job.waiting());
     let mut busy = BTreeSet::new();
-    for (_, assigned) in assignment.slices.iter() {
-        if assigned.replicas.as_slice().is_empty() {
+    for (slice, assigned) in assignment.slices.iter() {
+        if assigned.replicas.as_slice().is_empty() && !waiting.contains(&slice) {
             return true;
         }
         // What is on its way is planned for.
@@ -624,29 +654,32 @@ fn is_urgent(assignment: &Assignment) -> bool {
 }
 
 #[cfg(test)]
+mod rollouts;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::balance;
     use crate::report::Size;
-    use crate::spec::{Band, BandOf, Metric, Ratio};
+    use crate::spec::{Band, BandOf, JobSpec, Metric, Ratio};
     use crate::state::Outcome;
     use crate::task::TaskInfo;
 
     /// A leader, and a log of one node that applies at once.
-    struct Scene {
-        state: State,
-        leader: Leader,
-        now: Time,
+    pub(super) struct Scene {
+        pub(super) state: State,
+        pub(super) leader: Leader,
+        pub(super) now: Time,
         drained: Vec<SessionId>,
         granted: Vec<(SessionId, u64)>,
     }
 
-    fn kv() -> JobName {
+    pub(super) fn kv() -> JobName {
         "kv".parse().unwrap()
     }
 
     impl Scene {
-        fn new() -> Self {
+        pub(super) fn new() -> Self {
             let (state, now) = (State::default(), Time::from_millis(1_000));
             let leader = Leader::new(now, &state);
             let mut scene = Self { state, leader, now, drained: Vec::new(), granted: Vec::new() };
@@ -654,7 +687,7 @@ mod tests {
             scene
         }
 
-        fn propose(&mut self, command: Command) -> Option<SessionId> {
+        pub(super) fn propose(&mut self, command: Command) -> Option<SessionId> {
             let applied = self.state.apply(command.clone());
             let event =
                 if applied.is_ok() { Event::Applied { job: kv() } } else { Event::Failed(command) };
@@ -687,7 +720,7 @@ mod tests {
         }
 
         /// Lets time pass; all tasks but `silent` beat, and report the load that `load` gives each key.
-        fn pass(
+        pub(super) fn pass(
             &mut self,
             seconds: u64,
             silent: &[SessionId],
@@ -726,13 +759,21 @@ mod tests {
                 id,
                 format!("h:{id}").parse().unwrap(),
             );
+            self.join(info)
+        }
+
+        pub(super) fn join(&mut self, info: TaskInfo) -> SessionId {
             let session =
                 self.propose(Command::Register { job: kv(), info, stopped: None }).unwrap();
             self.happen(Event::Attached { job: kv(), session });
             session
         }
 
-        fn keys_of(&self, session: SessionId) -> f64 {
+        pub(super) fn load_of(&self, session: SessionId) -> f64 {
+            self.leader.load_of(&kv(), session).units()
+        }
+
+        pub(super) fn keys_of(&self, session: SessionId) -> f64 {
             let keys: u128 =
                 self.state.jobs[&kv()].assignment.of(session).map(|(slice, _)| slice.width()).sum();
             keys as f64 / (1_u128 << 64) as f64

@@ -31,6 +31,8 @@ pub mod plan;
 pub mod balance;
 pub mod sizes;
 pub mod command;
+pub mod kept;
 pub mod state;
+pub mod restart;
 mod handoff;
 pub mod leader;

@@ -3,13 +3,14 @@
 //! Every node applies the same commands and gets the same state. Generations and sessions are minted here and nowhere
 //! else. A command that no longer fits is refused, and leaves the state as it was.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crate::assignment::{Assigned, Assignment, Replica};
-use crate::command::{ClusterId, Command, NodeId};
+use crate::command::{ClusterId, Command, EndReason, NodeId};
 use crate::delta::{Delta, TaskChange};
 use crate::generation::Generation;
+use crate::kept::Kept;
 use crate::load::Load;
 use crate::name::{JobName, TaskName};
 use crate::pin::{PINS_MAX, Pin};
@@ -57,6 +58,8 @@ pub struct Job {
     pub frozen: bool,
     /// What an operator nailed to tasks, in order, without overlap.
     pub pins: Vec<Pin>,
+    /// What waits for tasks that stopped without drain, by their names.
+    pub kept: BTreeMap<TaskName, Kept>,
     /// What all plans together have moved.
     pub churn: Churn,
     /// The newest moves, oldest first, each with the generation that it led to.
@@ -277,9 +280,13 @@ impl State {
             Command::Register { job, info, stopped } => self.register(&job, info, stopped),
             Command::Drain { job, session } => self.set_phase(&job, session, Phase::Draining),
             Command::Undrain { job, session } => self.set_phase(&job, session, Phase::Serving),
-            Command::End { job, session, reason: _ } => {
+            Command::Forget { job, task, session } => self.job_mut(&job)?.forget(&task, session),
+            Command::End { job, session, reason } => {
                 let job = self.job_mut(&job)?;
                 job.task(session)?;
+                if reason == EndReason::Lost {
+                    job.keep(session);
+                }
                 Ok(Applied { delta: Some(job.end(session)), outcome: Outcome::Done })
             }
             Command::Change { job, plan } => {
@@ -460,8 +467,16 @@ impl Job {
         };
         assignment.spill = spec.spill.map(|spill| spill.cap);
         let assignment = Arc::new(assignment);
-        let (churn, history) = (Churn::default(), VecDeque::new());
-        Self { spec, version: 0, assignment, frozen: false, pins: Vec::new(), churn, history }
+        Self {
+            spec,
+            version: 0,
+            assignment,
+            frozen: false,
+            pins: Vec::new(),
+            kept: BTreeMap::new(),
+            churn: Churn::default(),
+            history: VecDeque::new(),
+        }
     }
 
     /// The cap for spill that the spec asks for.
@@ -481,8 +496,66 @@ impl Job {
     fn begin(&mut self, task: Task, stopped: Option<SessionId>) -> Delta {
         let stopped = stopped.filter(|session| self.assignment.tasks.contains_key(session));
         let gone = stopped.map(TaskChange::Gone);
+        let kept = self.kept.remove(&task.info.name);
+        let kept = stopped.and_then(|session| self.kept_of(session)).or(kept);
         let left = stopped.map_or_else(Vec::new, |session| self.without(session));
-        self.step(gone.into_iter().chain([TaskChange::Set(Arc::new(task))]).collect(), left)
+        let slices = self.given_back(left, kept.as_ref(), task.session);
+        self.step(gone.into_iter().chain([TaskChange::Set(Arc::new(task))]).collect(), slices)
+    }
+
+    /// Has the slices of a session that is about to end wait for its task.
+    fn keep(&mut self, session: SessionId) {
+        let Some(kept) = self.kept_of(session) else { return };
+        let name = self.assignment.tasks[&session].info.name.clone();
+        if self.kept.len() < TASKS_MAX {
+            self.kept.insert(name, kept);
+        }
+    }
+
+    /// What would wait for a task that stops now: nothing of one that drains, and nothing that is on its way to another.
+    fn kept_of(&self, session: SessionId) -> Option<Kept> {
+        if self.spec.grace.is_zero() || !self.may_take(session) {
+            return None;
+        }
+        let slices = self.assignment.slices.iter().filter(|(_, assigned)| {
+            assigned.transit.is_none() && assigned.replicas.of(session).is_some()
+        });
+        Kept::new(session, slices.map(|(slice, _)| slice).collect())
+    }
+
+    /// The slices of `left`, and those that were kept, with a session that serves the latter from now on.
+    fn given_back(
+        &self,
+        left: Vec<(Slice, Assigned)>,
+        kept: Option<&Kept>,
+        session: SessionId,
+    ) -> Vec<(Slice, Assigned)> {
+        let token = self.assignment.generation.next();
+        let mut slices: BTreeMap<Slice, Assigned> = left.into_iter().collect();
+        for slice in kept.into_iter().flat_map(|kept| &kept.slices) {
+            let (whole, known) = self.assignment.get(slice.first());
+            let old = slices.get(slice).unwrap_or(known);
+            let to = Replica { session, since: token };
+            if let Some(replicas) = old.replicas.moved(None, Some(to)).filter(|_| whole == *slice) {
+                slices.insert(*slice, Assigned { replicas, token, ..old.clone() });
+            }
+        }
+        slices.into_iter().collect()
+    }
+
+    /// Lets go of what waits for a task.
+    fn forget(&mut self, task: &TaskName, session: SessionId) -> Result<Applied, Refused> {
+        if self.kept.get(task).is_none_or(|kept| kept.session != session) {
+            return Err(Refused::NoSuchSession { job: self.spec.name.clone(), session });
+        }
+        self.kept.remove(task);
+        // A generation of its own, so that a plan that was made while they waited is stale.
+        Ok(Applied { delta: Some(self.step(vec![], vec![])), outcome: Outcome::Done })
+    }
+
+    /// The slices that wait for a task.
+    pub fn waiting(&self) -> BTreeSet<Slice> {
+        self.kept.values().flat_map(|kept| kept.slices.iter().copied()).collect()
     }
 
     fn end(&mut self, session: SessionId) -> Delta {
@@ -564,6 +637,7 @@ impl Job {
             *assigned = Assigned { replicas: nobody, token: first, transit: None, ..*assigned };
         }
         self.assignment = Arc::new(assignment);
+        self.kept.clear();
     }
 
     /// Moves the assignment one generation on.
@@ -607,7 +681,9 @@ impl Job {
         self.churn.add(plan);
         self.history.extend(plan.moves().map(|step| (now, *step)));
         self.history.drain(..self.history.len().saturating_sub(HISTORY_MAX));
-        let changed = union(touched).into_iter().flat_map(|range| {
+        let touched = union(touched);
+        self.kept.retain(|_, kept| kept.release(&touched));
+        let changed = touched.into_iter().flat_map(|range| {
             slices
                 .touching(range)
                 .map(|(slice, assigned)| (slice, assigned.clone()))

@@ -39,6 +39,11 @@ impl From<&Command> for pb::Command {
             }),
             Command::Drain { job, session } => Kind::Drain(of(job, session)),
             Command::Undrain { job, session } => Kind::Undrain(of(job, session)),
+            Command::Forget { job, task, session } => Kind::Forget(pb::Forget {
+                job: job.to_string(),
+                task: task.to_string(),
+                session: session.0,
+            }),
             Command::End { job, session, reason } => Kind::End(pb::EndSession {
                 job: job.to_string(),
                 session: session.0,
@@ -100,6 +105,11 @@ impl TryFrom<pb::Command> for Command {
             Kind::Undrain(of) => {
                 Self::Undrain { job: job_name(&of.job)?, session: session(of.session, "session")? }
             }
+            Kind::Forget(forget) => Self::Forget {
+                job: job_name(&forget.job)?,
+                task: task_name(&forget.task)?,
+                session: session(forget.session, "session")?,
+            },
             Kind::End(end) => Self::End {
                 job: job_name(&end.job)?,
                 session: session(end.session, "session")?,

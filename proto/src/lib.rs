@@ -12,6 +12,7 @@ pub mod pb {
 pub mod error;
 pub mod assignment;
 pub mod task;
+pub mod transfer;
 pub mod job;
 pub mod update;
 pub mod command;

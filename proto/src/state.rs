@@ -4,11 +4,14 @@ use std::sync::Arc;
 
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
+use mandoline_core::kept::Kept;
+use mandoline_core::name::TaskName;
 use mandoline_core::pin::Pin;
 use mandoline_core::plan::Move;
+use mandoline_core::slice::Slice;
 use mandoline_core::state::{Churn, Job, State};
 
-use crate::assignment::task_name;
+use crate::assignment::{session, task_name};
 use crate::command::{cluster_bytes, cluster_id};
 use crate::error::{WireError, each, need};
 use crate::pb;
@@ -39,6 +42,7 @@ impl From<&Job> for pb::Job {
             history: job.history.iter().map(past).collect(),
             frozen: job.frozen,
             pins: job.pins.iter().map(pb::Pin::from).collect(),
+            kept: job.kept.iter().map(kept).collect(),
         }
     }
 }
@@ -65,6 +69,30 @@ fn pins(pins: Vec<pb::Pin>) -> Result<Vec<Pin>, WireError> {
             Err(WireError::new("pins", format!("{} is out of order or overlaps", pair[1].slice)))
         }
         None => Ok(pins),
+    }
+}
+
+fn kept((task, kept): (&TaskName, &Kept)) -> pb::Kept {
+    pb::Kept {
+        task: task.to_string(),
+        session: kept.session.0,
+        slices: kept.slices.iter().map(|slice| (*slice).into()).collect(),
+    }
+}
+
+struct Waits(TaskName, Kept);
+
+impl TryFrom<pb::Kept> for Waits {
+    type Error = WireError;
+
+    fn try_from(kept: pb::Kept) -> Result<Self, WireError> {
+        let slices: Vec<Slice> = each(kept.slices, "slices")?;
+        if slices.windows(2).any(|pair| pair[0].last() >= pair[1].first()) {
+            return Err(WireError::new("slices", "are out of order or overlap"));
+        }
+        let task = task_name(&kept.task)?;
+        let kept = Kept::new(session(kept.session, "session")?, slices);
+        Ok(Self(task, need(kept, "slices")?))
     }
 }
 
@@ -97,6 +125,10 @@ impl TryFrom<pb::Job> for Job {
             history: history.collect(),
             frozen: job.frozen,
             pins: pins(job.pins)?,
+            kept: each::<_, Waits>(job.kept, "kept")?
+                .into_iter()
+                .map(|Waits(task, kept)| (task, kept))
+                .collect(),
         })
     }
 }

@@ -8,6 +8,7 @@ use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
 use mandoline_core::command::{ClusterId, Command, EndReason};
 use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::generation::Generation;
+use mandoline_core::kept::Kept;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
 use mandoline_core::offers::{Caller, Offer, SliceOffer};
@@ -155,6 +156,7 @@ fn commands() -> Vec<Command> {
         Command::Register { job: job.clone(), info: info(1), stopped: Some(session) },
         Command::Drain { job: job.clone(), session },
         Command::Undrain { job: job.clone(), session },
+        Command::Forget { job: job.clone(), task: "t1".parse().unwrap(), session },
         Command::End { job: job.clone(), session, reason: EndReason::Lost },
         Command::Change { job: job.clone(), plan },
         Command::StoreLoads { job: job.clone(), base: NOW, loads },
@@ -186,6 +188,12 @@ fn state() -> State {
         frozen: true,
         pins: [slice(0, 9), slice(10, 10)]
             .map(|slice| Pin { slice, task: "t9".parse().unwrap() })
+            .into(),
+        kept: [("t1", 1), ("t2", 9)]
+            .map(|(name, id)| {
+                let kept = Kept::new(SessionId(id), vec![slice(0, 9), slice(20, 29)]);
+                (name.parse().unwrap(), kept.unwrap())
+            })
             .into(),
         churn: Churn { moves: 1, keys: 2, load: 3 },
         history: VecDeque::from([(NOW, step())]),
@@ -241,6 +249,23 @@ fn pins_that_overlap_are_refused() {
         error,
         "jobs[0].pins: 0000000000000000..0000000000000009 is out of order or overlaps"
     );
+}
+
+#[test]
+fn what_waits_for_a_task_is_in_order_and_not_nothing() {
+    type BendKept = fn(&mut pb::Kept);
+    let cases: [(BendKept, &str); 4] = [
+        (|m| m.slices.swap(0, 1), "jobs[0].kept[0].slices: are out of order or overlap"),
+        (|m| m.slices.clear(), "jobs[0].kept[0].slices: is missing"),
+        (|m| m.session = 0, "jobs[0].kept[0].session: "),
+        (|m| m.task.clear(), "jobs[0].kept[0].task: "),
+    ];
+    for (bend, message) in cases {
+        let mut state = pb::State::from(&state());
+        bend(&mut state.jobs[0].kept[0]);
+        let error = State::try_from(state).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{error}");
+    }
 }
 
 #[test]

@@ -70,6 +70,7 @@ mod install;
 mod life;
 mod link;
 mod session;
+pub mod transfer;
 pub mod slicelet;
 
 pub use clerk::{Clerk, Router};
@@ -81,6 +82,7 @@ pub use mandoline_core::name::{JobName, TaskName};
 pub use mandoline_core::report::Size;
 pub use mandoline_core::slice::Slice;
 pub use mandoline_core::task::{Address, SessionId, Task};
+pub use mandoline_core::transit::HandOffId;
 pub use mandoline_distributor::connect::Connector;
 pub use mandoline_distributor::hub::Hub;
 pub use mandoline_distributor::serve::WatchService;

@@ -138,6 +138,7 @@ fn job_of(command: &Command) -> Option<&JobName> {
         Command::Register { job, .. }
         | Command::Drain { job, .. }
         | Command::Undrain { job, .. }
+        | Command::Forget { job, .. }
         | Command::End { job, .. }
         | Command::Change { job, .. }
         | Command::HandOff { job, .. }

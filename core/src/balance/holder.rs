@@ -12,7 +12,7 @@ pub(in crate::balance) struct Holder {
     pub(in crate::balance) serving: bool,
     /// Whether it held nothing when the round began.
     pub(in crate::balance) newcomer: bool,
-    /// Whether it runs the newest of several revisions.
+    /// Whether it runs the newest of several revisions, or is new in a rollout of one.
     pub(in crate::balance) newest: bool,
     /// Which value of the label that replicas are spread over it has.
     pub(in crate::balance) zone: u32,
@@ -56,7 +56,12 @@ pub(in crate::balance) fn roster(round: &Round) -> (Vec<Holder>, Vec<String>, us
         session: task.session,
         serving: task.phase == Phase::Serving,
         newcomer: false,
-        newest: newest.is_some_and(|newest| newest == task.info.revision),
+        newest: match (newest, round.rollout) {
+            (Some(newest), _) => newest == task.info.revision,
+            // Where revisions tell nothing apart, whoever registered since the restart began has restarted.
+            (None, Some(before)) => task.session > before,
+            (None, None) => false,
+        },
         zone: round.policy.spread.as_ref().map_or(0, |spread| {
             let value = label(task, spread);
             zones.binary_search(&value).unwrap_or(usize::MAX) as u32

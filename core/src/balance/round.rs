@@ -92,6 +92,8 @@ pub struct Round {
     pub in_flight: Vec<InFlight>,
     /// The places of slices that are on their way: they stand where they are going, and nothing touches them.
     pub moving: Vec<u32>,
+    /// While a rollout runs, the session that was the newest when it began: tasks of later ones are new in it.
+    pub rollout: Option<SessionId>,
     /// How far off task loads' forecasts lately were, in relation to the mean: widens an adaptive band.
     pub forecast_error: Ratio,
     /// How far a task's load lately lay above what was forecast where that was worst, beyond what chance explains: no plan
@@ -117,6 +119,7 @@ impl Round {
             costs: Vec::new(),
             in_flight: Vec::new(),
             moving: Vec::new(),
+            rollout: None,
             forecast_error: Ratio::from_millionths(0),
             surprise: Ratio::from_millionths(0),
             fresh: false,
