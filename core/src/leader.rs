@@ -658,12 +658,17 @@ mod rollouts;
 
 #[cfg(test)]
 mod tests {
+    mod stage;
+    mod leases;
+    mod handoffs;
+
     use super::*;
     use crate::balance;
     use crate::report::Size;
     use crate::spec::{Band, BandOf, JobSpec, Metric, Ratio};
     use crate::state::Outcome;
     use crate::task::TaskInfo;
+    use crate::transit::{Step, Transit};
 
     /// A leader, and a log of one node that applies at once.
     pub(super) struct Scene {
