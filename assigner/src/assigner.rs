@@ -18,6 +18,7 @@ use tracing::{info, warn};
 
 use crate::access::{Guard, connector, transport};
 use crate::api::admin::AdminService;
+use crate::api::gate;
 use crate::api::task::TaskService;
 use crate::config::{Config, ConfigError, Seat, Start};
 use crate::http::{self, Check, Pages};
@@ -130,10 +131,11 @@ impl Assigner {
             metrics,
         });
         let mut routes = Routes::new(InterceptedService::new(tasks, guard.clone()))
-            .add_service(InterceptedService::new(admin, guard.clone()))
+            .add_service(InterceptedService::new(admin.clone().server(), guard.clone()))
             .add_service(InterceptedService::new(watch, guard.clone()));
         let router = std::mem::take(routes.axum_router_mut());
-        *routes.axum_router_mut() = router.merge(http::routes(pages));
+        *routes.axum_router_mut() =
+            router.merge(http::routes(pages)).merge(gate::routes(admin, guard.clone()));
         let peers = Routes::new(InterceptedService::new(consensus.service(), guard));
         let run = |socket, routes| {
             let (access, closing) = (Arc::clone(&access), closing.clone());

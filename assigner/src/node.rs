@@ -12,11 +12,12 @@ use mandoline_core::balance::{self, Round};
 use mandoline_core::command::Command;
 use mandoline_core::leader::{Action, Event, Leader};
 use mandoline_core::load::Load;
-use mandoline_core::name::JobName;
+use mandoline_core::name::{JobName, TaskName};
 use mandoline_core::offers::{Offer, OfferError, Totals};
 use mandoline_core::plan::Plan;
+use mandoline_core::restart::NotNow;
 use mandoline_core::spec::Ratio;
-use mandoline_core::state::State;
+use mandoline_core::state::{Refused, State};
 use mandoline_core::task::SessionId;
 use mandoline_core::time::Time;
 use mandoline_distributor::hub::Hub;
@@ -47,7 +48,12 @@ enum Ask {
     Event(Box<Event>),
     Measure(JobName, oneshot::Sender<BTreeMap<SessionId, Measure>>),
     Offer(JobName, Box<Offer>, oneshot::Sender<Taken>),
+    MayRestart(JobName, TaskName, oneshot::Sender<Gate>),
 }
+
+/// What the leader says to a task that wants to restart: nothing where this node does not lead, a refusal where there is no
+/// such task.
+pub type Gate = Option<Result<Result<(), NotNow>, Refused>>;
 
 /// What became of an offer: nothing where this node does not lead, or there is no such job.
 pub type Taken = Option<Result<(), OfferError>>;
@@ -94,6 +100,13 @@ impl Node {
     pub async fn offer(&self, job: JobName, offer: Offer) -> Taken {
         let (answer, answered) = oneshot::channel();
         self.asks.send(Ask::Offer(job, Box::new(offer), answer)).await.ok()?;
+        answered.await.ok()?
+    }
+
+    /// Asks the leader whether a task may restart now.
+    pub async fn may_restart(&self, job: JobName, task: TaskName) -> Gate {
+        let (answer, answered) = oneshot::channel();
+        self.asks.send(Ask::MayRestart(job, task, answer)).await.ok()?;
         answered.await.ok()?
     }
 
@@ -273,6 +286,13 @@ impl Loop {
                     let leader = self.leading.as_mut().map(|leading| &mut leading.leader);
                     let taken = leader.and_then(|leader| leader.offer(now, &job, *offer));
                     let _: Result<(), Taken> = answer.send(taken);
+                }
+                Ask::MayRestart(job, task, answer) => {
+                    let now = self.clock.now();
+                    let leader = self.leading.as_mut().map(|leading| &mut leading.leader);
+                    let state = self.consensus.state();
+                    let gate = leader.map(|leader| leader.may_restart(now, &state, &job, &task));
+                    drop(answer.send(gate));
                 }
             }
         }

@@ -119,6 +119,17 @@ pub(crate) enum TaskCommand {
         #[command(flatten)]
         ask: AskArgs,
     },
+    /// Says whether a task may stop and restart now; ends with 1 and the reason if not
+    ///
+    /// A task that is told yes counts as leaving for ten seconds, so that two that ask at once are not both told so.
+    ///
+    /// Example: until mandoline task may-restart kv-3; do sleep 2; done && kill $PID
+    MayRestart {
+        #[command(flatten)]
+        which: TaskOf,
+        #[command(flatten)]
+        ask: AskArgs,
+    },
     /// Takes a drain back
     Undrain {
         #[command(flatten)]
@@ -136,6 +147,16 @@ pub(crate) struct TaskOf {
     /// Its job; may be left out if one job alone has a task of this name
     #[arg(long)]
     job: Option<Text<JobName>>,
+}
+
+impl TaskOf {
+    /// Gives the task's job.
+    async fn job(&self, client: &Client) -> Result<String, Failure> {
+        match &self.job {
+            Some(job) => Ok(job.to_string()),
+            None => job_of(client, self.name.0.as_str()).await,
+        }
+    }
 }
 
 /// The assigner nodes themselves
@@ -271,6 +292,23 @@ pub(crate) async fn task(command: TaskCommand) -> Result<ExitCode, Failure> {
                 return Ok(ExitCode::from(1));
             }
         }
+        TaskCommand::MayRestart { which, ask } => {
+            let client = Client::new(&ask.client)?;
+            let (job, task) = (which.job(&client).await?, which.name.0.to_string());
+            let request = pb::MayRestartRequest { job: job.clone(), task: task.clone() };
+            let call = async |mut admin: Admin, request| admin.may_restart(request).await;
+            let pb::MayRestartReply { yes, reason } = client.ask(request, call).await?;
+            let shown = (!yes).then_some(&reason);
+            let json = json!({ "job": job, "task": task, "may_restart": yes, "reason": shown });
+            let text = match yes {
+                true => format!("task {task} may restart\n"),
+                false => format!("task {task} may not restart now: {reason}\n"),
+            };
+            ask.output.print(&json, text);
+            if !yes {
+                return Ok(ExitCode::from(1));
+            }
+        }
         TaskCommand::Undrain { which, ask } => {
             let job = set_phase(&Client::new(&ask.client)?, &which, true).await?;
             let json = json!({ "job": job, "task": which.name.0.as_str() });
@@ -333,11 +371,7 @@ async fn list(client: &Client) -> Result<Vec<pb::JobStatus>, Failure> {
 
 /// Drains a task, or takes that back, and gives the job that it belongs to.
 async fn set_phase(client: &Client, which: &TaskOf, undrain: bool) -> Result<String, Failure> {
-    let name = which.name.0.as_str();
-    let job = match &which.job {
-        Some(job) => job.to_string(),
-        None => job_of(client, name).await?,
-    };
+    let (name, job) = (which.name.0.as_str(), which.job(client).await?);
     let request = pb::DrainTaskRequest { job: job.clone(), task: name.to_owned(), undrain };
     let look = format!("mandoline task list --job {job}");
     let call = async |mut admin: Admin, request| admin.drain_task(request).await;

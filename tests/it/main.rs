@@ -23,6 +23,7 @@ mod fate;
 mod secure;
 mod failover;
 mod task_loss;
+mod rolling;
 mod spill;
 mod away;
 mod durability;

@@ -74,14 +74,14 @@ struct Inner {
 
 impl AdminService {
     /// Answers for this node, and reaches the leader by `connector` where another leads.
-    pub fn new(
-        consensus: Consensus,
-        node: Node,
-        connector: Connector,
-        metrics: Metrics,
-    ) -> AdminServer<Self> {
+    pub fn new(consensus: Consensus, node: Node, connector: Connector, metrics: Metrics) -> Self {
         let inner = Inner { consensus, node, connector, metrics, leaders: Mutex::default() };
-        AdminServer::new(Self { inner: Arc::new(inner) })
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Gives what answers calls.
+    pub fn server(self) -> AdminServer<Self> {
+        AdminServer::new(self)
             .max_decoding_message_size(MESSAGE_MAX_BYTES)
             .max_encoding_message_size(MESSAGE_MAX_BYTES)
     }
@@ -131,6 +131,14 @@ impl Admin for AdminService {
     ) -> Result<Response<pb::DrainTaskReply>, Status> {
         let answer = self.inner.drain_task(request).await;
         self.counted("DrainTask", answer)
+    }
+
+    async fn may_restart(
+        &self,
+        request: Request<pb::MayRestartRequest>,
+    ) -> Result<Response<pb::MayRestartReply>, Status> {
+        let answer = self.inner.may_restart(request).await;
+        self.counted("MayRestart", answer)
     }
 
     async fn freeze_job(
@@ -293,6 +301,30 @@ impl Inner {
                 false => info!(%task, "Task drains"),
             }
             Ok(pb::DrainTaskReply {})
+        })
+    }
+
+    async fn may_restart(
+        &self,
+        request: Request<pb::MayRestartRequest>,
+    ) -> Result<pb::MayRestartReply, Status> {
+        let job = job_name(&request.get_ref().job).map_err(invalid)?;
+        let task = task_name(&request.get_ref().task).map_err(invalid)?;
+        at_leader!(self, request, may_restart, async {
+            let gate = self.node.may_restart(job.clone(), task.clone()).await;
+            // Who led when it said so must have led: else two leaders say yes to two tasks.
+            self.consensus.confirm_leadership().await?;
+            let gate = gate.ok_or_else(|| Problem::NotLeader("this node leads no more".into()))?;
+            match gate.map_err(|refusal| Problem::Final(refused(&refusal)))? {
+                Ok(()) => {
+                    info!(%job, %task, "Task may restart");
+                    Ok(pb::MayRestartReply { yes: true, reason: String::new() })
+                }
+                Err(why) => {
+                    info!(%job, %task, %why, "Task may not restart now");
+                    Ok(pb::MayRestartReply { yes: false, reason: why.to_string() })
+                }
+            }
         })
     }
 

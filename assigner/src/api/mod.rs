@@ -2,3 +2,4 @@
 
 pub mod task;
 pub mod admin;
+pub mod gate;
