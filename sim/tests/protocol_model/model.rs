@@ -9,7 +9,7 @@ use crate::world::{Clocks, LOG_MAX, Leader, Left, Process, Renewal, Stage, World
 /// Units a tick of a clock that is right.
 const RIGHT: u8 = 5;
 /// Units a tick of a clock that is a fifth too slow.
-const SLOW: u8 = RIGHT - MARGIN;
+pub(crate) const SLOW: u8 = RIGHT - MARGIN;
 /// Units a tick of a clock that is a fifth too fast.
 const FAST: u8 = RIGHT + MARGIN;
 /// How clocks may go: as bad as it gets for safety, and the other way round.
@@ -566,7 +566,9 @@ fn install(world: &mut World, process: u8, generation: Generation, guard: bool) 
     let same = before.owner == next.owner && before.token == next.token;
     it.guard = (it.guard || guard) && same && next.releases(it.session).is_some();
     (it.installed, it.reopened) = (generation, false);
-    if next.releases(it.session).is_none() {
+    // The right to a slice ends with the last grant before the release, also where that is the second one.
+    let goes_on = |id| next.releases(it.session).is_some_and(|transit| transit.id == id);
+    if !before.releases(it.session).is_some_and(|transit| goes_on(transit.id)) {
         it.right = it.lease;
     }
 }
