@@ -6,9 +6,9 @@
 //!
 //! | system | clock | counts suspend |
 //! |---|---|---|
-//! | Linux, Android, FreeBSD, OpenBSD, Fuchsia | `CLOCK_BOOTTIME` | yes |
-//! | macOS and its kin | `CLOCK_MONOTONIC` | yes |
-//! | others | `CLOCK_MONOTONIC` | no: an owner that is suspended there wakes with its lease, and only fencing protects |
+//! | Linux, Android | `CLOCK_BOOTTIME` | yes |
+//! | macOS and its kin | `CLOCK_MONOTONIC` | yes, by its manual |
+//! | others | `CLOCK_MONOTONIC` | do not count on it: an owner may wake with its lease, and only fencing protects |
 //!
 //! No clock in a guest counts what a hypervisor hides from it: see docs/fencing.md.
 
@@ -23,26 +23,14 @@ pub(crate) fn now() -> Time {
     Time::from_nanos(tv_sec as u64 * 1_000_000_000 + tv_nsec as u64)
 }
 
-#[cfg(any(
-    target_os = "android",
-    target_os = "freebsd",
-    target_os = "fuchsia",
-    target_os = "linux",
-    target_os = "openbsd"
-))]
+#[cfg(any(target_os = "linux", target_os = "android"))]
 #[inline]
 fn read() -> Timespec {
     use rustix::time::{DynamicClockId, clock_gettime_dynamic};
     clock_gettime_dynamic(DynamicClockId::Boottime).expect("Linux has CLOCK_BOOTTIME since 2.6.39")
 }
 
-#[cfg(not(any(
-    target_os = "android",
-    target_os = "freebsd",
-    target_os = "fuchsia",
-    target_os = "linux",
-    target_os = "openbsd"
-)))]
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
 #[inline]
 fn read() -> Timespec {
     rustix::time::clock_gettime(rustix::time::ClockId::Monotonic)

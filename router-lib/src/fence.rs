@@ -31,7 +31,7 @@ use mandoline_core::slice_map::SliceMap;
 /// What an owner shows to the storage: the generation at which it got the slice. For each key, a later owner's is greater.
 pub type Token = Generation;
 
-/// The newest token of every key, by ranges.
+/// The newest token of every key of one job, by ranges.
 ///
 /// `check` takes `&self` and `advance`, which is rare, `&mut self`: share it as `Arc<RwLock<Fence>>`, and hold the read lock
 /// from the check *until the write is done*. A check that lets go before is a check of nothing, for the new owner's
