@@ -41,6 +41,7 @@ use mandoline_distributor::serve::WatchService;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
 
 pub use crate::counters::{COST_MAX_UNITS, CostError};
 use crate::counters::{ONE_UNIT, Totals, thousandths};
@@ -522,7 +523,8 @@ async fn serve(peers: Option<Peers>, stop: CancellationToken) {
     let Some(Peers { listener, hub }) = peers else { return };
     let served = async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        // Else a small answer waits 40 ms for the acknowledgement of what was sent before.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         tonic::transport::Server::builder()
             .add_service(WatchService::new(hub, stop.clone()))
             .serve_with_incoming_shutdown(incoming, stop.cancelled())
