@@ -305,7 +305,7 @@ pub(crate) const COST: HeaderName = HeaderName::from_static("mandoline-cost");
 /// Says which task answered.
 pub(crate) const TASK: HeaderName = HeaderName::from_static("mandoline-task");
 /// A value may be 1 MiB: with `CONNECTIONS_MAX` of them on their way, memory stays within some gigabytes at worst.
-const VALUE_MAX_BYTES: usize = 1024 * 1024;
+pub(crate) const VALUE_MAX_BYTES: usize = 1024 * 1024;
 /// Twice what the driver has in flight by default, four times over for other callers.
 const CONNECTIONS_MAX: usize = 4_096;
 /// How long a request under way may take once the server was told to stop.
