@@ -10,10 +10,11 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::stream::{self, Stream, StreamExt};
+use mandoline_core::assignment::{Assigned, Assignment};
 use mandoline_core::generation::Generation;
 use mandoline_core::name::JobName;
 use mandoline_core::slice::Slice;
-use mandoline_core::transit::HandOffId;
+use mandoline_core::transit::{HandOffId, Step};
 use mandoline_proto::pb;
 use mandoline_proto::pb::transfers_server::{Transfers, TransfersServer};
 use mandoline_proto::transfer::{Ask, End, Party, Pass, Pull, Refusal, RefusalCode, Say, Wanted};
@@ -45,6 +46,24 @@ pub struct Leaving {
     pub to: Party,
     /// Which pass it is time for: the last one once no guard of the slice is left and none will be given.
     pub due: Pass,
+}
+
+impl Outgoing {
+    /// Finds in an assignment what is about to leave `me`. Of a slice that is being released, `is_quiet` says whether its last guard
+    /// is gone.
+    pub fn of(assignment: &Assignment, me: Party, is_quiet: impl Fn(HandOffId) -> bool) -> Self {
+        let leaving = |(slice, assigned): (Slice, &Assigned)| {
+            let transit = assigned.transit.as_deref()?;
+            let is_mine = transit.from == Some(me.session);
+            let to = assignment.tasks.get(&transit.to).filter(|_| is_mine)?;
+            let to = Party { session: to.session, incarnation: to.info.incarnation };
+            let is_last = transit.step == Step::Releasing && is_quiet(transit.id);
+            let due = if is_last { Pass::Last } else { Pass::Bulk };
+            Some((transit.id, Leaving { slice, to, due }))
+        };
+        let hand_offs = assignment.slices.iter().filter_map(leaving).collect();
+        Self { me: Some(me), known: assignment.generation, hand_offs }
+    }
 }
 
 /// Answers those who pull the state of slices that leave this task.

@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
+use mandoline_core::assignment::{Assigned, Assignment};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{Address, SessionId, Task, TaskInfo};
-use mandoline_core::transit::HandOffId;
+use mandoline_core::transit::{HandOffId, Step, Transit};
 use mandoline_distributor::connect::Connector;
 use mandoline_proto::pb;
 use mandoline_proto::pb::transfers_client::TransfersClient;
@@ -940,4 +941,40 @@ fn an_origin_is_a_task_that_serves_peers() {
     info.watch = Some("h:2".parse().unwrap());
     let origin = Origin { address: "h:2".parse().unwrap(), party: OLD };
     assert_eq!(Origin::of(&task(&info)), Some(origin));
+}
+
+#[test]
+fn what_is_about_to_leave_is_read_from_the_assignment() {
+    let task = |party: Party| {
+        let name = format!("t{}", party.session.0).parse().unwrap();
+        let address = format!("h:{}", party.session.0).parse().unwrap();
+        let info = TaskInfo::new(name, party.incarnation, address);
+        (party.session, Arc::new(Task::new(party.session, info)))
+    };
+    let known = Generation { incarnation: 1, number: 9 };
+    let mut assignment = Assignment::exclusive("kv".parse().unwrap(), known);
+    assignment.tasks = [OLD, NEW].map(task).into();
+    let transit = |first: u64, from: Party, to: Party, step| {
+        let id = HandOffId { first: SliceKey(first), ..hand_off(7).id };
+        Arc::new(Transit { id, from: Some(from.session), to: to.session, step })
+    };
+    let transits = [
+        transit(0, OLD, NEW, Step::Preparing),
+        transit(10, OLD, NEW, Step::Releasing),
+        transit(20, OLD, NEW, Step::Releasing),
+        transit(30, NEW, OLD, Step::Releasing),
+    ];
+    for transit in &transits {
+        let first = transit.id.first;
+        let slice = Slice::new(first, SliceKey(first.0 + 9)).unwrap();
+        let assigned = Assigned { transit: Some(Arc::clone(transit)), ..Assigned::unowned() };
+        assignment.slices.set(slice, assigned);
+    }
+    let outgoing = Outgoing::of(&assignment, OLD, |id| id.first != SliceKey(20));
+    assert_eq!((outgoing.me, outgoing.known), (Some(OLD), known));
+    let due: Vec<_> =
+        outgoing.hand_offs.values().map(|leaving| (leaving.slice.first().0, leaving.due)).collect();
+    assert_eq!(due, [(0, Pass::Bulk), (10, Pass::Last), (20, Pass::Bulk)]);
+    assert!(outgoing.hand_offs.values().all(|leaving| leaving.to == NEW));
+    assert_eq!(outgoing.hand_offs[&transits[0].id].slice.last(), SliceKey(9));
 }
