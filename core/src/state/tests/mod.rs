@@ -8,6 +8,7 @@ mod cluster;
 mod transcript;
 mod handoffs;
 mod restore;
+mod chance;
 
 use std::time::Duration;
 

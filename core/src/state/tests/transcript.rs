@@ -117,9 +117,16 @@ impl Scene {
             self.sessions.insert(name, session);
         }
         let old = Arc::clone(&self.followed);
-        if let Some(delta) = applied.delta {
-            self.followed = Arc::new(delta.apply_to(&old).unwrap());
-            assert_eq!(self.followed.generation, old.generation.next());
+        match applied.delta {
+            Some(delta) => {
+                self.followed = Arc::new(delta.apply_to(&old).unwrap());
+                assert_eq!(self.followed.generation, old.generation.next());
+            }
+            // Only loads change without anyone being told.
+            None => {
+                self.follow();
+                assert_eq!(self.followed.generation, old.generation);
+            }
         }
         let new = Arc::clone(&self.state.jobs[&kv()].assignment);
         assert_eq!(new, self.followed);
