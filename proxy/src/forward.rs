@@ -55,12 +55,15 @@ enum Setback {
 /// machine keeps a thread waiting, and still no hang.
 const LAG_PAUSES_MS: [u64; 7] = [5, 10, 20, 40, 80, 160, 320];
 
+/// How often a request is sent in all. A move costs two or three tries, so this is a slice that moves again and again as the
+/// request looks for it, or tasks that contradict each other.
+const TRIES_MAX: usize = 20;
+
 /// Sends a request to its task, and once more to the fresh owner if it may be repeated.
 ///
 /// An owner, fresh or not, that answers by an older assignment than the proxy's is asked again after a pause: in a move the
 /// old owner, the proxy and the new owner hear of it in any order. One that is giving the slice away is not asked, or not
-/// again: the request is held, and when it goes on the tries begin anew. Holds and pauses are counted over the whole request,
-/// so it ends.
+/// again: the request is held. Two that refuse it by one assignment are the end, and so are news that do not come.
 pub(crate) async fn forward(
     worker: &Worker,
     key: SliceKey,
@@ -70,14 +73,15 @@ pub(crate) async fn forward(
     held: &mut Held<'_>,
     exchange: &mut Exchange,
 ) -> Result<Answer, Refusal> {
-    let mut pauses = LAG_PAUSES_MS.into_iter().map(Duration::from_millis);
-    let mut is_fresh = false;
+    let mut pauses = LAG_PAUSES_MS.into_iter();
+    let (mut is_fresh, mut in_vain) = (false, false);
+    let mut tries = 0;
     loop {
         if target.is_releasing {
             target = next_owner(worker, key, target.generation, head, held, exchange).await?;
-            is_fresh = false;
             continue;
         }
+        tries += 1;
         exchange.tries(&target);
         let setback = match attempt(worker, &target, head, tape, exchange).await {
             Ok(answer) => {
@@ -94,7 +98,7 @@ pub(crate) async fn forward(
             Setback::Broken => tape.is_whole() && head.method.is_idempotent(),
             Setback::Final(_) => false,
         };
-        if !may_be_repeated {
+        if !may_be_repeated || tries == TRIES_MAX {
             return Err(refusal(setback, head));
         }
         let told = match &setback {
@@ -103,22 +107,25 @@ pub(crate) async fn forward(
             _ => None,
         };
         let lags = told.is_some_and(|told| told < target.generation);
+        let has_news = told.is_some_and(|told| told > target.generation);
         let next = match setback {
             // A task that cannot take what was spilled to it says nothing about the owner, who has not been asked yet.
             _ if target.is_spilled => worker.lookup.route_to_owner(key, &worker.pool),
             _ if lags => {
                 let Some(pause) = pauses.next() else { return Err(refusal(setback, head)) };
-                sleep(pause).await;
+                sleep(Duration::from_millis(pause)).await;
                 worker.lookup.route_to_owner(key, &worker.pool)
             }
             Setback::InTransit(told) => {
                 is_fresh = false;
                 Some(next_owner(worker, key, told, head, held, exchange).await?)
             }
-            _ if is_fresh => return Err(refusal(setback, head)),
+            _ if in_vain || (is_fresh && !has_news) => return Err(refusal(setback, head)),
             _ => {
                 is_fresh = true;
-                worker.lookup.fresh(key, &worker.pool, &target, told).await
+                let next = worker.lookup.fresh(key, &worker.pool, &target, told).await;
+                in_vain = next.as_ref().is_some_and(|next| Some(next.generation) < told);
+                next
             }
         };
         let Some(next) = next else { return Err(Refusal::Unserved) };
@@ -126,6 +133,9 @@ pub(crate) async fn forward(
         let was_heard = matches!(setback, Setback::Misdirected(_) | Setback::InTransit(_));
         if next.session() == target.session() && !was_heard && !next.is_releasing {
             return Err(refusal(setback, head));
+        }
+        if next.generation > target.generation {
+            pauses = LAG_PAUSES_MS.into_iter();
         }
         debug!(%key, from = %target.session(), to = %next.session(), "Request is tried again");
         target = next;

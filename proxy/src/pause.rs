@@ -29,10 +29,6 @@ use crate::route::Router;
 use crate::upload::Tape;
 use crate::wire::Line;
 
-/// How often one request is held. Each time the slice has moved on since, so a second time is rare; the bound is there so that
-/// tasks which contradict each other cannot keep a request going round.
-const TIMES_MAX: u32 = 8;
-
 /// How many are let go at once, and the pause after so many. Moves that hold fewer cost no pause; a full queue of 10,000 takes a
 /// third of a second, in which a task can accept the connections that it takes.
 const BATCH: usize = 32;
@@ -72,7 +68,6 @@ pub(crate) struct Held<'a> {
     key: SliceKey,
     tape: &'a Tape,
     line: &'a Line,
-    times: u32,
     until: Option<Instant>,
 }
 
@@ -171,7 +166,7 @@ impl Queue {
 
 impl<'a> Held<'a> {
     pub(crate) const fn new(hold: &'a Hold, key: SliceKey, tape: &'a Tape, line: &'a Line) -> Self {
-        Self { hold, key, tape, line, times: 0, until: None }
+        Self { hold, key, tape, line, until: None }
     }
 
     /// Lets a request pass unless others with its key are held: then it waits behind them. Says whether it did.
@@ -184,10 +179,6 @@ impl<'a> Held<'a> {
 
     /// Holds the request until there is an assignment newer than `told` by which the slice of its key has settled.
     pub(crate) async fn settled(&mut self, told: Generation, head: &Parts) -> Result<(), Refusal> {
-        if self.times == TIMES_MAX {
-            return Err(Refusal::Moving);
-        }
-        self.times += 1;
         let until = *self.until.get_or_insert_with(|| Instant::now() + self.hold.wait_max);
         let bytes = head_bytes(head) + self.tape.kept_bytes();
         let Some(mut stay) = self.hold.enter(self.key, told, bytes) else {

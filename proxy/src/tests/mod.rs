@@ -7,6 +7,7 @@ mod bodies;
 mod tries;
 mod holds;
 mod moves;
+mod handovers;
 mod spills;
 mod limits;
 mod life;
