@@ -53,6 +53,8 @@ pub(crate) enum Command {
     Assign {
         to: Session,
     },
+    /// The planner takes it from its owner, and gives it to nobody.
+    Unassign,
     /// The planner moves it.
     Prepare {
         to: Session,
@@ -104,6 +106,11 @@ impl Agreed {
                 let free = self.owner == 0 && !self.holds_off;
                 self.process(to).filter(|_| free)?;
                 next.give(to, generation);
+            }
+            Command::Unassign => {
+                let may = !rules.hold(Rule::NoOneInstead) && self.transit.is_none();
+                (may && self.owner != 0).then_some(())?;
+                next.owner = 0;
             }
             Command::Prepare { to } => {
                 let moves = self.owner != 0 && self.owner != to && self.transit.is_none();

@@ -124,7 +124,7 @@ const SCENARIOS: [Scenario; 8] = [
 ];
 
 /// Each rule, with the log and what else it takes to see that it is needed, and how the real machines keep to it.
-const MUTANTS: [(Rule, u8, Left, Refusal); 19] = [
+const MUTANTS: [(Rule, u8, Left, Refusal); 20] = [
     (Rule::DriftMargin, 3, NOTHING, Refusal::NotBelieved),
     (Rule::CountFromSend, 3, NOTHING, Refusal::NotBelieved),
     (Rule::ConfirmedGrant, 3, Left { elections: 1, ..NOTHING }, Refusal::NotGranted),
@@ -139,6 +139,7 @@ const MUTANTS: [(Rule, u8, Left, Refusal); 19] = [
     (Rule::GrantGivesNothing, 4, NOTHING, Refusal::NotBelieved),
     (Rule::GuardsFirst, 4, NOTHING, Refusal::NotReleased),
     (Rule::LapseWaits, 4, NOTHING, Refusal::NotProposed),
+    (Rule::NoOneInstead, 3, NOTHING, Refusal::NotApplied),
     (Rule::AckNamesHandOff, 7, NOTHING, Refusal::NotProposed),
     (Rule::AckEndsWithAbort, 5, NOTHING, Refusal::NotProposed),
     (Rule::TokenGrows, 4, NOTHING, Refusal::NotAgreed),

@@ -337,6 +337,7 @@ impl Protocol {
                 commands.push(Command::Register { process: number, life, stopped });
             }
         }
+        commands.push(Command::Unassign);
         commands.extend(leader.ending.map(|session| Command::End { session }));
         for Living { session, .. } in now.live {
             commands.push(Command::Assign { to: session });

@@ -164,7 +164,7 @@ impl Replay {
                 replay.apply(register, living.session).expect("the name is free");
             }
         }
-        let first = replay.change(None, 1);
+        let first = replay.change(None, Some(1));
         replay.apply(first, 0).expect("the slice is free");
         replay.agreed.insert(1, replay.newest());
         replay.elect(0);
@@ -396,8 +396,9 @@ impl Replay {
                 let end = CoreCommand::End { job, session, reason: EndReason::Lost };
                 return decided.then_some(end).ok_or(Refusal::AnotherTerm);
             }
-            Command::Assign { to } => return Ok(self.change(None, to)),
-            Command::Prepare { to } => return Ok(self.change(Some(before.now().owner), to)),
+            Command::Assign { to } => return Ok(self.change(None, Some(to))),
+            Command::Unassign => return Ok(self.change(Some(before.now().owner), None)),
+            Command::Prepare { to } => return Ok(self.change(Some(before.now().owner), Some(to))),
             Command::Abort { id } => return Ok(steps(self.id(id), CoreAct::Abort)),
             Command::Settle => (CoreCommand::Settle { incarnation: self.state.incarnation }, None),
             Command::Lapsed { id } => (steps(self.id(id), CoreAct::Lapsed), None),
@@ -436,13 +437,13 @@ impl Replay {
         CoreCommand::Register { job: self.job.clone(), info, stopped }
     }
 
-    fn change(&self, from: Option<Session>, to: Session) -> CoreCommand {
-        let from = from.map(|from| self.sessions[&from]);
+    fn change(&self, from: Option<Session>, to: Option<Session>) -> CoreCommand {
+        let [from, to] = [from, to].map(|it| it.map(|it| self.sessions[&it]));
         let zero = Load::ZERO;
         let step = Move {
             slice: Slice::FULL,
             from,
-            to: Some(self.sessions[&to]),
+            to,
             reason: Reason::Load,
             load: zero,
             before: zero,

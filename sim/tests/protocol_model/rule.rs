@@ -31,6 +31,8 @@ pub(crate) enum Rule {
     GuardsFirst,
     /// A slice is given on unacknowledged only after a whole lease (3).
     LapseWaits,
+    /// A plan takes no slice from its owner without a hand-off: who got it next would get it at once (3).
+    NoOneInstead,
     /// An acknowledgement counts for the hand-off that it names (3).
     AckNamesHandOff,
     /// None counts after an abort (3).
@@ -44,7 +46,7 @@ pub(crate) enum Rule {
 }
 
 /// All of them, in the order of the document.
-pub(crate) const RULES: [Rule; 19] = [
+pub(crate) const RULES: [Rule; 20] = [
     Rule::DriftMargin,
     Rule::CountFromSend,
     Rule::ConfirmedGrant,
@@ -59,6 +61,7 @@ pub(crate) const RULES: [Rule; 19] = [
     Rule::GrantGivesNothing,
     Rule::GuardsFirst,
     Rule::LapseWaits,
+    Rule::NoOneInstead,
     Rule::AckNamesHandOff,
     Rule::AckEndsWithAbort,
     Rule::TokenGrows,

@@ -120,7 +120,8 @@ pub(crate) enum Stage {
 /// What is blank in every world of this length tells none from another, and hashing is most of the work.
 impl Hash for World {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { clocks, agreed, newest, written, minted, leading, leaders, processes, .. } = self;
+        let Self { clocks, agreed, newest, written, minted, leading, leaders, processes, .. } =
+            self;
         let blank = agreed.iter().position(|agreed| *agreed != Agreed::default());
         agreed[blank.unwrap_or_default()..=usize::from(*newest)].hash(state);
         (clocks, newest, written, minted, leading, leaders, processes).hash(state);
