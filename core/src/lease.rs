@@ -102,6 +102,8 @@ pub enum Action {
     Release(Going),
     /// Take work on a slice again: its hand-off was called off.
     Resume(HandOffId),
+    /// Pull what has changed of a slice on its way here: who has it takes no more work on it.
+    Fetch(HandOffId),
     /// Serve from what was prepared: the slice has come by this hand-off.
     Arrived(HandOffId),
     /// Forget what was prepared: the slice does not come, or came by another way.
@@ -168,7 +170,7 @@ pub struct Holder {
     /// The newest assignment from the session's stream.
     known: Option<Arc<Assignment>>,
     releases: BTreeMap<HandOffId, Release>,
-    comings: BTreeMap<HandOffId, Coming>,
+    comings: BTreeMap<HandOffId, (Coming, Step)>,
     /// Those of `comings` that the application is ready for.
     ready: BTreeSet<HandOffId>,
 }
@@ -261,6 +263,11 @@ impl Holder {
     /// Gives the session, while there is one.
     pub const fn session(&self) -> Option<SessionId> {
         self.session
+    }
+
+    /// Gives the number of the last renewal.
+    pub const fn asked(&self) -> u64 {
+        self.asked
     }
 
     /// Says whether new work on a key may be taken.
@@ -362,10 +369,13 @@ impl Holder {
                 }
             } else if transit.to == session {
                 let coming = Coming { id: transit.id, slice, from: transit.from };
-                if comings.insert(transit.id, coming).is_none()
-                    && !self.comings.contains_key(&transit.id)
-                {
+                comings.insert(transit.id, (coming, transit.step));
+                let before = self.comings.get(&transit.id).map(|(_, step)| *step);
+                if before.is_none() {
                     out.push(Action::Prepare(coming));
+                }
+                if transit.step == Step::Releasing && before != Some(Step::Releasing) {
+                    out.push(Action::Fetch(transit.id));
                 }
             }
         }
@@ -376,7 +386,7 @@ impl Holder {
                 out.push(Action::Resume(*id));
             }
         }
-        for (id, coming) in &self.comings {
+        for (id, (coming, _)) in &self.comings {
             if !comings.contains_key(id) {
                 // By another way than this hand-off it may have come after someone else wrote.
                 let by_it = own(coming.slice).is_some_and(|own| own.since == id.began);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use mandoline_core::assignment::Assignment;
 use mandoline_core::task::SessionId;
+use mandoline_core::transit::HandOffId;
 use tokio::task::JoinHandle;
 
 use crate::owned::Owned;
@@ -13,8 +14,19 @@ use crate::owned::Owned;
 #[derive(Default)]
 pub(crate) struct Install {
     running: Option<JoinHandle<()>>,
-    newest: Option<(Option<SessionId>, Arc<Assignment>)>,
+    newest: Option<Work>,
 }
+
+/// What runs the application's callbacks.
+pub(crate) enum Work {
+    /// Of an affinity job: an assignment comes into force when they have run.
+    Install(Option<SessionId>, Arc<Assignment>, Keep),
+    /// Of an exclusive job: what is held is in force, and what is new waits for them.
+    Welcome(Keep),
+}
+
+/// Takes into use what was set aside for a hand-off.
+pub(crate) type Keep = Arc<dyn Fn(HandOffId) + Send + Sync>;
 
 impl Install {
     /// Says whether the newest is installed.
@@ -23,13 +35,8 @@ impl Install {
     }
 
     /// Takes the newest assignment, and begins with it unless one is under way.
-    pub(crate) fn begin(
-        &mut self,
-        owned: &Arc<Owned>,
-        session: Option<SessionId>,
-        known: &Arc<Assignment>,
-    ) {
-        self.newest = Some((session, Arc::clone(known)));
+    pub(crate) fn begin(&mut self, owned: &Arc<Owned>, work: Work) {
+        self.newest = Some(work);
         if self.is_idle() {
             self.next(owned);
         }
@@ -37,10 +44,14 @@ impl Install {
 
     /// Goes on with the newest, if it has not been begun with.
     pub(crate) fn next(&mut self, owned: &Arc<Owned>) {
-        if let Some((session, assignment)) = self.newest.take() {
+        if let Some(work) = self.newest.take() {
             let owned = Arc::clone(owned);
-            let install = move || owned.install(session, assignment);
-            self.running = Some(tokio::task::spawn_blocking(install));
+            self.running = Some(tokio::task::spawn_blocking(move || match work {
+                Work::Install(session, assignment, keep) => {
+                    owned.install(session, assignment, &*keep)
+                }
+                Work::Welcome(keep) => owned.welcome(&*keep),
+            }));
         }
     }
 

@@ -51,10 +51,8 @@
 //! # }
 //! ```
 
-#[allow(dead_code)] // until leases are held
 mod boot_clock;
 mod sync;
-#[allow(dead_code)] // until guards are handed out
 mod gate;
 pub mod fence;
 pub mod snapshot;
@@ -65,10 +63,14 @@ pub mod spill;
 mod dialer;
 mod offered;
 pub mod clerk;
+mod term;
+mod tenure;
 mod owned;
+mod guard;
 mod install;
 mod life;
 mod link;
+mod steps;
 mod session;
 pub mod transfer;
 pub mod slicelet;

@@ -21,7 +21,12 @@ pub(crate) struct Beats {
 impl Beats {
     /// Begins with a new connection.
     pub(crate) const fn new(now: Instant) -> Self {
-        Self { sent: 0, granted: 0, heard: now, paused: false }
+        Self::after(0, now)
+    }
+
+    /// Begins with a new connection of a session whose last heartbeat had this number.
+    pub(crate) const fn after(last: u64, now: Instant) -> Self {
+        Self { sent: last, granted: last, heard: now, paused: false }
     }
 
     /// Gives the number of the next heartbeat.

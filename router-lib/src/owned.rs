@@ -5,23 +5,29 @@
 //! last could begin.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
+use mandoline_core::lease::Held;
 use mandoline_core::load::Load;
 use mandoline_core::report::{HOT_MAX, HotKey, Report, Size};
 use mandoline_core::slice::Slice;
+use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::METRICS_MAX;
 use mandoline_core::task::{Address, SessionId};
+use mandoline_core::transit::HandOffId;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::counters::{Tally, per_second, spread};
 use crate::hot::{Found, Hot};
 use crate::snapshot::Snapshot;
+use crate::tenure::{Tenure, Tenures};
+use crate::term::Term;
 
 /// What the application does when slices come or go.
 pub(crate) type Callback = Box<dyn Fn(&[Slice]) + Send + Sync>;
@@ -41,6 +47,8 @@ pub(crate) struct View {
     snapshot: Snapshot,
     // A place for each slice of the assignment.
     mine: Box<[bool]>,
+    /// Of an exclusive job: what is held, and until when.
+    tenures: Option<Tenures>,
     tally: Tally,
     // Of all views: which keys are hot does not depend on how they are cut.
     hot: Arc<Hot>,
@@ -53,7 +61,46 @@ impl View {
             |index| session.is_some_and(|own| slices.value_at(index).replicas.of(own).is_some());
         let mine = (0..slices.count()).map(mine).collect();
         let tally = Tally::new(slices.count());
-        Self { session, snapshot: Snapshot::of(assignment), mine, tally, hot }
+        Self { session, snapshot: Snapshot::of(assignment), mine, tenures: None, tally, hot }
+    }
+
+    /// Sees an assignment as an owner: what it does not hold is not its own, whatever the assignment says.
+    fn of_owner(tenures: Tenures, assignment: Arc<Assignment>, hot: Arc<Hot>) -> Self {
+        let slices = assignment.slices.count();
+        let mine = (0..slices).map(|index| tenures.at(index).is_some()).collect();
+        let tally = Tally::new(slices);
+        let (session, snapshot) = (Some(tenures.term.session), Snapshot::of(assignment));
+        Self { session, snapshot, mine, tenures: Some(tenures), tally, hot }
+    }
+
+    /// Gives the place of a key's slice.
+    pub(crate) fn index_of(&self, key: SliceKey) -> usize {
+        self.snapshot.index_of(key)
+    }
+
+    /// Gives what is held, where slices have owners.
+    pub(crate) const fn tenures(&self) -> Option<&Tenures> {
+        self.tenures.as_ref()
+    }
+
+    /// Gives what is held at a key, where slices have owners.
+    pub(crate) fn tenure(&self, key: SliceKey) -> Option<(&Term, &Tenure)> {
+        let tenures = self.tenures.as_ref()?;
+        Some((&tenures.term, tenures.at(self.index_of(key))?))
+    }
+
+    /// Says whether new work may be taken at a place.
+    fn accepts(&self, index: usize) -> bool {
+        match &self.tenures {
+            None => self.mine[index],
+            Some(tenures) => tenures.accepts(index),
+        }
+    }
+
+    /// Counts what a request has cost.
+    pub(crate) fn count(&self, index: usize, key: SliceKey, thousandths: u64) {
+        self.tally.add(index, thousandths);
+        self.hot.note(key, thousandths);
     }
 
     /// What is known.
@@ -63,14 +110,14 @@ impl View {
 
     /// Says whether the task owns `key`.
     pub(crate) fn owns(&self, key: SliceKey) -> bool {
-        self.mine[self.snapshot.index_of(key)]
+        self.accepts(self.index_of(key))
     }
 
     /// Says whether the task owns `key`, and counts what its request costs, whosever it is.
     pub(crate) fn claim(&self, key: SliceKey, thousandths: u64) -> bool {
         let index = self.snapshot.index_of(key);
         self.tally.add(index, thousandths);
-        let mine = self.mine[index];
+        let mine = self.accepts(index);
         if mine {
             // What came to the wrong task is counted by the right one.
             self.hot.note(key, thousandths);
@@ -128,13 +175,40 @@ pub(crate) struct Owned {
     added: Callback,
     removed: Callback,
     meter: Option<Meter>,
+    /// Of an exclusive job: what is to become a view.
+    possession: Mutex<Possession>,
+    /// Each new view, and each guard that was the last of a closed gate.
+    pub(crate) changed: Notify,
+    pub(crate) drained: Notify,
+}
+
+/// What an owner holds, on its way into a view.
+#[derive(Default)]
+struct Possession {
+    term: Option<Arc<Term>>,
+    held: Vec<Held>,
+    /// What the application has been told of, and since when it is held.
+    ready: Option<SliceMap<Option<Generation>>>,
+    /// What it was told of and has to be told that it is gone.
+    gone: Vec<Slice>,
+    /// Hand-offs by which slices have come, whose state is still set aside.
+    arrived: Vec<HandOffId>,
 }
 
 impl Owned {
     /// Begins with nothing.
     pub(crate) fn new(start: Assignment, added: Callback, removed: Callback) -> Self {
         let view = ArcSwap::from_pointee(View::new(None, Arc::new(start), Arc::new(Hot::new())));
-        Self { view, retired: Mutex::default(), added, removed, meter: None }
+        Self {
+            view,
+            retired: Mutex::default(),
+            added,
+            removed,
+            meter: None,
+            possession: Mutex::default(),
+            changed: Notify::new(),
+            drained: Notify::new(),
+        }
     }
 
     /// Asks the application for what it knows, with each report.
@@ -150,8 +224,15 @@ impl Owned {
 
     /// Takes a new assignment, or a new session, into force: announces slices that come, then serves them, then
     /// announces slices that have gone. One caller at a time.
-    pub(crate) fn install(&self, session: Option<SessionId>, assignment: Arc<Assignment>) {
+    pub(crate) fn install(
+        &self,
+        session: Option<SessionId>,
+        assignment: Arc<Assignment>,
+        keep: impl Fn(HandOffId),
+    ) {
         let old = self.view.load_full();
+        let arrived = std::mem::take(&mut self.lock().arrived);
+        arrived.into_iter().for_each(keep);
         let new = Arc::new(View::new(session, assignment, Arc::clone(&old.hot)));
         let change = change(&old, &new);
         // A slice that was lost and came back in between goes before it comes.
@@ -161,15 +242,141 @@ impl Owned {
         if !change.added.is_empty() {
             announce(&self.added, &change.added, "added");
         }
-        {
-            let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
-            self.view.store(Arc::clone(&new));
-            retired.push(old);
-            settle(&mut retired, &new);
-        }
+        self.publish(old, &new);
         if !change.removed.is_empty() {
             announce(&self.removed, &change.removed, "removed");
         }
+    }
+
+    fn publish(&self, old: Arc<View>, new: &Arc<View>) {
+        let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
+        self.view.store(Arc::clone(new));
+        retired.push(old);
+        settle(&mut retired, new);
+        drop(retired);
+        self.changed.notify_waiters();
+    }
+
+    // --- Of an exclusive job. What is lost is lost at once; only what comes waits for the application.
+
+    /// Begins a session that may serve only as long as it is granted: nothing is held yet.
+    pub(crate) fn begin(&self, term: Arc<Term>, assignment: Arc<Assignment>) {
+        self.possess(Some(term), assignment, Vec::new());
+    }
+
+    /// Takes what the session holds from now on, as of an assignment. What it holds no more, or not without a break, is
+    /// gone when this returns; what is new waits for [`Owned::welcome`].
+    pub(crate) fn hold(&self, assignment: Arc<Assignment>, held: Vec<Held>) {
+        let term = self.lock().term.clone();
+        self.possess(term, assignment, held);
+    }
+
+    fn possess(&self, term: Option<Arc<Term>>, assignment: Arc<Assignment>, held: Vec<Held>) {
+        let mut possession = self.lock();
+        let before = possession.ready.take().unwrap_or_else(|| SliceMap::uniform(None));
+        let same_term = match (&term, &possession.term) {
+            (Some(new), Some(old)) => Arc::ptr_eq(new, old),
+            _ => false,
+        };
+        let mut ready = SliceMap::uniform(None);
+        for Held { slice, since, .. } in held.iter().filter(|_| same_term) {
+            for (part, known) in before.touching(*slice) {
+                if known == &Some(*since)
+                    && let Some(part) = part.overlap(*slice)
+                {
+                    ready.set(part, *known);
+                }
+            }
+        }
+        let told = |ready: &SliceMap<Option<Generation>>| {
+            joined(ready.iter().filter(|(_, since)| since.is_some()).map(|(slice, _)| slice))
+        };
+        let gone = without(&told(&before), &told(&ready));
+        possession.gone.extend(gone);
+        (possession.term, possession.held) = (term, held);
+        possession.ready = Some(ready);
+        self.show(&possession, assignment);
+    }
+
+    /// Notes that a slice has come by a hand-off: what was prepared for it is used before it is served.
+    pub(crate) fn arrived(&self, id: HandOffId) {
+        self.lock().arrived.push(id);
+    }
+
+    /// Announces what has gone, then what has come, and serves that. Runs beside the session, since the application may take its
+    /// time; what is lost meanwhile is not served afterwards.
+    pub(crate) fn welcome(&self, keep: impl Fn(HandOffId)) {
+        loop {
+            let (gone, arrived, coming) = {
+                let mut possession = self.lock();
+                let gone = std::mem::take(&mut possession.gone);
+                (gone, std::mem::take(&mut possession.arrived), possession.coming())
+            };
+            if gone.is_empty() && coming.is_empty() {
+                return;
+            }
+            if !gone.is_empty() {
+                announce(&self.removed, &joined(sorted(gone)), "removed");
+            }
+            arrived.into_iter().for_each(&keep);
+            if !coming.is_empty() {
+                announce(&self.added, &joined(coming.iter().map(|held| held.slice)), "added");
+            }
+            let mut possession = self.lock();
+            let still = |known: &Held| {
+                let held = possession.held.iter().filter(|held| held.since == known.since);
+                held.filter_map(|held| held.slice.overlap(known.slice)).collect::<Vec<_>>()
+            };
+            let come: Vec<(Slice, Generation)> = coming
+                .iter()
+                .flat_map(|known| still(known).into_iter().map(|slice| (slice, known.since)))
+                .collect();
+            let came: Vec<Slice> = come.iter().map(|(slice, _)| *slice).collect();
+            // Announced, and lost before it could be served.
+            let lost =
+                without(&joined(coming.iter().map(|held| held.slice)), &joined(sorted(came)));
+            possession.gone.extend(lost);
+            if let Some(ready) = &mut possession.ready {
+                come.into_iter().for_each(|(slice, since)| ready.set(slice, Some(since)));
+            }
+            let assignment = Arc::clone(self.view().assignment());
+            self.show(&possession, assignment);
+        }
+    }
+
+    /// Ends everything at once: the lease has run out, or the session has ended.
+    pub(crate) fn lapse(&self, assignment: Arc<Assignment>) {
+        if let Some(term) = &self.lock().term {
+            term.end();
+        }
+        self.possess(None, assignment, Vec::new());
+    }
+
+    /// Puts what is held into a view. Under the lock of what is held, so that views follow each other as that does.
+    fn show(&self, possession: &Possession, assignment: Arc<Assignment>) {
+        let old = self.view.load_full();
+        let hot = Arc::clone(&old.hot);
+        let new = match (&possession.term, &possession.ready) {
+            (Some(term), Some(ready)) => {
+                let before =
+                    old.tenures.as_ref().map(|tenures| (tenures, old.assignment().as_ref()));
+                let held = &possession.held;
+                let tenures = Tenures::after(term, before, &assignment, held, ready);
+                Arc::new(View::of_owner(tenures, assignment, hot))
+            }
+            _ => Arc::new(View::new(None, assignment, hot)),
+        };
+        let replaced = Arc::clone(&old);
+        self.publish(old, &new);
+        if let Some(tenures) = &new.tenures {
+            tenures.take_over(replaced.tenures.as_ref());
+        }
+        // Of a release that began with nobody inside no guard says that it was the last.
+        self.drained.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Possession> {
+        self.possession.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes what was counted since it was last asked, by the slices of the view that holds now.
@@ -182,6 +389,22 @@ impl Owned {
         let counted = (0..slices).map(|index| now.tally.take(index)).collect();
         (now, counted)
     }
+}
+
+impl Possession {
+    /// What is held and the application was not told of yet.
+    fn coming(&self) -> Vec<Held> {
+        let Some(ready) = &self.ready else { return Vec::new() };
+        let is_ready =
+            |held: &Held| ready.touching(held.slice).all(|(_, known)| known == &Some(held.since));
+        let comes = |held: &&Held| held.release.is_none() && !is_ready(held);
+        self.held.iter().filter(comes).copied().collect()
+    }
+}
+
+fn sorted(mut slices: Vec<Slice>) -> Vec<Slice> {
+    slices.sort_unstable();
+    slices
 }
 
 /// Moves what views that were replaced have counted into the one that holds now, and lets go of those that nobody holds.
@@ -501,9 +724,9 @@ mod tests {
     #[test]
     fn slices_are_announced_before_they_are_served_and_after() {
         let (owned, heard) = owned();
-        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (100, 2, 2)]));
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (100, 2, 2)]), |_| ());
         assert!(owned.view().owns(SliceKey(99)) && !owned.view().owns(SliceKey(100)));
-        owned.install(None, assignment(2, &[(0, 1, 2), (100, 2, 2)]));
+        owned.install(None, assignment(2, &[(0, 1, 2), (100, 2, 2)]), |_| ());
         assert!(!owned.view().owns(SliceKey(99)));
         let all = heard.lock().unwrap().join("; ");
         let range = slice(0, 99);
@@ -515,21 +738,21 @@ mod tests {
         let start = Assignment::new("kv".parse().unwrap(), Generation::ZERO);
         let owned =
             Owned::new(start, Box::new(|_| panic!("the application's bug")), Box::new(|_| ()));
-        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]));
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]), |_| ());
         assert!(owned.view().owns(SliceKey(7)));
     }
 
     #[tokio::test(start_paused = true)]
     async fn counts_survive_a_change_and_are_reported_once() {
         let (owned, _) = owned();
-        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]));
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]), |_| ());
         let mut window = Window::begin(&owned, Instant::now());
         for key in [0, 1, u64::MAX] {
             assert!(owned.view().claim(SliceKey(key), 1_000));
         }
         // One thread holds on to the view that is about to be replaced.
         let late = owned.view();
-        owned.install(Some(SessionId(1)), assignment(3, &[(0, 1, 2), (1 << 63, 2, 3)]));
+        owned.install(Some(SessionId(1)), assignment(3, &[(0, 1, 2), (1 << 63, 2, 3)]), |_| ());
         late.claim(SliceKey(5), 1_000);
         assert!(
             !owned.view().claim(SliceKey(1 << 63), 2_000),
@@ -558,7 +781,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn hot_keys_are_named_once_and_by_those_who_serve_them() {
         let (owned, _) = owned();
-        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (1 << 63, 2, 2)]));
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (1 << 63, 2, 2)]), |_| ());
         let mut window = Window::begin(&owned, Instant::now());
         let hot = [7, 1 << 40, 1 << 63];
         for n in 0..300 {
@@ -568,7 +791,11 @@ mod tests {
             }
             // A change of assignment costs nothing.
             if n == 100 {
-                owned.install(Some(SessionId(1)), assignment(3, &[(0, 1, 2), (1 << 63, 2, 2)]));
+                owned.install(
+                    Some(SessionId(1)),
+                    assignment(3, &[(0, 1, 2), (1 << 63, 2, 2)]),
+                    |_| (),
+                );
             }
             owned.view().claim(SliceKey(1_000 + n), 1_000);
         }
@@ -585,13 +812,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_key_that_is_set_apart_keeps_what_it_carried() {
         let (owned, _) = owned();
-        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]));
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]), |_| ());
         let mut window = Window::begin(&owned, Instant::now());
         for n in 0..1_000_u64 {
             let key = if n % 2 == 0 { 500 } else { n << 50 };
             owned.view().claim(SliceKey(key), 1_000);
         }
-        owned.install(Some(SessionId(1)), assignment(3, &[(0, 1, 2), (500, 1, 2), (501, 1, 2)]));
+        owned.install(
+            Some(SessionId(1)),
+            assignment(3, &[(0, 1, 2), (500, 1, 2), (501, 1, 2)]),
+            |_| (),
+        );
         tokio::time::advance(Duration::from_secs(1)).await;
         let report = window.close(&owned, Instant::now()).unwrap();
         let load = |place: usize| report.slices[place].1.milli() / 1_000;
@@ -603,7 +834,11 @@ mod tests {
         let nothing = || -> Callback { Box::new(|_| ()) };
         let owned = Owned::new(start, nothing(), nothing()).with_meter(Some(Box::new(meter)));
         let now = Instant::now();
-        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (100, 1, 2), (200, 2, 2)]));
+        owned.install(
+            Some(SessionId(1)),
+            assignment(2, &[(0, 1, 2), (100, 1, 2), (200, 2, 2)]),
+            |_| (),
+        );
         let mut window = Window::begin(&owned, now);
         let report = window.close(&owned, now + Duration::from_secs(1)).unwrap();
         assert_eq!((report.check(), report.slices.len()), (Ok(()), 2));
@@ -633,11 +868,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn views_that_nobody_holds_go_before_any_report() {
         let (owned, _) = owned();
-        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]));
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2)]), |_| ());
         let mut window = Window::begin(&owned, Instant::now());
         for generation in 3..50 {
             owned.view().claim(SliceKey(7), 1_000);
-            owned.install(Some(SessionId(1)), assignment(generation, &[(0, 1, 2)]));
+            owned.install(Some(SessionId(1)), assignment(generation, &[(0, 1, 2)]), |_| ());
             assert!(owned.retired.lock().unwrap().is_empty(), "generation {generation}");
         }
         tokio::time::advance(Duration::from_secs(1)).await;
@@ -648,7 +883,7 @@ mod tests {
     #[test]
     fn taking_a_request_in_allocates_nothing() {
         let (owned, _) = owned();
-        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (1 << 63, 2, 2)]));
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (1 << 63, 2, 2)]), |_| ());
         let take_in = || {
             assert!(owned.view().claim(SliceKey::MIN, 1_000));
             assert!(!owned.view().owns(SliceKey::MAX));

@@ -6,14 +6,18 @@
 //!
 //! Only the leader's word that the session has ended makes it register anew; all it owned is dropped first.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
+use mandoline_core::lease::{Action, Event, Going, Holder, Margin};
 use mandoline_core::name::JobName;
 use mandoline_core::task::{Address, SessionId, TaskInfo};
+use mandoline_core::time::Time;
+use mandoline_core::transit::HandOffId;
 use mandoline_distributor::connect::Connector;
 use mandoline_distributor::hub::Hub;
 use mandoline_proto::pb;
@@ -22,14 +26,17 @@ use mandoline_proto::pb::session_request::Request;
 use mandoline_proto::update::{Assembler, Update};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::boot_clock;
 use crate::dialer::{Dialer, Next, PAUSE_MAX};
-use crate::install::Install;
-use crate::life::Pulse;
+use crate::install::{Install, Keep, Work};
+use crate::life::{Beats, Pulse};
 use crate::link::{Connection, Dialed, Link, Step};
 use crate::owned::{Owned, Window};
+use crate::steps::{Calls, Done, Steps};
+use crate::term::Term;
 
 /// How long a goodbye may take to be heard.
 const LEAVE_PATIENCE: Duration = Duration::from_millis(500);
@@ -83,6 +90,9 @@ pub enum Why {
     /// The application's runtime does not run its tasks, so the task must not pass for alive.
     #[error("the application's runtime hangs: it ran no task for a heartbeat")]
     Hung,
+    /// The lease has run out; a new session is being registered.
+    #[error("the lease of {0} has run out: registering anew")]
+    Lapsed(SessionId),
     /// The leader ended the session; a new one is being registered.
     #[error("session {0} has ended: registering anew")]
     Ended(SessionId),
@@ -134,6 +144,8 @@ pub(crate) struct Setup {
     pub(crate) state: watch::Sender<State>,
     /// Hears of every assignment, for peers.
     pub(crate) hub: Hub,
+    /// What the application does at the steps of a hand-off.
+    pub(crate) calls: Calls,
     pub(crate) stop: CancellationToken,
 }
 
@@ -143,6 +155,16 @@ pub(crate) struct Session {
     dialer: Dialer,
     link: Link,
     id: Option<SessionId>,
+    /// A session of this process that is over, which whoever leads may not know yet.
+    stopped: Option<SessionId>,
+    /// What may be served, by what is known.
+    holder: Holder,
+    /// The same, as every check reads it; only where slices have owners.
+    term: Option<Arc<Term>>,
+    steps: Steps,
+    /// Slices that are being released, until their last guard is gone.
+    going: BTreeMap<HandOffId, Going>,
+    keep: Keep,
     // The newest that was heard; `owned` may still be busy with the one before.
     known: Arc<Assignment>,
     assembler: Assembler,
@@ -170,6 +192,9 @@ enum Heard {
     Beat,
     Report,
     Step(Step),
+    Done(Done),
+    Drained,
+    Lease,
 }
 
 impl Session {
@@ -179,11 +204,18 @@ impl Session {
         let window = Window::begin(&setup.owned, now);
         let pulse = setup.probe.clone().map(Pulse::new);
         let known = Arc::clone(&setup.start);
+        let steps = Steps::new(setup.calls.clone());
         Self {
             setup,
             dialer,
             link: Link::wait(Duration::ZERO),
             id: None,
+            stopped: None,
+            holder: Holder::new(Margin::STANDARD),
+            term: None,
+            steps,
+            going: BTreeMap::new(),
+            keep: Arc::new(|_| ()),
             known,
             assembler: Assembler::default(),
             install: Install::default(),
@@ -203,6 +235,9 @@ impl Session {
             let heard = tokio::select! {
                 biased;
                 () = self.setup.stop.cancelled() => Heard::Stop,
+                () = lease_ends(&self.holder) => Heard::Lease,
+                () = self.setup.owned.drained.notified() => Heard::Drained,
+                done = self.steps.next() => Heard::Done(done),
                 Some(order) = self.setup.orders.recv() => Heard::Order(order),
                 () = self.install.done() => Heard::Installed,
                 () = sleep_until(self.next_beat) => Heard::Beat,
@@ -213,6 +248,10 @@ impl Session {
                 Heard::Stop => break,
                 Heard::Order(Order::Drain) => self.drain(),
                 Heard::Installed => self.installed(),
+                Heard::Lease => self.hold(|holder, now, out| holder.tick(now, out)),
+                Heard::Drained => self.let_go(),
+                Heard::Done(Done::Prepared(id)) => self.happen(Event::Prepared(id)),
+                Heard::Done(Done::Released(id)) => self.happen(Event::Released(id)),
                 Heard::Beat => self.beat(),
                 Heard::Report => self.report(),
                 Heard::Step(Step::Waited) => self.dial(),
@@ -260,7 +299,8 @@ impl Session {
             }
             None => {
                 let info = Some((&self.setup.info).into());
-                Request::Register(pb::Register { job, info, stopped: 0, known })
+                let stopped = self.stopped.map_or(0, |session| session.0);
+                Request::Register(pb::Register { job, info, stopped, known })
             }
         }
     }
@@ -278,18 +318,36 @@ impl Session {
         }
     }
 
-    fn attached(&mut self, connection: Box<Connection>, attached: &pb::Attached) {
+    fn attached(&mut self, mut connection: Box<Connection>, attached: &pb::Attached) {
         let session = SessionId(attached.session);
         let leader = connection.leader.clone();
         tracing::info!(job = %self.setup.job, task = %self.setup.info.name, %session, %leader, "attached");
         let renewed = self.id.replace(session) != Some(session);
         self.assembler = Assembler::default();
         self.keep_pace(attached);
+        connection.beats = Beats::after(self.holder.asked(), Instant::now());
         self.link = Link::Attached(connection);
         self.setup.state.send_replace(State::Attached { session, leader });
+        let lease = (attached.lease_ms > 0).then(|| Duration::from_millis(attached.lease_ms));
+        if renewed {
+            self.stopped = None;
+            self.term = lease.map(|_| Arc::new(Term::leased(session)));
+            if let Some(term) = &self.term {
+                self.setup.owned.begin(Arc::clone(term), Arc::clone(&self.known));
+            }
+        }
+        self.happen(Event::Attached { session, lease });
+        if renewed && self.known.generation > Generation::ZERO {
+            // The leader tells only what is newer.
+            self.happen(Event::Assigned(Arc::clone(&self.known)));
+        }
         if renewed && self.known.tasks.contains_key(&session) {
             // Registered before, by a process that lost the answer on its way: what is known holds already.
             self.take_on();
+        }
+        if lease.is_some() {
+            // Nothing is served before the first grant.
+            self.next_beat = Instant::now();
         }
         if self.drain == Drain::Asked {
             self.send(Request::Drain(pb::Drain {}));
@@ -335,11 +393,8 @@ impl Session {
 
     /// The session is over: the task owns nothing until a new one is given something.
     fn ended(&mut self, session: SessionId, by: Address) {
-        self.id = None;
-        self.take_on();
-        // A leader that does not know the session may lead another cluster in the place of the one before, whose
-        // generations begin anew: what it says next counts, whatever was known.
-        self.known = Arc::clone(&self.setup.start);
+        self.happen(Event::Ended);
+        self.forget();
         self.alone(Why::Ended(session));
         if self.drain != Drain::No {
             // That was to come anyway.
@@ -349,6 +404,36 @@ impl Session {
         }
         tracing::warn!(job = %self.setup.job, %session, "the session has ended; registering anew");
         self.dialer.broken(by);
+        self.dial();
+    }
+
+    /// Owns nothing from now on.
+    fn forget(&mut self) {
+        self.id = None;
+        self.going.clear();
+        match self.term.take() {
+            Some(_) => {
+                self.setup.owned.lapse(Arc::clone(&self.known));
+                self.welcome();
+            }
+            None => self.take_on(),
+        }
+        // A leader that does not know the session may lead another cluster in the place of the one before, whose
+        // generations begin anew: what it says next counts, whatever was known.
+        self.known = Arc::clone(&self.setup.start);
+    }
+
+    /// The lease has run out: nothing is served any more, and a new session has to begin with nothing.
+    fn lapsed(&mut self, session: SessionId) {
+        tracing::warn!(job = %self.setup.job, %session, "the lease has run out; registering anew");
+        self.stopped = Some(session);
+        self.forget();
+        self.alone(Why::Lapsed(session));
+        if self.drain != Drain::No {
+            self.drain = Drain::Done;
+            self.link = Link::wait(PAUSE_MAX);
+            return;
+        }
         self.dial();
     }
 
@@ -408,7 +493,7 @@ impl Session {
             self.alone(Why::Silent(leader));
             return self.dial();
         }
-        let request = connection.beats.next(now);
+        connection.beats.next(now);
         if let Some(session) = self.id {
             // Back from a hang.
             let leader = connection.leader.clone();
@@ -420,7 +505,70 @@ impl Session {
                 back
             });
         }
-        self.send(Request::Heartbeat(pb::Heartbeat { request }));
+        self.hold(|holder, now, out| holder.beat(now, out));
+    }
+
+    // --- What is held.
+
+    fn happen(&mut self, event: Event) {
+        self.hold(|holder, now, out| holder.handle(now, event, out));
+    }
+
+    /// Asks the holder, and does what it says.
+    fn hold(&mut self, ask: impl FnOnce(&mut Holder, Time, &mut Vec<Action>)) {
+        let mut out = Vec::new();
+        ask(&mut self.holder, boot_clock::now(), &mut out);
+        for action in out {
+            match action {
+                Action::Renew(request) => {
+                    self.send(Request::Heartbeat(pb::Heartbeat { request }));
+                }
+                Action::Extend(until) => {
+                    // A check that came first may have found that it was over.
+                    if self.term.as_ref().is_some_and(|term| !term.extend(until))
+                        && let Some(session) = self.id
+                    {
+                        self.happen(Event::Ended);
+                        return self.lapsed(session);
+                    }
+                }
+                Action::Hold(held) => {
+                    if self.term.is_some() && self.holder.session().is_some() {
+                        self.setup.owned.hold(Arc::clone(&self.known), held);
+                        self.welcome();
+                    }
+                }
+                Action::Prepare(coming) => self.steps.prepare(&coming),
+                Action::Fetch(_) | Action::Discard(_) => {}
+                Action::Arrived(id) => self.setup.owned.arrived(id),
+                Action::Release(going) => drop(self.going.insert(going.id, going)),
+                Action::Resume(id) => {
+                    self.going.remove(&id);
+                    let (slice, _) = self.known.get(id.first);
+                    self.steps.resume(slice);
+                }
+                Action::Ready(id) => self.send(Request::Ready(id.into())),
+                Action::Acknowledge(id) => self.send(Request::Acknowledge(id.into())),
+                Action::Lapsed(session) => return self.lapsed(session),
+            }
+        }
+        self.let_go();
+    }
+
+    /// Has the application let go of what is being released, where no guard is left.
+    fn let_go(&mut self) {
+        if self.going.is_empty() {
+            return;
+        }
+        let view = self.setup.owned.view();
+        let is_drained =
+            |id: HandOffId| view.tenures().is_none_or(|tenures| tenures.is_drained(id));
+        let drained: Vec<HandOffId> =
+            self.going.keys().copied().filter(|id| is_drained(*id)).collect();
+        drop(view);
+        for going in drained.iter().filter_map(|id| self.going.remove(id)) {
+            self.steps.release(&going);
+        }
     }
 
     fn report(&mut self) {
@@ -436,7 +584,13 @@ impl Session {
     fn reply(&mut self, reply: Option<Reply>) {
         let Link::Attached(connection) = &mut self.link else { return };
         match reply {
-            Some(Reply::Grant(grant)) => connection.beats.granted(grant.request, Instant::now()),
+            Some(Reply::Grant(grant)) => {
+                connection.beats.granted(grant.request, Instant::now());
+                if let (Some(session), Some(generation)) = (self.id, grant.generation) {
+                    let (request, generation) = (grant.request, generation.into());
+                    self.happen(Event::Granted { session, request, generation });
+                }
+            }
             Some(Reply::Update(bytes)) => self.update(&bytes),
             Some(Reply::Redirect(redirect)) => {
                 let asked = connection.leader.clone();
@@ -485,8 +639,11 @@ impl Session {
             return;
         }
         self.setup.hub.publish(Arc::clone(&next), delta.as_ref());
-        self.known = next;
-        self.take_on();
+        self.known = Arc::clone(&next);
+        self.happen(Event::Assigned(next));
+        if self.term.is_none() {
+            self.take_on();
+        }
     }
 
     fn resync(&mut self, error: &dyn std::fmt::Display) {
@@ -497,7 +654,13 @@ impl Session {
     // --- Taking assignments on.
 
     fn take_on(&mut self) {
-        self.install.begin(&self.setup.owned, self.id, &self.known);
+        let work = Work::Install(self.id, Arc::clone(&self.known), Arc::clone(&self.keep));
+        self.install.begin(&self.setup.owned, work);
+    }
+
+    /// Of an exclusive job: has the application told of what came and went.
+    fn welcome(&mut self) {
+        self.install.begin(&self.setup.owned, Work::Welcome(Arc::clone(&self.keep)));
     }
 
     fn installed(&mut self) {
@@ -521,8 +684,7 @@ impl Session {
 
     async fn leave(mut self) {
         // What is owned goes first, so that nobody else serves it while this task still would.
-        self.id = None;
-        self.take_on();
+        self.forget();
         while !self.install.is_idle() {
             self.install.done().await;
             self.install.next(&self.setup.owned);
@@ -539,6 +701,15 @@ impl Session {
             .await;
         }
         self.setup.state.send_replace(State::Stopped);
+    }
+}
+
+/// Waits until the lease runs out, if there is one. The clock that it runs by counts suspend, which timers do not, so the
+/// checks themselves do not rely on this.
+async fn lease_ends(holder: &Holder) {
+    match holder.deadline() {
+        Some(ends) => sleep(ends.since(boot_clock::now())).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -46,10 +46,12 @@ use tonic::transport::server::TcpIncoming;
 pub use crate::counters::{COST_MAX_UNITS, CostError};
 use crate::counters::{ONE_UNIT, Totals, thousandths};
 use crate::dialer::drawn;
+pub use crate::guard::{Guard, NotOwner};
 use crate::owned::{Callback, Meter, Owned, View};
 use crate::session::{Order, Session, Setup};
 pub use crate::session::{State, Why};
 use crate::spill::Utilisation;
+use crate::steps::Calls;
 
 /// How long peers have to notice that nobody tells them anything here any more.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -169,6 +171,7 @@ impl Slicelet {
             probe: None,
             grace: GRACE,
             connector: Connector::default(),
+            calls: Calls::default(),
         }
     }
 
@@ -177,7 +180,7 @@ impl Slicelet {
         let nothing = || -> Callback { Box::new(|_| ()) };
         let start = Assignment::new(assignment.job.clone(), Generation::ZERO);
         let owned = Arc::new(Owned::new(start, nothing(), nothing()));
-        owned.install(Some(session), assignment);
+        owned.install(Some(session), assignment, |_| ());
         let (_, state) = watch::channel(State::Stopped);
         let (orders, _) = mpsc::channel(1);
         let (stop, grace) = (CancellationToken::new(), Duration::ZERO);
@@ -203,6 +206,19 @@ impl Slicelet {
     /// Takes a request in that costs something else than one unit, at a place in the key space.
     pub fn claim_at(&self, key: SliceKey, cost: f64) -> Result<Claim, CostError> {
         Ok(self.claim_thousandths(key, thousandths(cost)?))
+    }
+
+    /// Takes a guard of a key: the word that this task owns it, for as long as the guard says so. Counts one unit of load.
+    ///
+    /// In an exclusive job no other task gives out a guard of the key meanwhile. Ask [`Guard::still_owned`] before you answer, and
+    /// hand [`Guard::fencing_token`] on to storage.
+    pub fn acquire(&self, key: &[u8]) -> Result<Guard, NotOwner> {
+        Guard::take(&self.owned, SliceKey::of(key), ONE_UNIT)
+    }
+
+    /// Takes a guard for a request that costs something else than one unit, at a place in the key space.
+    pub fn acquire_at(&self, key: SliceKey, cost: f64) -> Result<Guard, NotOwner> {
+        Guard::take(&self.owned, key, thousandths(cost)?)
     }
 
     /// Takes a request in that its caller has spilled here (`mandoline-spill`, [`crate::Target::is_spilled`]): says whether it
@@ -378,6 +394,7 @@ pub struct Builder {
     probe: Option<Handle>,
     grace: Duration,
     connector: Connector,
+    calls: Calls,
 }
 
 impl Builder {
@@ -415,6 +432,26 @@ impl Builder {
     /// session goes on meanwhile, other changes wait.
     pub fn on_added(mut self, call: impl Fn(&[Slice]) + Send + Sync + 'static) -> Self {
         self.added = Box::new(call);
+        self
+    }
+
+    /// Calls this with a slice that is on its way here, while another task still serves it: fetch what it needs. Callers stay
+    /// where they are until it returns, or for the job's `prepare_within`.
+    pub fn on_prepare(mut self, call: impl Fn(Slice) + Send + Sync + 'static) -> Self {
+        self.calls.prepare = Some(Arc::new(call));
+        self
+    }
+
+    /// Calls this with a slice that is on its way elsewhere, once nothing is under way on it any more: write down what has to
+    /// be. Nobody serves the slice meanwhile. Of exclusive jobs.
+    pub fn on_release(mut self, call: impl Fn(Slice) + Send + Sync + 'static) -> Self {
+        self.calls.release = Some(Arc::new(call));
+        self
+    }
+
+    /// Calls this with a slice that was being released and stays, since its hand-off was called off.
+    pub fn on_resume(mut self, call: impl Fn(Slice) + Send + Sync + 'static) -> Self {
+        self.calls.resume = Some(Arc::new(call));
         self
     }
 
@@ -464,6 +501,7 @@ impl Builder {
         info.labels = self.labels.into_iter().collect();
         info.capacity = Capacity::new(self.capacity)?;
         info.revision = self.revision;
+        info.prepares = self.calls.prepare.is_some();
         info.check()?;
         let listener = self.watch_address.as_deref().map(listen).transpose()?;
         info.watch = listener.as_ref().map(|(address, _)| address.clone());
@@ -488,6 +526,7 @@ impl Builder {
             orders: asked,
             state,
             hub,
+            calls: self.calls,
             stop: stop.clone(),
         };
         spawn(setup, peers).map_err(StartError::Thread)?;

@@ -16,7 +16,7 @@ pub(crate) mod testing {
     use std::sync::Mutex;
 
     use mandoline::Utilisation;
-    use mandoline::slicelet::{Claim, CostError, Owner};
+    use mandoline::slicelet::{Claim, CostError, NotOwner, Owner};
     use mandoline_core::generation::Generation;
     use mandoline_core::key::SliceKey;
     use mandoline_core::slice::Slice;
@@ -39,23 +39,29 @@ pub(crate) mod testing {
     }
 
     impl Shard for Part {
-        fn claim(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
+        type Guard = ();
+
+        fn acquire(&self, key: &[u8], cost: f64) -> Result<(), NotOwner> {
             if !(0.0..=1e6).contains(&cost) {
-                return Err(CostError(cost));
+                return Err(CostError(cost).into());
             }
             *self.counted.lock().unwrap() += cost;
             if self.slice.contains(SliceKey::of(key)) {
-                return Ok(Claim::Mine);
+                return Ok(());
             }
-            let address = Some("10.0.0.7:9000".parse().unwrap());
-            Ok(Claim::Elsewhere(Owner {
-                address,
-                generation: Generation { incarnation: 1, number: 42 },
-            }))
+            let owner = Some("10.0.0.7:9000".parse().unwrap());
+            let generation = Generation { incarnation: 1, number: 42 };
+            Err(NotOwner::Elsewhere { owner, generation })
         }
 
         fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
-            self.claim(key, cost)
+            match self.acquire(key, cost) {
+                Ok(()) => Ok(Claim::Mine),
+                Err(NotOwner::Elsewhere { owner: address, generation }) => {
+                    Ok(Claim::Elsewhere(Owner { address, generation }))
+                }
+                Err(other) => panic!("{other}"),
+            }
         }
 
         fn utilisation(&self) -> Utilisation {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue};
+use http::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
@@ -19,11 +19,12 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use mandoline::Utilisation;
-use mandoline::slicelet::{Claim, CostError, Owner, Slicelet};
+use mandoline::slicelet::{Claim, CostError, Guard, NotOwner, Owner, Slicelet};
 use mandoline_core::extract::{Extract, Headers, Miss, Parts};
+use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::TaskName;
-use mandoline_proxy::names::{GENERATION, LOAD, OWNER, SPILL};
+use mandoline_proxy::names::{GENERATION, LOAD, OWNER, SPILL, TRANSIT};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -36,8 +37,11 @@ use crate::demo::store::Store;
 
 /// Says which requests are this task's, and counts them.
 pub(crate) trait Shard: Send + Sync + 'static {
+    /// What says that a key is this task's while a request is under way.
+    type Guard: Send;
+
     /// Takes a request in, and counts its cost as load on the key's slice.
-    fn claim(&self, key: &[u8], cost: f64) -> Result<Claim, CostError>;
+    fn acquire(&self, key: &[u8], cost: f64) -> Result<Self::Guard, NotOwner>;
 
     /// Does the same with a request that its caller has spilled here.
     fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError>;
@@ -47,8 +51,10 @@ pub(crate) trait Shard: Send + Sync + 'static {
 }
 
 impl Shard for Slicelet {
-    fn claim(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
-        self.claim_at(SliceKey::of(key), cost)
+    type Guard = Guard;
+
+    fn acquire(&self, key: &[u8], cost: f64) -> Result<Guard, NotOwner> {
+        self.acquire_at(SliceKey::of(key), cost)
     }
 
     fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
@@ -188,25 +194,44 @@ impl<S: Shard> Task<S> {
         let target = Parts { path: parts.uri.path(), query: None, host: None, headers: &NoHeaders };
         let key = Extract::Path(1).key(&target)?;
         let cost = cost_of(&parts.headers)?;
-        let claim = if parts.headers.contains_key(SPILL) {
-            self.shard.claim_spilled(&key, cost)?
-        } else {
-            self.shard.claim(&key, cost)?
-        };
-        if let Claim::Elsewhere(owner) = claim {
-            return Ok(misdirected(&owner));
+        if parts.headers.contains_key(SPILL) && self.shard.claim_spilled(&key, cost)? == Claim::Mine
+        {
+            return self.act(&key, parts.method, body).await;
         }
-        match parts.method {
-            Method::GET => Ok(match self.store.read(&key) {
+        if parts.method == Method::PUT {
+            // Whoever sends slowly must not keep a slice from moving on.
+            return match self.shard.acquire(&key, cost) {
+                Ok(_) => {
+                    let value = read_value(body).await?;
+                    match self.shard.acquire(&key, 0.0) {
+                        Ok(_guard) => {
+                            self.store.write(&key, &value);
+                            Ok(empty(StatusCode::NO_CONTENT))
+                        }
+                        Err(why) => not_owner(&why),
+                    }
+                }
+                Err(why) => not_owner(&why),
+            };
+        }
+        match self.shard.acquire(&key, cost) {
+            Ok(_guard) => self.act(&key, parts.method, body).await,
+            Err(why) => not_owner(&why),
+        }
+    }
+
+    async fn act(&self, key: &[u8], method: Method, body: Incoming) -> Result<Reply, Refusal> {
+        match method {
+            Method::GET => Ok(match self.store.read(key) {
                 Some(value) => Response::new(Full::new(value)),
                 None => text(StatusCode::NOT_FOUND, "no such key\n"),
             }),
             Method::PUT => {
                 let value = read_value(body).await?;
-                self.store.write(&key, &value);
+                self.store.write(key, &value);
                 Ok(empty(StatusCode::NO_CONTENT))
             }
-            Method::DELETE => Ok(match self.store.delete(&key) {
+            Method::DELETE => Ok(match self.store.delete(key) {
                 true => empty(StatusCode::NO_CONTENT),
                 false => text(StatusCode::NOT_FOUND, "no such key\n"),
             }),
@@ -218,6 +243,33 @@ impl<S: Shard> Task<S> {
             }
         }
     }
+}
+
+/// Says why a request was not taken, so that its caller knows where to go and when.
+fn not_owner(why: &NotOwner) -> Result<Reply, Refusal> {
+    match why {
+        NotOwner::Elsewhere { owner, generation } => {
+            let (address, generation) = (owner.clone(), *generation);
+            Ok(misdirected(&Owner { address, generation }))
+        }
+        NotOwner::InTransit { id, generation } => {
+            let mut reply = unavailable(&why.to_string(), *generation);
+            let id = HeaderValue::try_from(id.to_string());
+            reply.headers_mut().insert(TRANSIT, id.expect("an id is numbers and signs"));
+            Ok(reply)
+        }
+        NotOwner::NoLease { generation } => Ok(unavailable(&why.to_string(), *generation)),
+        NotOwner::Cost(error) => Err(error.clone().into()),
+    }
+}
+
+fn unavailable(why: &str, generation: Generation) -> Reply {
+    let mut reply = text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"));
+    let generation = HeaderValue::try_from(generation.to_string());
+    let generation = generation.expect("a generation is two numbers and a dot");
+    reply.headers_mut().insert(GENERATION, generation);
+    reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    reply
 }
 
 /// Says who has the key, as far as this task knows.

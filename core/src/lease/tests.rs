@@ -98,6 +98,7 @@ impl Scene {
                     write!(log, "release {} by {}; ", going.id.began, going.until)
                 }
                 Action::Resume(id) => write!(log, "resume {}; ", id.began),
+                Action::Fetch(id) => write!(log, "fetch {}; ", id.began),
                 Action::Arrived(id) => write!(log, "arrived {}; ", id.began),
                 Action::Discard(id) => write!(log, "discard {}; ", id.began),
                 Action::Ready(id) => write!(log, "ready {}; ", id.began),
@@ -263,7 +264,10 @@ fn what_was_prepared_is_used_only_if_the_slice_came_by_that_hand_off() {
         scene.happen(201, Event::Prepared(id(4)));
         scene.happen(300, assignment(5, B, 2, transit(4, B, A, Step::Releasing)));
         scene.beat(400);
-        assert_eq!(scene.did(), "prepare 1.4; hold 0; ready 1.4; hold 0; renew 2; ready 1.4");
+        assert_eq!(
+            scene.did(),
+            "prepare 1.4; hold 0; ready 1.4; fetch 1.4; hold 0; renew 2; ready 1.4"
+        );
         scene.happen(500, assignment(8, owner, since, None));
         assert_eq!(scene.did(), said);
     }

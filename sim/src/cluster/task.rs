@@ -230,6 +230,8 @@ impl Task {
                     }
                 }
                 Action::Resume(id) => self.work.resume(ground, id),
+                // Whoever lets go sends what has changed, unasked.
+                Action::Fetch(_) => {}
                 Action::Arrived(id) => self.work.arrive(id),
                 Action::Discard(id) => self.work.discard(ground, id),
                 Action::Ready(id) => self.say(ground, Say::Ready(id)),
