@@ -141,7 +141,7 @@ pub enum Action {
     },
     /// Run `balance::plan` on a worker and come back with what it says.
     Plan(Box<Round>),
-    /// Tell a leaving task that its last slice is gone.
+    /// Tell a leaving task that its last slice is gone, or that nobody is there to take what it has.
     Drained {
         /// Which job.
         job: JobName,
@@ -402,6 +402,8 @@ struct Lead {
     held: u32,
     /// Leaving tasks that were told that they have nothing left.
     told: BTreeSet<SessionId>,
+    /// Leaving tasks that were told that nobody is there to take what they have.
+    alone: BTreeSet<SessionId>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -435,6 +437,7 @@ impl Lead {
             busy: None,
             held: 0,
             told: BTreeSet::new(),
+            alone: BTreeSet::new(),
         }
     }
 
@@ -471,10 +474,24 @@ impl Lead {
                 out.push(Action::Drained { job: name.clone(), session });
             }
         }
+        self.tell_the_last(assignment, out);
         out.extend(self.hand_offs.propose(now, name).map(Action::Propose));
         if self.busy.is_none() && is_urgent(job) {
             self.plan(now, job, false, out);
         }
+    }
+
+    /// Where all tasks leave nobody waits for anybody.
+    fn tell_the_last(&mut self, assignment: &Assignment, out: &mut Vec<Action>) {
+        let tasks = assignment.tasks.values();
+        if tasks.clone().any(|task| task.phase == Phase::Serving) {
+            self.alone.clear();
+            return;
+        }
+        let job = &assignment.job;
+        self.alone.retain(|session| assignment.tasks.contains_key(session));
+        let news = tasks.map(|task| task.session).filter(|session| self.alone.insert(*session));
+        out.extend(news.map(|session| Action::Drained { job: job.clone(), session }));
     }
 
     /// The time for evening out has come: the newest measurements go into the forecast, and that into a plan.
@@ -675,7 +692,7 @@ mod tests {
         pub(super) state: State,
         pub(super) leader: Leader,
         pub(super) now: Time,
-        drained: Vec<SessionId>,
+        pub(super) drained: Vec<SessionId>,
         granted: Vec<(SessionId, u64)>,
     }
 
@@ -920,7 +937,11 @@ mod tests {
         let drain = scene.state.apply(Command::Drain { job: kv(), session: first });
         assert!(drain.is_ok());
         scene.leader.handle(scene.now, &scene.state, Event::Applied { job: kv() }, &mut out);
-        assert!(out.is_empty(), "there is nobody to take over: {out:?}");
+        let told = std::mem::take(&mut out);
+        assert!(
+            matches!(told.as_slice(), [Action::Drained { session, .. }] if *session == first),
+            "there is nobody to take over: {told:?}"
+        );
         scene.state.apply(Command::Register { job: kv(), info, stopped: None }).unwrap();
         scene.leader.handle(scene.now, &scene.state, Event::Applied { job: kv() }, &mut out);
         let [Action::Plan(round)] = out.as_slice() else { panic!("a plan is asked for: {out:?}") };

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -142,6 +143,8 @@ pub(crate) struct Setup {
     pub(crate) probe: Option<Handle>,
     pub(crate) orders: mpsc::Receiver<Order>,
     pub(crate) state: watch::Sender<State>,
+    /// How many slices this task left that nobody was there to take.
+    pub(crate) left: Arc<AtomicUsize>,
     /// Hears of every assignment, for peers.
     pub(crate) hub: Hub,
     /// What the application does at the steps of a hand-off.
@@ -183,6 +186,8 @@ enum Drain {
     No,
     Asked,
     Done,
+    /// Nobody is there to take what this task has.
+    InVain,
 }
 
 enum Heard {
@@ -267,7 +272,11 @@ impl Session {
     }
 
     fn is_drained(&self) -> bool {
-        self.drain == Drain::Done && self.install.is_idle() && self.setup.owned.view().owned() == 0
+        match self.drain {
+            Drain::No | Drain::Asked => false,
+            Drain::Done => self.install.is_idle() && self.setup.owned.view().owned() == 0,
+            Drain::InVain => true,
+        }
     }
 
     // --- Finding the leader.
@@ -602,8 +611,8 @@ impl Session {
                 let by = connection.leader.clone();
                 self.refused(by, refused);
             }
-            Some(Reply::Drained(pb::Drained {})) if self.drain == Drain::Asked => {
-                self.drain = Drain::Done;
+            Some(Reply::Drained(pb::Drained { alone })) if self.drain == Drain::Asked => {
+                self.drain = if alone { Drain::InVain } else { Drain::Done };
             }
             Some(Reply::Warning(warning)) => {
                 tracing::warn!(warning, "the leader refused a message");
@@ -683,6 +692,9 @@ impl Session {
     }
 
     async fn leave(mut self) {
+        if self.drain == Drain::InVain {
+            self.setup.left.store(self.setup.owned.view().owned(), Ordering::Relaxed);
+        }
         // What is owned goes first, so that nobody else serves it while this task still would.
         self.forget();
         while !self.install.is_idle() {

@@ -24,6 +24,7 @@ use std::fmt;
 use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use mandoline_core::assignment::Assignment;
@@ -70,6 +71,8 @@ pub struct Slicelet {
     state: watch::Receiver<State>,
     orders: mpsc::Sender<Order>,
     stop: CancellationToken,
+    // Slices that nobody was there to take when the session ended.
+    left: Arc<AtomicUsize>,
     grace: Duration,
     watch_address: Option<Address>,
 }
@@ -98,7 +101,7 @@ pub struct Owner {
 pub enum Shutdown {
     /// Every slice had moved to another task.
     Drained,
-    /// The grace period ended first: so many slices were still this task's.
+    /// The grace period ended first, or no other task was there to wait for: so many slices were still this task's.
     GraceOver {
         /// How many.
         slices: usize,
@@ -184,7 +187,8 @@ impl Slicelet {
         let (_, state) = watch::channel(State::Stopped);
         let (orders, _) = mpsc::channel(1);
         let (stop, grace) = (CancellationToken::new(), Duration::ZERO);
-        Self { owned, totals: Totals::new(), state, orders, stop, grace, watch_address: None }
+        let (totals, left) = (Totals::new(), Arc::default());
+        Self { owned, totals, state, orders, stop, left, grace, watch_address: None }
     }
 
     /// Says whether this task owns a key right now. Counts nothing: see [`Slicelet::claim`].
@@ -351,7 +355,11 @@ impl Slicelet {
                 "the session has not ended within {END_WITHIN:?}: on_added or on_removed blocks; leaving it behind"
             );
         }
-        if drained || slices == 0 { Shutdown::Drained } else { Shutdown::GraceOver { slices } }
+        match self.left.load(Ordering::Relaxed) {
+            0 if drained || slices == 0 => Shutdown::Drained,
+            0 => Shutdown::GraceOver { slices },
+            slices => Shutdown::GraceOver { slices },
+        }
     }
 
     async fn stopped(&self) {
@@ -514,6 +522,7 @@ impl Builder {
         // There is one thing to ask, and once is enough.
         let (orders, asked) = mpsc::channel(1);
         let (stop, hub) = (CancellationToken::new(), Hub::new());
+        let left = Arc::new(AtomicUsize::new(0));
         let peers = listener.map(|(_, listener)| Peers { listener, hub: hub.clone() });
         let setup = Setup {
             job,
@@ -525,6 +534,7 @@ impl Builder {
             probe: self.probe,
             orders: asked,
             state,
+            left: Arc::clone(&left),
             hub,
             calls: self.calls,
             stop: stop.clone(),
@@ -532,7 +542,8 @@ impl Builder {
         spawn(setup, peers).map_err(StartError::Thread)?;
         let grace = self.grace;
         let totals = Totals::new();
-        Ok(Slicelet { owned, totals, state: watched, orders, stop, grace, watch_address })
+        let state = watched;
+        Ok(Slicelet { owned, totals, state, orders, stop, left, grace, watch_address })
     }
 }
 

@@ -114,6 +114,24 @@ async fn until_all_carry(cluster: &Cluster, what: &str) -> pb::JobStatus {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_task_does_not_wait_for_nobody() {
+    let _turn = my_turn().await;
+    let cluster = Cluster::start(program(), 1).await.unwrap();
+    cluster.apply(&pb::JobSpec::from(&job()), PATIENCE).await.unwrap();
+    let mut task = cluster.start_task("kv-0").unwrap();
+    cluster.served("kv", 1, PATIENCE).await.unwrap();
+    let told = Instant::now();
+    task.process.terminate().unwrap();
+    let ended = task.process.wait_ended(PATIENCE).await.unwrap();
+    let took = told.elapsed();
+    assert!(ended.success(), "{ended}: {}", task.process.log_tail());
+    let said = task.process.log_tail();
+    assert!(said.contains("slices that nobody took over"), "{said}");
+    // Its grace is 25 s.
+    assert!(took < Duration::from_secs(10), "it took {took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tasks_restart_one_after_another_and_nothing_fails() {
     let _turn = my_turn().await;
     let moved = restarted(&job()).await;

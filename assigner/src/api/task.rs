@@ -546,8 +546,11 @@ impl Session {
             .tasks
             .get(&self.who.session)
             .is_some_and(|task| task.phase == Phase::Draining);
-        if leaves && job.assignment.of(self.who.session).next().is_none() {
-            self.say(Reply::Drained(pb::Drained {}));
+        let mut tasks = job.assignment.tasks.values();
+        let alone = tasks.all(|task| task.phase == Phase::Draining);
+        let has_none = job.assignment.of(self.who.session).next().is_none();
+        if leaves && (has_none || alone) {
+            self.say(Reply::Drained(pb::Drained { alone: !has_none }));
         }
     }
 

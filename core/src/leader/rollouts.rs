@@ -108,6 +108,20 @@ fn one_task_that_restarts_is_filled_before_long() {
     assert!(scene.keys_of(back) > 0.1, "{}", scene.keys_of(back));
 }
 
+#[test]
+fn where_all_leave_nobody_waits() {
+    let mut scene = Scene::new();
+    let [one, two] = [1, 2].map(|id| scene.begin(id, id, ""));
+    let drain = |session| Command::Drain { job: kv(), session };
+    scene.propose(drain(one));
+    assert_eq!(scene.drained, [one], "its slices have moved");
+    scene.propose(drain(two));
+    assert_eq!(scene.drained, [one, one, two], "and these have nowhere to go");
+    scene.propose(Command::Undrain { job: kv(), session: one });
+    assert_eq!((scene.keys_of(one), scene.drained.len()), (1.0, 4), "or they have, after all");
+    assert_eq!(scene.drained[3], two);
+}
+
 fn with_grace(seconds: u64) -> (Scene, Vec<SessionId>) {
     let mut scene = Scene::new();
     let spec = JobSpec { grace: Duration::from_secs(seconds), ..JobSpec::new(kv()) };

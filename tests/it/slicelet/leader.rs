@@ -302,7 +302,8 @@ impl Leader {
             };
             let assignment = Arc::clone(&self.inner.state.lock().unwrap().jobs[&job].assignment);
             let drained = draining && assignment.of(session).next().is_none();
-            for reply in reply.into_iter().chain(drained.then_some(Reply::Drained(pb::Drained {})))
+            for reply in
+                reply.into_iter().chain(drained.then_some(Reply::Drained(pb::Drained::default())))
             {
                 if replies.send(Ok(pb::SessionReply { reply: Some(reply) })).await.is_err() {
                     return;
