@@ -58,17 +58,17 @@ async fn restarted(spec: &JobSpec) -> f64 {
     let job = until_all_carry(&cluster, "all to carry something").await;
     let before = job.churn.unwrap_or_default().load;
     let began = Instant::now();
-    for index in 0..TASKS {
-        let name = format!("kv-{index}");
+    for (index, task) in tasks.iter_mut().enumerate() {
+        let name = task.name.clone();
         let look = async |cluster: &Cluster| (gate(cluster, &name).0 == 200).then_some(());
         cluster.until("the gate to let the next one go", PATIENCE, look).await.unwrap();
         if index == 0 {
             at_the_gate(&cluster);
         }
-        tasks[index].process.terminate().unwrap();
-        let ended = tasks[index].process.wait_ended(PATIENCE).await.unwrap();
-        assert!(ended.success(), "{ended}: {}", tasks[index].process.log_tail());
-        tasks[index] = cluster.start_task(&name).unwrap();
+        task.process.terminate().unwrap();
+        let ended = task.process.wait_ended(PATIENCE).await.unwrap();
+        assert!(ended.success(), "{ended}: {}", task.process.log_tail());
+        *task = cluster.start_task(&name).unwrap();
         cluster.served("kv", TASKS, PATIENCE).await.unwrap();
     }
     let took = began.elapsed();
