@@ -30,6 +30,7 @@ mod durability;
 mod disk_full;
 mod reaction;
 mod agree;
+mod sim_cluster;
 mod sim_chaos;
 mod sim_balance;
 mod sim_advise;

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Args;
+use mandoline_sim::cluster::flaw::Flaw;
 use mandoline_sim::cluster::scenario::{Kind, Scenario, ScenarioError};
-use mandoline_sim::cluster::sweep::{Sweep, Swept, Violation};
+use mandoline_sim::cluster::sweep::{self, Sweep, Swept, Violation};
 use mandoline_sim::cluster::world;
 use serde::Serialize;
 
@@ -21,6 +22,9 @@ use crate::sim::{self, failure};
 const LINES: usize = 60;
 /// How many violations are shown with their trace; of the rest the seeds say enough.
 const TRACED: usize = 3;
+
+/// How many seeds a way to break the protocol may take to show.
+const HUNT_SEEDS: u64 = 400;
 
 /// Whether whoever started a sweep has had enough.
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -58,6 +62,9 @@ pub(crate) struct ClusterArgs {
     /// Prints one JSON object on a line
     #[arg(long)]
     json: bool,
+    /// Breaks the protocol on purpose, in each of the known ways, and fails unless a check catches it
+    #[arg(long, conflicts_with = "trace")]
+    self_test: bool,
     /// Prints all that happened in the first seed, line by line, and runs no other
     #[arg(long, conflicts_with = "json")]
     trace: bool,
@@ -80,6 +87,9 @@ pub(crate) fn run(args: &ClusterArgs) -> Result<ExitCode, Failure> {
     if args.trace {
         return trace(args, length);
     }
+    if args.self_test {
+        return self_test(args);
+    }
     let threads = args.threads.map_or_else(std::thread::available_parallelism, Ok);
     let threads = threads.unwrap_or(NonZeroUsize::MIN);
     let progress = Progress::new("seeds", Some(args.seeds));
@@ -94,6 +104,33 @@ pub(crate) fn run(args: &ClusterArgs) -> Result<ExitCode, Failure> {
         eprint!("{}", explain(args, violation, length));
     }
     Ok(if swept.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// Breaks the protocol in each known way until a check notices.
+fn self_test(args: &ClusterArgs) -> Result<ExitCode, Failure> {
+    let mut missed = 0;
+    for flaw in Flaw::ALL {
+        let found = sweep::hunt(flaw, HUNT_SEEDS, &STOP);
+        missed += u32::from(found.is_none());
+        let seed = found.as_ref().map(|violation| violation.seed);
+        let check = found.as_ref().map(|violation| violation.breach.check);
+        if args.json {
+            sim::print_json(&Caught { flaw: flaw.name(), check, seed })?;
+        } else {
+            let by = check.unwrap_or("nobody");
+            let seed = seed.map_or_else(String::new, |seed| format!(" at seed {seed}"));
+            sim::print(&format!("{}: caught by {by}{seed}\n", flaw.name()))?;
+        }
+    }
+    Ok(if missed == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// The JSON form of a way to break the protocol, and who noticed.
+#[derive(Serialize)]
+struct Caught {
+    flaw: &'static str,
+    check: Option<&'static str>,
+    seed: Option<u64>,
 }
 
 /// Runs one seed, and prints all of it.

@@ -18,6 +18,7 @@ use mandoline_core::name::JobName;
 use mandoline_core::state::{Applied, Outcome, Refused, State};
 use mandoline_core::task::{Phase, SessionId, TaskInfo};
 use mandoline_core::time::Time;
+use mandoline_core::transit::{Act, HandOffId, Step, Transit};
 
 use crate::check::Seen;
 use crate::cluster::flaw::Flaw;
@@ -25,6 +26,7 @@ use crate::cluster::ground::{Ground, Heard, Own};
 use crate::cluster::log::{Log, Ticket};
 use crate::cluster::network::{Side, StreamId};
 use crate::cluster::tally::Count;
+use crate::cluster::tamper;
 use crate::cluster::wire::{Letter, Refusal, Say};
 
 /// The side of a stream that an assigner is.
@@ -33,6 +35,8 @@ const HERE: Side = 1;
 const SNAPSHOT_EVERY: usize = 100;
 /// How long a proposal waits for its turn at most.
 const TURN_MICROS: u64 = 5_000;
+/// And where others wait before it.
+const QUEUE_MICROS: u64 = 2_000_000;
 /// How long a proposal may take before the leader thinks again, as in the shell.
 const PROPOSAL_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -54,6 +58,8 @@ pub struct Assigner {
     /// Whoever waits for leadership to be confirmed.
     asked: BTreeMap<u64, Asked>,
     tickets: u64,
+    /// Flawed: hand-offs that were called off.
+    aborted: BTreeMap<HandOffId, Transit>,
 }
 
 #[derive(Debug)]
@@ -113,6 +119,7 @@ impl Assigner {
             waiting: BTreeMap::new(),
             asked: BTreeMap::new(),
             tickets: 0,
+            aborted: BTreeMap::new(),
         }
     }
 
@@ -255,7 +262,7 @@ impl Assigner {
             let waiter = self.waiting.remove(&at).filter(|(term, _)| *term == entry.term);
             let Some(command) = entry.command else { continue };
             let before = self.assignment().map(|now| now.generation);
-            let applied = self.state.apply(Command::clone(&command));
+            let applied = self.apply(ground.flaw, &command);
             if let Err(why) = &applied {
                 ground.note(self.place, None, || format!("refuses {at}: {command}: {why}"));
             }
@@ -279,6 +286,30 @@ impl Assigner {
                 self.snapshot = (self.applied, self.state.clone());
             }
         }
+    }
+
+    /// Applies a command, and lets every node go wrong in the same way if that is asked for.
+    fn apply(&mut self, flaw: Flaw, command: &Command) -> Result<Applied, Refused> {
+        if flaw == Flaw::None {
+            return self.state.apply(command.clone());
+        }
+        let before = self.assignment().cloned();
+        let applied = self.state.apply(command.clone());
+        let Some(job) = self.state.jobs.get_mut(&self.job) else { return applied };
+        match flaw {
+            Flaw::GenerationTwice => tamper::generation_twice(job, before.as_deref()),
+            Flaw::SplitWhileReleasing => tamper::split_while_releasing(job),
+            Flaw::AcknowledgedAfterAbort => {
+                tamper::acknowledged_after_abort(
+                    job,
+                    command,
+                    &mut self.aborted,
+                    before.as_deref(),
+                );
+            }
+            _ => {}
+        }
+        applied
     }
 
     fn answer(&mut self, ground: &mut Ground, waiter: Waiter, applied: Result<Applied, Refused>) {
@@ -340,7 +371,8 @@ impl Assigner {
             match action {
                 Action::Propose(command) => {
                     // It waits for its turn, and this node may be deposed and elected again meanwhile.
-                    let turn = Duration::from_micros(ground.prng.below(TURN_MICROS));
+                    let most = if ground.prng.below(20) == 0 { QUEUE_MICROS } else { TURN_MICROS };
+                    let turn = Duration::from_micros(ground.prng.below(most));
                     let command = Arc::new(command);
                     ground.own(self.place, turn, Own::Proposed { term, command });
                 }
@@ -366,8 +398,7 @@ impl Assigner {
     /// A proposal of the leader has its turn. That a session lapsed is written only in the term in which it was found.
     fn proposed(&mut self, ground: &mut Ground, term: u64, command: Arc<Command>) {
         let lost = matches!(*command, Command::End { reason: EndReason::Lost, .. });
-        let bound = lost && ground.flaw != Flaw::EndsInAnyTerm;
-        if self.log.leads().is_none_or(|now| bound && now != term) {
+        if self.log.leads().is_none_or(|now| lost && now != term) {
             return self.happen(ground, Event::Failed(Command::clone(&command)));
         }
         let waiter = Waiter::Leader(Arc::clone(&command));
@@ -405,6 +436,11 @@ impl Assigner {
             (Say::Register { info, stopped }, None) => {
                 let Some(stream) = self.begin(ground, id) else { return };
                 self.streams.insert(id, stream);
+                if ground.flaw == Flaw::OwnershipByName
+                    && let Some(session) = self.named(&info)
+                {
+                    return self.attach(ground, id, session, info.incarnation, None);
+                }
                 let (job, told) = (self.job.clone(), Box::clone(&info));
                 let command = Command::Register { job, info: *told, stopped };
                 let waiter = Waiter::Register { stream: id, info };
@@ -452,6 +488,7 @@ impl Assigner {
                 self.happen(ground, Event::Ready { job, session, id: hand_off });
             }
             Say::Acknowledge(hand_off) => {
+                let hand_off = self.believed(ground, session, hand_off);
                 self.happen(ground, Event::Acknowledged { job, session, id: hand_off });
             }
             Say::Report(report) => self.happen(ground, Event::Reported { job, report: *report }),
@@ -475,8 +512,33 @@ impl Assigner {
         }
     }
 
+    /// Which hand-off an acknowledgement is taken to be of: its own, unless that is what is wrong.
+    fn believed(&mut self, ground: &mut Ground, session: SessionId, id: HandOffId) -> HandOffId {
+        let Some(now) = self.assignment() else { return id };
+        let transit = now.get(id.first).1.transit.as_deref();
+        match (ground.flaw, transit) {
+            (Flaw::StaleAcknowledgement, Some(other))
+                if other.step == Step::Releasing && other.from == Some(session) =>
+            {
+                other.id
+            }
+            (Flaw::AcknowledgedAfterAbort, _) if self.aborted.contains_key(&id) => {
+                let steps = vec![(id, Act::Acknowledged { by: session })];
+                let command = Command::HandOff { job: self.job.clone(), steps };
+                self.propose(ground, Arc::new(command), Waiter::Nobody);
+                id
+            }
+            _ => id,
+        }
+    }
+
     fn lease(&self, session: SessionId) -> Option<Duration> {
         self.assignment()?.tasks.get(&session)?.lease
+    }
+
+    fn named(&self, info: &TaskInfo) -> Option<SessionId> {
+        let mut tasks = self.assignment()?.tasks.values();
+        tasks.find(|task| task.info.name == info.name).map(|task| task.session)
     }
 
     fn lives(&self, session: SessionId, incarnation: u64) -> bool {
@@ -539,11 +601,20 @@ impl Assigner {
 
     fn publish(&mut self, ground: &mut Ground, now: &Arc<Assignment>, delta: Option<Delta>) {
         let delta = delta.map(Arc::new);
+        // Flawed: a change is left out here, and the next is made to fit.
+        if ground.flaw == Flaw::DeltaOverGap && now.generation.number % 50 == 20 {
+            return;
+        }
         let mut over = Vec::new();
         for (id, stream) in self.streams.iter_mut().filter(|(_, stream)| stream.listens) {
             let fits = delta.as_ref().filter(|delta| stream.known == Some(delta.from));
-            let say = fits
-                .map_or_else(|| Say::Full(Arc::clone(now)), |delta| Say::Delta(Arc::clone(delta)));
+            let say = match (fits, &delta, stream.known) {
+                (Some(delta), ..) => Say::Delta(Arc::clone(delta)),
+                (None, Some(delta), Some(from)) if ground.flaw == Flaw::DeltaOverGap => {
+                    Say::Delta(Arc::new(Delta { from, ..Delta::clone(delta) }))
+                }
+                _ => Say::Full(Arc::clone(now)),
+            };
             stream.known = Some(now.generation);
             ground.say(*id, HERE, say);
             if stream.session.is_some_and(|(session, _)| !now.tasks.contains_key(&session)) {

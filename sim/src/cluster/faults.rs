@@ -73,10 +73,17 @@ impl Faults {
         match kind {
             Kind::Partition | Kind::OneWay => {
                 let all = (1_u32 << ground.machines.len()) - 1;
-                let some = match ground.prng.below(3) {
+                let assigner = 1_u32 << ground.prng.below(self.setup.assigners as u64);
+                let some = match ground.prng.below(5) {
                     0 => 1 << ground.prng.below(ground.machines.len() as u64),
-                    1 => 1 << ground.prng.below(self.setup.assigners as u64),
-                    _ => ground.prng.bits() as u32 & all,
+                    1 => assigner,
+                    2 => ground.prng.bits() as u32 & all,
+                    // An assigner, perhaps the leader, with some that go on believing in it.
+                    _ => {
+                        assigner
+                            | (ground.prng.bits() as u32 & all) >> self.setup.assigners
+                                << self.setup.assigners
+                    }
                 };
                 ground.note(0, None, || format!("{} cuts {some:b}", kind.name()));
                 ground.network.cut(some, all & !some);

@@ -16,6 +16,7 @@ pub mod data;
 pub mod wire;
 pub mod load;
 pub mod chronicle;
+mod tamper;
 pub mod ground;
 pub mod assigner;
 pub mod dialer;

@@ -7,12 +7,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::check::Breach;
+use crate::cluster::flaw::Flaw;
 use crate::cluster::scenario::{LENGTH_MIN, Scenario};
 use crate::cluster::tally::Tally;
 use crate::cluster::world;
 
 /// The longest run of one seed: a day.
 const LENGTH_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How long each seed of a hunt lasts.
+const HUNT_LENGTH: Duration = Duration::from_secs(600);
 
 /// Many seeds of one scenario.
 #[derive(Clone, Debug)]
@@ -106,6 +110,16 @@ impl Sweep {
     }
 }
 
+/// Looks for a seed in which a way to break the protocol is caught by a check that should, at most so many, from one on. Gives
+/// that seed and what was found.
+pub fn hunt(flaw: Flaw, seeds: u64, stop: &AtomicBool) -> Option<Violation> {
+    (1..=seeds).take_while(|_| !stop.load(Ordering::Relaxed)).find_map(|seed| {
+        let ran = world::run_flawed(flaw.scenario(), seed, HUNT_LENGTH, false, flaw);
+        let breach = ran.breach.filter(|breach| flaw.caught_by().contains(&breach.check))?;
+        Some(Violation { seed, breach })
+    })
+}
+
 impl Swept {
     fn add(&mut self, seed: u64, ran: world::Ran) {
         self.seeds += 1;
@@ -141,5 +155,18 @@ mod tests {
         assert_eq!(sweep.run(threads(3), &stop, &|| ()), one);
         let first = sweep.run(threads(1), &stop, &|| stop.store(true, Ordering::Relaxed));
         assert_eq!(first.seeds, 1);
+    }
+
+    /// Those that show at once; `--self-test` hunts for all of them, which takes a release build.
+    #[test]
+    fn what_is_broken_on_purpose_is_caught() {
+        for flaw in [
+            Flaw::AcknowledgesEarly,
+            Flaw::DeltaOverGap,
+            Flaw::SplitWhileReleasing,
+            Flaw::NoAdvance,
+        ] {
+            assert!(hunt(flaw, 5, &AtomicBool::new(false)).is_some(), "{}", flaw.name());
+        }
     }
 }

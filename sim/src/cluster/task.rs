@@ -3,6 +3,7 @@
 //! What `router-lib/src/session.rs` does, on the virtual clock: it finds the leader, registers once, attaches the same session again over
 //! whatever stream holds, beats, reports, and drains before it stops. What it does with what it holds is `work.rs`.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use mandoline_core::report::Report;
 use mandoline_core::slice::Slice;
 use mandoline_core::task::{SessionId, TaskInfo};
 use mandoline_core::time::Time;
+use mandoline_core::transit::HandOffId;
 
 use crate::check::Seen;
 use crate::cluster::dialer::{Dialer, Next};
@@ -36,6 +38,9 @@ const DIAL_PATIENCE: Duration = Duration::from_secs(5);
 /// After so many heartbeats without a grant it asks another assigner.
 const SILENT_HEARTBEATS: u32 = 2;
 
+/// How much of what it said long ago a task may say again.
+const OLD_WORDS: usize = 8;
+
 /// A task.
 #[derive(Debug)]
 pub struct Task {
@@ -56,6 +61,8 @@ pub struct Task {
     next_report: Time,
     asked: u64,
     leaving: Leaving,
+    /// What it has ever let go of, the newest of it.
+    acknowledged: BTreeSet<HandOffId>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +100,7 @@ impl Task {
             next_report: Time::ZERO,
             asked: 0,
             leaving: Leaving::No,
+            acknowledged: BTreeSet::new(),
         }
     }
 
@@ -236,6 +244,7 @@ impl Task {
                 Action::Discard(id) => self.work.discard(ground, id),
                 Action::Ready(id) => self.say(ground, Say::Ready(id)),
                 Action::Acknowledge(id) => {
+                    self.acknowledged.insert(id);
                     ground.note(self.place, None, || format!("has let go {id}"));
                     self.say(ground, Say::Acknowledge(id));
                 }
@@ -305,6 +314,7 @@ impl Task {
                 if self.next_beat <= now {
                     self.next_beat = now + ground.heartbeat;
                     self.tell(ground, |holder, out| holder.beat(now, out));
+                    self.repeat(ground);
                     if let Link::Attached { unanswered, .. } = &mut self.link {
                         unanswered.get_or_insert(now);
                     }
@@ -315,6 +325,19 @@ impl Task {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Says once more what it has said long ago: an old letter, found behind a drawer. Whoever hears it must not care.
+    fn repeat(&mut self, ground: &mut Ground) {
+        if self.acknowledged.len() > OLD_WORDS {
+            self.acknowledged.pop_first();
+        }
+        if ground.prng.below(4) == 0
+            && let Some(id) = self.acknowledged.last().copied()
+        {
+            self.say(ground, Say::Ready(id));
+            self.say(ground, Say::Acknowledge(id));
         }
     }
 

@@ -8,3 +8,4 @@ mod alone;
 mod cluster;
 mod members;
 mod malformed;
+mod contract;
