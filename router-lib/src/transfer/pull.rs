@@ -224,7 +224,8 @@ impl Import {
         Ok(moved)
     }
 
-    /// Brings what has changed since the bulk pass, when the other side serves no longer. May be repeated.
+    /// Brings what has changed since the bulk pass, when the other side serves no longer. Where it fails for good, the bulk pass is
+    /// of no use either.
     pub async fn last(&mut self, until: Instant) -> Result<Moved, PullError> {
         let (Progress::Bulk { attempt: bulk } | Progress::Last { bulk }) = self.progress else {
             return Err(PullError::NoBulk);

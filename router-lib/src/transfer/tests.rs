@@ -511,9 +511,10 @@ async fn a_puller_that_was_away_for_too_long_begins_anew() {
 #[tokio::test]
 async fn a_peer_that_is_lost_means_an_empty_start_and_is_counted() {
     let app = Arc::new(App::new(10, 0));
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap().to_string().parse().unwrap();
-    drop(listener);
+    // Bound, so that nobody else takes it, and not listening.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap().to_string().parse().unwrap();
     let puller = puller(&app);
     let mut import = puller.begin(NEW, Some(Origin { address, party: OLD }), hand_off(7));
     let lost = bulk_fails(&mut import).await;
