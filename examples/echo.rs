@@ -10,8 +10,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-use mandoline::Clerk;
 use mandoline::slicelet::{Claim, Slicelet};
+use mandoline::tries::Tries;
+use mandoline::{Address, Clerk, SliceKey};
 
 const USAGE: &str = "usage: echo serve NAME ADDRESS | echo ask KEY...   (MANDOLINE_ASSIGNERS: whom to ask, 127.0.0.1:7400)";
 
@@ -49,25 +50,30 @@ async fn serve(name: &str, address: &str, assigners: &[&str]) -> Result<(), Box<
     Ok(())
 }
 
-/// Asks the owner of each key. One that was moved just now is asked for once more, when the clerk has caught up.
+/// Asks the owner of each key. Whoever refuses it says by which assignment, and that tells when to ask whom next.
 async fn ask(keys: &[&str], assigners: &[&str]) -> Result<(), Box<dyn Error>> {
     let sources = assigners.iter().map(|address| address.parse()).collect::<Result<Vec<_>, _>>()?;
     let clerk = Clerk::builder("echo".parse()?).sources(sources).start()?;
     clerk.ready().await;
     for key in keys {
-        let mut answer = ask_owner(&clerk, key)?;
-        if let Some(generation) = answer.strip_prefix("421 ") {
-            clerk.wait_for(generation.trim().parse()?, Duration::from_secs(1)).await?;
-            answer = ask_owner(&clerk, key)?;
+        let mut tries = Tries::new(&clerk, SliceKey::of(key.as_bytes()), Duration::from_secs(5));
+        loop {
+            let answer = send(tries.next().await?.address(), key)?;
+            match answer.trim().split_once(' ') {
+                Some(("421", generation)) => tries.not_owner(generation.parse()?),
+                Some(("503", generation)) => tries.in_transit(generation.parse()?),
+                _ => {
+                    print!("{answer}");
+                    break;
+                }
+            }
         }
-        print!("{answer}");
     }
     Ok(())
 }
 
-fn ask_owner(clerk: &Clerk, key: &str) -> Result<String, Box<dyn Error>> {
-    let target = clerk.route(key.as_bytes())?;
-    let mut stream = TcpStream::connect(target.address().as_str())?;
+fn send(to: &Address, key: &str) -> Result<String, Box<dyn Error>> {
+    let mut stream = TcpStream::connect(to.as_str())?;
     writeln!(stream, "{key}")?;
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer)?;

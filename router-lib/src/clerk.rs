@@ -300,7 +300,7 @@ impl Clerk {
     ///
     /// `told` is the generation that the task judged by: it goes with the answer, as `mandoline-generation` beside
     /// `mandoline-transit` (503) in HTTP. The request had no effect, so it may be sent to the new owner whatever it is. Needs a
-    /// tokio runtime with time.
+    /// tokio runtime with time. [`crate::tries::Tries`] does this and the rest of a request's way.
     pub async fn wait_moved(
         &self,
         key: SliceKey,

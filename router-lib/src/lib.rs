@@ -8,9 +8,11 @@
 //! use std::error::Error;
 //! use std::io::{BufRead, BufReader, Write};
 //! use std::net::{TcpListener, TcpStream};
+//! use std::time::Duration;
 //!
-//! use mandoline::Clerk;
 //! use mandoline::slicelet::{Claim, Slicelet};
+//! use mandoline::tries::Tries;
+//! use mandoline::{Clerk, SliceKey};
 //!
 //! fn serve(slicelet: &Slicelet, listener: &TcpListener) -> Result<(), Box<dyn Error>> {
 //!     for stream in listener.incoming() {
@@ -25,16 +27,20 @@
 //!     Ok(())
 //! }
 //!
-//! fn ask(clerk: &Clerk, key: &str) -> Result<String, Box<dyn Error>> {
-//!     let target = clerk.route(key.as_bytes())?;
-//!     let mut stream = TcpStream::connect(target.address().as_str())?;
-//!     writeln!(stream, "{key}")?;
-//!     let mut answer = String::new();
-//!     BufReader::new(stream).read_line(&mut answer)?;
-//!     if let Some(generation) = answer.strip_prefix("421 ") {
-//!         clerk.refresh(generation.trim().parse()?); // the task knows better: ask again soon
+//! async fn ask(clerk: &Clerk, key: &str) -> Result<String, Box<dyn Error>> {
+//!     let mut tries = Tries::new(clerk, SliceKey::of(key.as_bytes()), Duration::from_secs(5));
+//!     loop {
+//!         let target = tries.next().await?;
+//!         let mut stream = TcpStream::connect(target.address().as_str())?;
+//!         writeln!(stream, "{key}")?;
+//!         let mut answer = String::new();
+//!         BufReader::new(stream).read_line(&mut answer)?;
+//!         match answer.trim().split_once(' ') {
+//!             Some(("421", generation)) => tries.not_owner(generation.parse()?), // another has it
+//!             Some(("503", generation)) => tries.in_transit(generation.parse()?), // it is moving
+//!             _ => return Ok(answer),
+//!         }
 //!     }
-//!     Ok(answer)
 //! }
 //!
 //! # async fn both() -> Result<(), Box<dyn Error>> {
@@ -46,7 +52,7 @@
 //!
 //! let clerk = Clerk::builder("kv".parse()?).sources(["127.0.0.1:7400".parse()?]).start()?;
 //! clerk.ready().await;
-//! println!("{}", ask(&clerk, "user-42")?);
+//! println!("{}", ask(&clerk, "user-42").await?);
 //! # Ok(())
 //! # }
 //! ```
@@ -63,6 +69,7 @@ pub mod spill;
 mod dialer;
 mod offered;
 pub mod clerk;
+pub mod tries;
 mod term;
 mod tenure;
 mod owned;
