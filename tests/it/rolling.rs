@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use mandoline_core::spec::JobSpec;
+use mandoline_core::spec::{Consistency, JobSpec};
 use mandoline_proto::pb;
 use serde_json::Value;
 use tokio::time::Instant;
@@ -135,5 +135,13 @@ async fn the_last_task_does_not_wait_for_nobody() {
 async fn tasks_restart_one_after_another_and_nothing_fails() {
     let _turn = my_turn().await;
     let moved = restarted(&job()).await;
+    assert!(moved <= MORE * MUST, "{moved:.2} of all load moved, where {MUST:.2} had to");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn owners_restart_one_after_another_and_nothing_fails() {
+    let _turn = my_turn().await;
+    let spec = JobSpec { consistency: Consistency::Exclusive, ..job() };
+    let moved = restarted(&spec).await;
     assert!(moved <= MORE * MUST, "{moved:.2} of all load moved, where {MUST:.2} had to");
 }
