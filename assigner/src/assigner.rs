@@ -292,7 +292,7 @@ impl Pages for NodePages {
         m.members.set(number(Some(status.members.len() as u64)));
         m.watchers.set(number(Some(self.hub.watchers() as u64)));
         m.sessions.set(number(Some(self.sessions.count() as u64)));
-        let offered = self.node.offered();
+        let (offered, brakes) = (self.node.offered(), self.node.brakes());
         for (name, job) in &state.jobs {
             let labels = JobLabels { job: name.to_string() };
             let set = |family: &prometheus_client::metrics::family::Family<
@@ -310,6 +310,11 @@ impl Pages for NodePages {
             set(&m.unserved, unserved.count() as u64);
             set(&m.frozen, u64::from(job.frozen));
             set(&m.pins, job.pins.len() as u64);
+            set(&m.confined, job.confined.len() as u64);
+            let brake = brakes.get(name);
+            set(&m.brake, u64::from(brake.is_some()));
+            set(&m.brake_missing, brake.map_or(0, |brake| brake.hold.missing.len() as u64));
+            set(&m.brake_seconds, brake.map_or(0, |brake| brake.held().as_secs()));
             set(&m.moves, job.churn.moves);
             let offered = offered.get(name).cloned().unwrap_or_default();
             set(&m.callers, offered.callers as u64);

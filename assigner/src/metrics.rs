@@ -43,6 +43,14 @@ pub struct Metrics {
     pub frozen: Family<JobLabels, Gauge>,
     /// Pins, by job.
     pub pins: Family<JobLabels, Gauge>,
+    /// One while too many tasks are missing at once and nothing is reassigned, by job; zero where this node does not lead.
+    pub brake: Family<JobLabels, Gauge>,
+    /// Tasks that are missing meanwhile, by job.
+    pub brake_missing: Family<JobLabels, Gauge>,
+    /// For how long that has been so, by job.
+    pub brake_seconds: Family<JobLabels, Gauge>,
+    /// Ranges of keys that crash tasks and stay with one, by job.
+    pub confined: Family<JobLabels, Gauge>,
     /// Moves of replicas since the job began, by job.
     pub moves: Family<JobLabels, Gauge>,
     /// Load moved since the job began, in multiples of the load at the time, by job.
@@ -117,6 +125,26 @@ impl Metrics {
             "job_pins",
             "Ranges of keys that an operator nailed to a task",
             self.pins.clone(),
+        );
+        r.register(
+            "brake_holding",
+            "One while too many tasks are missing at once and nothing is reassigned",
+            self.brake.clone(),
+        );
+        r.register(
+            "brake_missing_tasks",
+            "Tasks that are missing while the brake holds",
+            self.brake_missing.clone(),
+        );
+        r.register(
+            "brake_held_seconds",
+            "For how long the brake has held",
+            self.brake_seconds.clone(),
+        );
+        r.register(
+            "job_confined",
+            "Ranges of keys that crash tasks and stay with one",
+            self.confined.clone(),
         );
         r.register("job_moves", "Moves of replicas since the job began", self.moves.clone());
         r.register(

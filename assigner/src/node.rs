@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mandoline_core::balance::{self, Round};
+use mandoline_core::brake::Hold;
 use mandoline_core::command::Command;
 use mandoline_core::leader::{Action, Event, Leader};
 use mandoline_core::load::Load;
@@ -69,20 +70,44 @@ pub struct Measure {
     pub suspect: bool,
 }
 
+/// A brake that holds.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// What is known of it.
+    pub hold: Hold,
+    /// When that was.
+    now: Time,
+    seen: Instant,
+}
+
+impl Held {
+    /// How long it has been on.
+    pub fn held(&self) -> Duration {
+        self.since(self.hold.since)
+    }
+
+    /// How long ago something was that it knows of.
+    pub fn since(&self, then: Time) -> Duration {
+        self.now.since(then) + self.seen.elapsed()
+    }
+}
+
 /// Speaks with the leader's loop.
 #[derive(Clone, Debug)]
 pub struct Node {
     asks: mpsc::Sender<Ask>,
     offered: Arc<Mutex<BTreeMap<JobName, Totals>>>,
+    brakes: Arc<Mutex<BTreeMap<JobName, Held>>>,
 }
 
 impl Node {
     /// Makes a loop, to be run, and what speaks with it.
     pub fn new(consensus: Consensus, sessions: Sessions, changes: Changes) -> (Self, Loop) {
         let (asks, heard) = mpsc::channel(ASKS_MAX);
-        let offered = Arc::default();
-        let run = Loop::new(consensus, sessions, changes, heard, Arc::clone(&offered));
-        (Self { asks, offered }, run)
+        let (offered, brakes) = (Arc::default(), Arc::default());
+        let shown = (Arc::clone(&offered), Arc::clone(&brakes));
+        let run = Loop::new(consensus, sessions, changes, heard, shown);
+        (Self { asks, offered, brakes }, run)
     }
 
     /// Tells the loop what happened; waits while it has too much to hear.
@@ -113,6 +138,11 @@ impl Node {
     /// Gives what callers of each job offered in all, as of its last round; nothing where this node does not lead.
     pub fn offered(&self) -> BTreeMap<JobName, Totals> {
         self.offered.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Gives the brakes that hold, by job; nothing where this node does not lead.
+    pub fn brakes(&self) -> BTreeMap<JobName, Held> {
+        self.brakes.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Asks what the leader knows of a job's tasks; nothing where this node does not lead.
@@ -194,6 +224,9 @@ pub(crate) const fn term_of(role: &Role) -> Option<u64> {
     }
 }
 
+/// What pages show of each job.
+type Shown = (Arc<Mutex<BTreeMap<JobName, Totals>>>, Arc<Mutex<BTreeMap<JobName, Held>>>);
+
 /// The leader's loop.
 pub struct Loop {
     consensus: Consensus,
@@ -206,6 +239,8 @@ pub struct Loop {
     versions: BTreeMap<JobName, u64>,
     // What pages show, as of each job's last round.
     offered: Arc<Mutex<BTreeMap<JobName, Totals>>>,
+    // The same of brakes.
+    brakes: Arc<Mutex<BTreeMap<JobName, Held>>>,
     leading: Option<Leading>,
 }
 
@@ -226,11 +261,11 @@ impl Loop {
         sessions: Sessions,
         changes: Changes,
         asks: mpsc::Receiver<Ask>,
-        offered: Arc<Mutex<BTreeMap<JobName, Totals>>>,
+        (offered, brakes): Shown,
     ) -> Self {
         let role = consensus.role();
         let (clock, versions, leading) = (Clock::new(), BTreeMap::new(), None);
-        Self { consensus, role, sessions, changes, asks, clock, versions, offered, leading }
+        Self { consensus, role, sessions, changes, asks, clock, versions, offered, brakes, leading }
     }
 
     /// Runs until told to stop, or until nobody is left who could ask.
@@ -262,6 +297,7 @@ impl Loop {
         }
         if term.is_none() {
             self.offered.lock().unwrap_or_else(PoisonError::into_inner).clear();
+            self.brakes.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
         self.leading = term.map(|term| {
             tracing::info!(term, "leading");
@@ -344,6 +380,28 @@ impl Loop {
     fn tick(&mut self) {
         self.lead(|leader, now, state, out| leader.tick(now, state, out));
         self.show_offered();
+        self.show_brakes();
+    }
+
+    /// Puts brakes that hold where pages find them, and says aloud when one begins and ends.
+    fn show_brakes(&self) {
+        let mut shown = self.brakes.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(leading) = &self.leading else { return shown.clear() };
+        let (now, seen) = (self.clock.now(), Instant::now());
+        shown.retain(|job, _| {
+            let holds = leading.leader.hold(job).is_some();
+            if !holds {
+                tracing::info!(%job, "The brake is off");
+            }
+            holds
+        });
+        for (job, hold) in leading.leader.holds() {
+            if !shown.contains_key(job) {
+                let (missing, tasks) = (hold.missing.len(), hold.tasks);
+                tracing::warn!(%job, missing, tasks, "Too many tasks are missing at once; nothing is reassigned until they return, their callers' requests fail, or `mandoline task believe-lost` says that they are lost");
+            }
+            shown.insert(job.clone(), Held { hold: hold.clone(), now, seen });
+        }
     }
 
     /// Puts what callers offered where pages find it, and says of which tasks' word it is doubted.

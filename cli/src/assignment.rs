@@ -1,4 +1,4 @@
-//! Who serves what, and the operator's hand in it: `assignment show|freeze|unfreeze|pin|unpin`, and `moves`.
+//! Who serves what, and the operator's hand in it: `assignment show|freeze|unfreeze|pin|unpin|release`, and `moves`.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -18,6 +18,7 @@ use crate::client::{Admin, Client};
 use crate::failure::Failure;
 use crate::keys::Keys;
 use crate::operate::AskArgs;
+use crate::show;
 use crate::table::Table;
 use crate::text::Text;
 
@@ -86,6 +87,17 @@ pub(crate) enum AssignmentCommand {
         #[command(flatten)]
         ask: AskArgs,
     },
+    /// Lets go of a range of keys that was confined to one task since it crashed several
+    ///
+    /// Example: mandoline assignment release kv 7700000000000000..77ffffffffffffff
+    Release {
+        /// The job's name
+        job: Text<JobName>,
+        /// Which keys, exactly as `mandoline status` shows them
+        keys: Keys,
+        #[command(flatten)]
+        ask: AskArgs,
+    },
 }
 
 /// Shows what moved lately in a job, with the reason of each move, oldest first
@@ -136,6 +148,14 @@ pub(crate) async fn assignment(command: AssignmentCommand) -> Result<ExitCode, F
             Client::new(&ask.client)?.change(request, &look(&job.0), call).await?;
             let json = json!({ "job": job.0.as_str(), "slice": keys.slice.to_string() });
             ask.output.print(&json, format!("{keys} of job {job} is no longer pinned\n"));
+        }
+        AssignmentCommand::Release { job, keys, ask } => {
+            let slice = Some(keys.slice.into());
+            let request = pb::ReleaseSliceRequest { job: job.to_string(), slice };
+            let call = async |mut admin: Admin, request| admin.release_slice(request).await;
+            Client::new(&ask.client)?.change(request, &look(&job.0), call).await?;
+            let json = json!({ "job": job.0.as_str(), "slice": keys.slice.to_string() });
+            ask.output.print(&json, format!("{keys} of job {job} is no longer confined\n"));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -212,7 +232,8 @@ async fn show(
         .into_iter()
         .filter_map(|pin| Some((pin.slice?.try_into().ok()?, pin.task)))
         .collect();
-    let page = Page { assignment, wanted, frozen: status.frozen, pins };
+    let (frozen, confined) = (status.frozen, status.confined);
+    let page = Page { assignment, wanted, frozen, pins, confined };
     ask.output.print(&page.json(), page.table());
     Ok(ExitCode::SUCCESS)
 }
@@ -249,6 +270,7 @@ struct Page {
     wanted: Wanted,
     frozen: bool,
     pins: Vec<(Slice, String)>,
+    confined: Vec<pb::Confined>,
 }
 
 impl Page {
@@ -295,6 +317,7 @@ impl Page {
             "frozen": self.frozen,
             "spill": self.assignment.spill.map(|cap| cap.to_string()),
             "pins": self.pins.iter().map(pin).collect::<Vec<_>>(),
+            "confined": self.confined.iter().map(show::confined_json).collect::<Vec<_>>(),
             "slices": self.slices().map(slice).collect::<Vec<_>>(),
         });
         if let Wanted::Key(key) = self.wanted {
@@ -425,7 +448,7 @@ mod tests {
             assignment.slices.set(slice.parse().unwrap(), assigned);
         }
         let pins = vec![("0..ff".parse().unwrap(), "a".to_owned())];
-        Page { assignment, wanted, frozen: true, pins }
+        Page { assignment, wanted, frozen: true, pins, confined: vec![] }
     }
 
     #[test]

@@ -130,6 +130,20 @@ pub(crate) enum TaskCommand {
         #[command(flatten)]
         ask: AskArgs,
     },
+    /// Says that the tasks which a job's brake waits for are lost: what they served goes to the others
+    ///
+    /// Too many tasks were missing at once, so nothing was reassigned; `mandoline status` shows them. Say so only if you know
+    /// that they do not serve: an owner of exclusive keys is waited for until its lease is over in any case.
+    ///
+    /// Example: mandoline task believe-lost --job kv
+    #[command(verbatim_doc_comment)]
+    BelieveLost {
+        /// Which job
+        #[arg(long)]
+        job: Text<JobName>,
+        #[command(flatten)]
+        ask: AskArgs,
+    },
     /// Takes a drain back
     Undrain {
         #[command(flatten)]
@@ -308,6 +322,14 @@ pub(crate) async fn task(command: TaskCommand) -> Result<ExitCode, Failure> {
             if !yes {
                 return Ok(ExitCode::from(1));
             }
+        }
+        TaskCommand::BelieveLost { job, ask } => {
+            let request = pb::BelieveLostRequest { job: job.to_string() };
+            let look = format!("mandoline job get {job}");
+            let call = async |mut admin: Admin, request| admin.believe_lost(request).await;
+            let tasks = Client::new(&ask.client)?.change(request, &look, call).await?.tasks;
+            let json = json!({ "job": job.0.as_str(), "tasks": tasks });
+            ask.output.print(&json, format!("taken for lost: {}\n", tasks.join(", ")));
         }
         TaskCommand::Undrain { which, ask } => {
             let job = set_phase(&Client::new(&ask.client)?, &which, true).await?;

@@ -5,6 +5,7 @@
 
 use clap::ValueEnum;
 use mandoline_core::load::Load;
+use mandoline_core::slice::Slice;
 use mandoline_proto::pb;
 use serde_json::{Value, json};
 
@@ -81,6 +82,8 @@ pub(crate) fn job_json(job: &pb::JobStatus) -> Value {
         "imbalance": imbalance(job),
         "frozen": job.frozen,
         "pins": job.pins.len(),
+        "brake": job.brake.as_ref().map(brake_json),
+        "confined": job.confined.iter().map(confined_json).collect::<Vec<_>>(),
         "spec": job_text::json(job.spec.as_ref()),
         "churn": {
             "moves": churn.moves,
@@ -89,6 +92,96 @@ pub(crate) fn job_json(job: &pb::JobStatus) -> Value {
         },
         "tasks": job.tasks.iter().map(task_json).collect::<Vec<_>>(),
     })
+}
+
+fn brake_json(brake: &pb::Brake) -> Value {
+    let missing = |missing: &pb::Missing| {
+        let word = word(missing);
+        json!({ "task": missing.task, "session": missing.session, "callers": word })
+    };
+    json!({
+        "held": seconds(brake.held_ms),
+        "tasks": brake.tasks,
+        "missing": brake.missing.iter().map(missing).collect::<Vec<_>>(),
+    })
+}
+
+/// What callers say of a task that is missing.
+fn word(missing: &pb::Missing) -> Option<&'static str> {
+    match missing.word() {
+        pb::Word::Unspecified => None,
+        pb::Word::Served => Some("served"),
+        pb::Word::Failing => Some("failing"),
+    }
+}
+
+/// A range that stays with one task, and why.
+pub(crate) fn confined_json(confined: &pb::Confined) -> Value {
+    let crash = |crash: &pb::Crash| {
+        json!({
+            "task": crash.task,
+            "session": crash.session,
+            "before": seconds(crash.before_ms),
+            "held": seconds(crash.held_ms),
+        })
+    };
+    json!({
+        "slice": slice(confined),
+        "task": confined.task,
+        "crashes": confined.crashes.iter().map(crash).collect::<Vec<_>>(),
+    })
+}
+
+fn slice(confined: &pb::Confined) -> String {
+    let slice = confined.slice.and_then(|slice| Slice::try_from(slice).ok());
+    slice.map_or_else(String::new, |slice| slice.to_string())
+}
+
+fn seconds(millis: u64) -> String {
+    format!("{:.1}s", millis as f64 / 1e3)
+}
+
+/// What needs an operator's eye: brakes that hold, and ranges that crash tasks. Empty if all is well.
+pub(crate) fn alarms(jobs: &[pb::JobStatus]) -> String {
+    let mut text = String::new();
+    for job in jobs {
+        let name = job.spec.as_ref().map_or("", |spec| &spec.name);
+        if let Some(brake) = &job.brake {
+            let missing = brake.missing.iter().map(|missing| match word(missing) {
+                None => missing.task.clone(),
+                Some(word) => format!("{} (callers: {word})", missing.task),
+            });
+            let missing: Vec<String> = missing.collect();
+            text += &format!(
+                "ALARM  job {name}: {} of {} tasks are missing at once, for {}; nothing is reassigned\n  \
+                 missing: {}\n  \
+                 it goes on when they return, or when their callers' requests fail for a while\n  \
+                 if you know that they are gone: mandoline task believe-lost --job {name}\n\n",
+                brake.missing.len(),
+                brake.tasks,
+                seconds(brake.held_ms),
+                missing.join(", "),
+            );
+        }
+        for confined in &job.confined {
+            let (slice, task) = (slice(confined), &confined.task);
+            let crash = |crash: &pb::Crash| {
+                let (before, held) = (seconds(crash.before_ms), seconds(crash.held_ms));
+                format!(
+                    "{} (s{}) {before} before, having held it for {held}",
+                    crash.task, crash.session
+                )
+            };
+            let crashes: Vec<String> = confined.crashes.iter().map(crash).collect();
+            text += &format!(
+                "ALARM  job {name}: {slice} crashes tasks and stays with {task}, which serves nothing else\n  \
+                 crashed: {}\n  \
+                 it ends an hour after the last crash, or by: mandoline assignment release {name} {slice}\n\n",
+                crashes.join("; "),
+            );
+        }
+    }
+    text
 }
 
 /// One task.
@@ -118,10 +211,11 @@ pub(crate) fn status_table(status: &pb::StatusReply) -> String {
     };
     let cluster = if status.cluster.is_empty() { "not founded" } else { &status.cluster };
     format!(
-        "cluster {cluster}  {leader}  term {}  applied {} of {}\n\n{}\n{}\n{}",
+        "cluster {cluster}  {leader}  term {}  applied {} of {}\n\n{}{}\n{}\n{}",
         status.term,
         status.applied,
         status.last_log,
+        alarms(&status.jobs),
         node_table(&status.nodes),
         job_table(&status.jobs),
         task_table(&status.jobs),
@@ -211,8 +305,9 @@ pub(crate) fn job_page(job: &pb::JobStatus) -> String {
         (true, pins) => format!("frozen by hand; pinned by hand: {pins}\n\n"),
     };
     format!(
-        "{}\n{by_hand}{}\n{}",
+        "{}\n{}{by_hand}{}\n{}",
         job_text::yaml(job.spec.as_ref()),
+        alarms(std::slice::from_ref(job)),
         job_table(std::slice::from_ref(job)),
         task_table([job]),
     )

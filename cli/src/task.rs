@@ -7,8 +7,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::Args;
-use mandoline::slicelet::{Shutdown, Slicelet};
+use mandoline::Utilisation;
+use mandoline::slicelet::{Claim, CostError, Guard, NotOwner, Shutdown, Slicelet};
 use mandoline_assigner::access::connector;
+use mandoline_core::key::SliceKey;
 use mandoline_core::name::{JobName, TaskName};
 use mandoline_core::task::Address;
 use mandoline_distributor::connect::Connector;
@@ -16,7 +18,7 @@ use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::access_args::AccessArgs;
-use crate::demo::server::Server;
+use crate::demo::server::{Server, Shard};
 use crate::demo::store::Store;
 use crate::failure::Failure;
 use crate::text::{Text, overlay};
@@ -77,6 +79,9 @@ pub(crate) struct TaskArgs {
     /// How long it waits, told to stop, for its slices to move away [default: 25s]
     #[arg(long, env = "MANDOLINE_GRACE", value_name = "DURATION")]
     grace: Option<Span>,
+    /// Crash when this key is asked for here: for demonstrations of what confinement does [default: never]
+    #[arg(long, hide = true, value_name = "KEY")]
+    crash_on: Option<String>,
     #[command(flatten)]
     access: AccessArgs,
 }
@@ -116,6 +121,7 @@ pub(crate) struct Setup {
     pub(crate) revision: String,
     pub(crate) memory: Size,
     pub(crate) grace: Span,
+    pub(crate) crash_on: Option<String>,
     pub(crate) connector: Connector,
 }
 
@@ -139,8 +145,47 @@ impl Setup {
             revision: String::new(),
             memory: MEMORY,
             grace: GRACE,
+            crash_on: None,
             connector: Connector::default(),
         }
+    }
+}
+
+/// Crashes where it is asked for one key that it owns, as a bug would.
+struct Frail {
+    slicelet: Arc<Slicelet>,
+    crash_on: Option<SliceKey>,
+}
+
+impl Frail {
+    /// Is asked for a key that this task owns.
+    fn serve(&self, key: &[u8]) {
+        if self.crash_on == Some(SliceKey::of(key)) {
+            eprintln!("crashing: asked for the key that it crashes on");
+            std::process::abort();
+        }
+    }
+}
+
+impl Shard for Frail {
+    type Guard = Guard;
+
+    fn acquire(&self, key: &[u8], cost: f64) -> Result<Guard, NotOwner> {
+        let guard = self.slicelet.as_ref().acquire_at(SliceKey::of(key), cost)?;
+        self.serve(key);
+        Ok(guard)
+    }
+
+    fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
+        let claim = Shard::claim_spilled(self.slicelet.as_ref(), key, cost)?;
+        if claim == Claim::Mine {
+            self.serve(key);
+        }
+        Ok(claim)
+    }
+
+    fn utilisation(&self) -> Utilisation {
+        Shard::utilisation(self.slicelet.as_ref())
     }
 }
 
@@ -186,7 +231,8 @@ impl Task {
         }
         let slicelet = Arc::new(builder.start().map_err(|e| failed(&e))?);
         let stop = CancellationToken::new();
-        let shard = Arc::clone(&slicelet);
+        let crash_on = setup.crash_on.map(|key| SliceKey::of(key.as_bytes()));
+        let shard = Arc::new(Frail { slicelet: Arc::clone(&slicelet), crash_on });
         let server =
             Server::start(&name, listener, shard, store, stop.clone()).map_err(|e| failed(&e))?;
         Ok(Self { slicelet, server, stop })
@@ -222,7 +268,7 @@ impl Task {
 pub(crate) async fn run(mut args: TaskArgs) -> Result<ExitCode, Failure> {
     if let Some(path) = &args.config {
         let from_file: TaskArgs = file::read(path)?;
-        overlay!(args, from_file; name, listen, advertise, watch_listen, job, assigners, capacity, labels, revision, memory, grace);
+        overlay!(args, from_file; name, listen, advertise, watch_listen, job, assigners, capacity, labels, revision, memory, grace, crash_on);
         args.access.overlay(from_file.access);
     }
     let Some(Text(name)) = args.name else {
@@ -246,6 +292,7 @@ pub(crate) async fn run(mut args: TaskArgs) -> Result<ExitCode, Failure> {
         revision: args.revision.unwrap_or_default(),
         memory: args.memory.unwrap_or(MEMORY),
         grace: args.grace.unwrap_or(GRACE),
+        crash_on: args.crash_on,
         connector: connector(&access),
     };
     let (name, job) = (setup.name.clone(), setup.job.clone());

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::confine::Crash;
 use crate::generation::Generation;
 use crate::load::Load;
 use crate::name::{JobName, TaskName};
@@ -115,6 +116,14 @@ pub enum Command {
         /// Why.
         reason: EndReason,
     },
+    /// Says by an operator's word that sessions are lost, however many are missing at once: the leader ends those that are
+    /// when their leases are over. In the place of what was said before; nobody takes it back.
+    BelieveLost {
+        /// Which job.
+        job: JobName,
+        /// Which tasks.
+        sessions: Vec<SessionId>,
+    },
     /// Carries a plan out, if the assignment is still the one that it was made for.
     Change {
         /// Which job.
@@ -169,6 +178,24 @@ pub enum Command {
         /// Which keys, exactly as they were pinned.
         slice: Slice,
     },
+    /// Keeps ranges of keys that crash tasks with one of them, which serves nothing else; confined ranges get another task so.
+    Confine {
+        /// Which job.
+        job: JobName,
+        /// Which ranges, in order.
+        slices: Vec<Slice>,
+        /// Which task.
+        task: TaskName,
+        /// The evidence, oldest first; what was known stays where there is none.
+        crashes: Vec<Crash>,
+    },
+    /// Lets go of a confined range.
+    Unconfine {
+        /// Which job.
+        job: JobName,
+        /// Which keys, exactly as they were confined.
+        slice: Slice,
+    },
 }
 
 /// In a few words, for logs.
@@ -187,6 +214,9 @@ impl fmt::Display for Command {
                 write!(f, "let go of what waits for {job}/{task}, which was {session}")
             }
             Self::End { job, session, reason } => write!(f, "end {job}/{session} ({reason})"),
+            Self::BelieveLost { job, sessions } => {
+                write!(f, "believe {} sessions of {job} lost", sessions.len())
+            }
             Self::Change { job, plan } => {
                 write!(f, "change {job} {} by {} edits", plan.base, plan.edits.len())
             }
@@ -202,6 +232,10 @@ impl fmt::Display for Command {
             Self::Unfreeze { job } => write!(f, "unfreeze {job}"),
             Self::Pin { job, slice, task } => write!(f, "pin {slice} of {job} to {task}"),
             Self::Unpin { job, slice } => write!(f, "unpin {slice} of {job}"),
+            Self::Confine { job, slices, task, .. } => {
+                write!(f, "confine {} ranges of {job} to {task}", slices.len())
+            }
+            Self::Unconfine { job, slice } => write!(f, "release {slice} of {job}"),
         }
     }
 }

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use crate::assignment::Assignment;
 use crate::balance::{InFlight, Policy, Round};
+use crate::brake::{Hold, Limits};
 use crate::command::{Command, EndReason};
+use crate::confine::{self, Record};
 use crate::forecast::Forecast;
 use crate::generation::Generation;
 use crate::handoff::HandOffs;
@@ -28,6 +30,7 @@ use crate::state::{Job, Refused, State};
 use crate::task::{Phase, SessionId};
 use crate::time::Time;
 use crate::transit::HandOffId;
+use crate::ward::{Due, Wards};
 
 /// How often loads are stored with the assignment: what a new leader starts from is no older, and the log hardly grows.
 const STORE_EVERY: Duration = Duration::from_secs(60);
@@ -107,6 +110,13 @@ pub enum Event {
         job: JobName,
         /// What it says.
         plan: Plan,
+    },
+    /// Another process wants to register under the name of a session: whoever started it thinks that the one before is gone.
+    Succeeded {
+        /// Which job.
+        job: JobName,
+        /// Whose name it is.
+        session: SessionId,
     },
     /// A command of this job was applied: its assignment or its spec may have changed.
     Applied {
@@ -207,6 +217,11 @@ impl Leader {
             Event::Broken { job, session } => {
                 self.with(&job, |lead| lead.roster.broken(now, session));
             }
+            Event::Succeeded { job, session } => {
+                self.with(&job, |lead| {
+                    lead.succeeded.insert(session);
+                });
+            }
             Event::Reported { job, report } => self.with(&job, |lead| lead.report(report)),
             Event::Planned { job, plan } => {
                 if let Some(lead) = self.lead(now, state, &job) {
@@ -219,7 +234,10 @@ impl Leader {
                 }
             }
             Event::Failed(Command::End { job, session, .. }) => {
-                self.with(&job, |lead| lead.roster.acquit(now, session));
+                self.with(&job, |lead| {
+                    lead.roster.acquit(now, session);
+                    lead.record.acquit(session);
+                });
             }
             Event::Failed(Command::Change { job, .. }) => self.with(&job, |lead| lead.retry(now)),
             Event::Failed(Command::HandOff { job, .. }) => {
@@ -235,13 +253,14 @@ impl Leader {
         self.settle(now, state, out);
         for (name, lead) in &mut self.jobs {
             let Ok(job) = state.job(name) else { continue };
-            for session in lead.roster.tick(now) {
+            for session in lead.lost(now, job) {
                 if !self.ledger.is_over(now, session) {
                     // It may still believe that it owns.
                     lead.roster.acquit(now, session);
                     continue;
                 }
                 self.ledger.deny(session);
+                lead.crashed(now, session, job, out);
                 let (job, reason) = (name.clone(), EndReason::Lost);
                 out.push(Action::Propose(Command::End { job, session, reason }));
             }
@@ -329,6 +348,16 @@ impl Leader {
         Ok(lead.restarts.may_restart(now, known, task))
     }
 
+    /// Gives the hold of a job's brake, while one is on.
+    pub fn hold(&self, job: &JobName) -> Option<&Hold> {
+        self.jobs.get(job)?.roster.hold()
+    }
+
+    /// Gives all holds that are on.
+    pub fn holds(&self) -> impl Iterator<Item = (&JobName, &Hold)> {
+        self.jobs.iter().filter_map(|(job, lead)| Some((job, lead.roster.hold()?)))
+    }
+
     /// Takes what a caller of a job has offered. `None` if there is no such job.
     pub fn offer(
         &mut self,
@@ -359,7 +388,7 @@ impl Leader {
     fn lead(&mut self, now: Time, state: &State, name: &JobName) -> Option<&mut Lead> {
         let job = state.jobs.get(name)?;
         let lead = self.jobs.entry(name.clone()).or_insert_with(|| Lead::new(now, job));
-        lead.roster.set_heartbeat(job.spec.heartbeat);
+        lead.roster.set_limits(job.spec.heartbeat, Limits::from(&job.spec));
         lead.roster.set_lease(job.spec.owner_lease().map(|lease| self.margin.waited(lease)));
         lead.hold_off = state.hold_off && job.spec.consistency == Consistency::Exclusive;
         let tasks = &job.assignment.tasks;
@@ -382,6 +411,13 @@ impl Leader {
 struct Lead {
     roster: Roster,
     restarts: Restarts,
+    /// Sessions under whose names others knock.
+    succeeded: BTreeSet<SessionId>,
+    /// When callers are asked again what became of the tasks that are missing.
+    next_words: Time,
+    /// What tasks that crashed held.
+    record: Record,
+    wards: Wards,
     table: LoadTable,
     /// The newest generation that each task is known to serve by.
     served: BTreeMap<SessionId, Generation>,
@@ -417,11 +453,15 @@ enum Busy {
 impl Lead {
     fn new(now: Time, job: &Job) -> Self {
         let (spec, assignment) = (&job.spec, job.assignment.as_ref());
-        let mut roster = Roster::new(spec.heartbeat);
+        let mut roster = Roster::new(spec.heartbeat, Limits::from(spec));
         roster.sync(now, assignment.tasks.keys().copied());
         Self {
             roster,
             restarts: Restarts::new(now, job),
+            succeeded: BTreeSet::new(),
+            next_words: now,
+            record: Record::new(now, assignment),
+            wards: Wards::default(),
             table: LoadTable::default(),
             served: BTreeMap::new(),
             began: assignment.generation,
@@ -448,6 +488,78 @@ impl Lead {
         due.expect("there is always a next round")
     }
 
+    /// The sessions that must be taken for lost. While the brake holds, callers are heard about those that are missing.
+    fn lost(&mut self, now: Time, job: &Job) -> Vec<SessionId> {
+        if let Some(hold) = self.roster.hold()
+            && self.next_words <= now
+        {
+            // Callers do not report more often.
+            self.next_words = now + job.spec.report_every;
+            let missing: BTreeSet<SessionId> = hold.missing.keys().copied().collect();
+            self.roster.hear(now, &self.offers.words(now, &job.assignment, &missing));
+        }
+        let believed = job.believed.union(&self.succeeded).copied().collect();
+        self.roster.tick(now, &believed)
+    }
+
+    /// Notes what a task held that crashed, and proposes to confine what crashes follow: before its end is proposed, and so
+    /// before anything of it is given to another.
+    fn crashed(&mut self, now: Time, session: SessionId, job: &Job, out: &mut Vec<Action>) {
+        let at = self.roster.gone_since(session).unwrap_or(now);
+        let Some(task) = job.assignment.tasks.get(&session) else { return };
+        if self.wards.crashed(now, &task.info.name) {
+            // What it had is known to kill.
+            return;
+        }
+        self.record.crashed(at, session, &job.assignment, job.spec.heartbeat);
+        let Some(confine::Verdict { slices, crashes }) =
+            self.record.verdict(now, job.spec.confine_after)
+        else {
+            return;
+        };
+        self.record.settle();
+        let (job, task) = (job.spec.name.clone(), task.info.name.clone());
+        out.push(Action::Propose(Command::Confine { job, slices, task, crashes }));
+    }
+
+    /// Takes back what is over: an operator's word on tasks that are there again, and confinements after an hour without a
+    /// crash. Confined keys whose task does not come back are given to another.
+    fn tidy(&mut self, now: Time, job: &Job, out: &mut Vec<Action>) {
+        let name = &job.spec.name;
+        let back = |session: &SessionId| self.roster.connected(*session);
+        if !job.believed.is_empty() && job.believed.iter().all(back) {
+            let (job, sessions) = (name.clone(), Vec::new());
+            out.push(Action::Propose(Command::BelieveLost { job, sessions }));
+        }
+        for (task, due) in self.wards.due(now) {
+            let of_task = job.confined.iter().filter(|confined| confined.task == task);
+            let slices: Vec<_> = of_task.map(|confined| confined.slice).collect();
+            match due {
+                Due::Release => {
+                    let release = |slice| Command::Unconfine { job: name.clone(), slice };
+                    out.extend(slices.into_iter().map(|slice| Action::Propose(release(slice))));
+                }
+                Due::Replace => {
+                    let Some(task) = self.keeper(job) else { continue };
+                    let (job, crashes) = (name.clone(), Vec::new());
+                    out.push(Action::Propose(Command::Confine { job, slices, task, crashes }));
+                }
+            }
+        }
+    }
+
+    /// The serving task with the least load that keeps nothing confined yet.
+    fn keeper(&self, job: &Job) -> Option<TaskName> {
+        let free = job.assignment.tasks.values().filter(|task| {
+            task.phase == Phase::Serving
+                && !job.confined.iter().any(|confined| confined.task == task.info.name)
+        });
+        let load = |session| self.loads.get(&session).copied().unwrap_or_default();
+        let least =
+            free.min_by_key(|task| (load(task.session), std::cmp::Reverse(task.session)))?;
+        Some(least.info.name.clone())
+    }
+
     fn report(&mut self, report: Report) {
         let served = self.served.entry(report.session).or_default();
         *served = report.generation.max(*served);
@@ -465,6 +577,12 @@ impl Lead {
         self.restarts.sync(now, job);
         // Whoever stays after all may leave another time.
         self.told.retain(|session| is_leaving(assignment, *session));
+        self.record.sync(now, assignment);
+        if self.wards.sync(now, job) {
+            // An operator, or time, let go of what crashes so far tell of.
+            self.record.settle();
+        }
+        self.succeeded.retain(|session| assignment.tasks.contains_key(session));
         self.served.retain(|session, _| assignment.tasks.contains_key(session));
         if matches!(self.busy, Some(Busy::Proposed(base)) if base < assignment.generation) {
             self.busy = None;
@@ -476,7 +594,7 @@ impl Lead {
         }
         self.tell_the_last(assignment, out);
         out.extend(self.hand_offs.propose(now, name).map(Action::Propose));
-        if self.busy.is_none() && is_urgent(job) {
+        if self.busy.is_none() && (self.wards.unplanned || is_urgent(job)) {
             self.plan(now, job, false, out);
         }
     }
@@ -498,6 +616,7 @@ impl Lead {
     fn round(&mut self, now: Time, job: &Job, out: &mut Vec<Action>) {
         let assignment = &job.assignment;
         self.next_round = now + job.spec.balance_every;
+        self.tidy(now, job, out);
         self.offers.weigh(now, assignment, &mut self.table);
         self.forecast.update(assignment, &self.table);
         self.sizes.update(assignment, &self.table);
@@ -515,7 +634,8 @@ impl Lead {
             let mut serving = assignment.tasks.values().filter(|task| task.phase == Phase::Serving);
             let all_hear = serving.all(|task| self.roster.connected(task.session));
             self.held = if all_hear { 0 } else { self.held + 1 };
-            let even = all_hear || self.held > HELD_ROUNDS;
+            // While the brake holds nobody knows who will be there to take anything.
+            let even = all_hear || (self.held > HELD_ROUNDS && self.roster.hold().is_none());
             let even = even && !self.restarts.holds(now);
             self.plan(now, job, even, out);
         }
@@ -534,8 +654,12 @@ impl Lead {
             of.slices.iter().map(|(slice, _)| self.forecast.load_of(slice)).collect();
         // Before anything was measured nothing is lost by moving it: a job that just began becomes even at once.
         let fresh = self.forecast.is_fresh();
-        let policy =
-            Policy { pins: job.pins.clone(), frozen: job.frozen, ..Policy::from(&job.spec) };
+        let policy = Policy {
+            pins: job.pins.clone(),
+            confined: job.confined.clone(),
+            frozen: job.frozen,
+            ..Policy::from(&job.spec)
+        };
         let in_flight = self.in_flight(job);
         let round = Round {
             now,
@@ -551,6 +675,7 @@ impl Lead {
             rollout: self.restarts.before(),
             ..Round::new(Arc::clone(of), loads, policy)
         };
+        self.wards.unplanned = false;
         self.busy = Some(Busy::Planning(of.generation));
         out.push(Action::Plan(Box::new(if even || fresh {
             round
@@ -681,9 +806,12 @@ mod tests {
 
     use super::*;
     use crate::balance;
+    use crate::key::SliceKey;
+    use crate::offers::{Caller, SliceOffer};
     use crate::report::Size;
+    use crate::slice::Slice;
     use crate::spec::{Band, BandOf, JobSpec, Metric, Ratio};
-    use crate::state::Outcome;
+    use crate::state::{Outcome, Refused};
     use crate::task::TaskInfo;
     use crate::transit::{Step, Transit};
 
@@ -746,7 +874,7 @@ mod tests {
             &mut self,
             seconds: u64,
             silent: &[SessionId],
-            load: impl Fn(crate::slice::Slice) -> u64,
+            load: impl Fn(Slice) -> u64,
         ) {
             for second in 0..seconds * 10 {
                 self.now += Duration::from_millis(100);
@@ -830,7 +958,7 @@ mod tests {
         let spec = JobSpec { churn_budget: Ratio::percent(5), ..JobSpec::new(kv()) };
         scene.propose(Command::ApplyJob { spec, if_version: None });
         let _ = [scene.register(1), scene.register(2)];
-        let even = |slice: crate::slice::Slice| (slice.width() >> 44) as u64;
+        let even = |slice: Slice| (slice.width() >> 44) as u64;
         scene.pass(20, &[], even);
         let newcomer = scene.register(3);
         assert_eq!(scene.keys_of(newcomer), 0.0, "no more than emergencies between rounds");
@@ -874,25 +1002,22 @@ mod tests {
         let tasks = [scene.register(1), scene.register(2)];
         // What the first task has at the start is large.
         let start = Arc::clone(&scene.state.jobs[&kv()].assignment);
-        let memory =
-            |slice: crate::slice::Slice| match start.get(slice.first()).1.replicas.of(tasks[0]) {
-                Some(_) => 30_000,
-                None => 10_000,
-            };
+        let memory = |slice: Slice| match start.get(slice.first()).1.replicas.of(tasks[0]) {
+            Some(_) => 30_000,
+            None => 10_000,
+        };
         let mut held = [0.0; 2];
         for _ in 0..10 {
             let assignment = Arc::clone(&scene.state.jobs[&kv()].assignment);
             for (at, session) in tasks.into_iter().enumerate() {
                 let slices: Vec<_> = assignment.of(session).map(|(slice, _)| slice).collect();
-                let load =
-                    |slice: crate::slice::Slice| Load::from_milli((slice.width() >> 44) as u64);
+                let load = |slice: Slice| Load::from_milli((slice.width() >> 44) as u64);
                 let loads = slices.iter().map(|slice| (*slice, load(*slice))).collect();
                 let window = Duration::from_secs(5);
                 let mut report = Report::new(session, assignment.generation, window, loads);
-                let milli = |slice: crate::slice::Slice| {
-                    ((memory(slice) as u128 * (slice.width() >> 32)) >> 32) as u64
-                };
-                let size = |slice: &crate::slice::Slice| Size {
+                let milli =
+                    |slice: Slice| ((memory(slice) as u128 * (slice.width() >> 32)) >> 32) as u64;
+                let size = |slice: &Slice| Size {
                     slice: *slice,
                     metrics: vec![Load::from_milli(milli(*slice))],
                     move_cost: None,
@@ -989,5 +1114,263 @@ mod tests {
             0,
             "three heartbeats, and not for ever"
         );
+    }
+
+    fn even(slice: Slice) -> u64 {
+        (slice.width() >> 44) as u64
+    }
+
+    /// Five tasks that serve, of which three fall silent for two minutes.
+    fn three_of_five_fall_silent(spec: JobSpec) -> (Scene, Vec<SessionId>) {
+        let mut scene = Scene::new();
+        scene.propose(Command::ApplyJob { spec, if_version: None });
+        let tasks: Vec<SessionId> = (1..=5).map(|id| scene.register(id)).collect();
+        scene.pass(20, &[], even);
+        let before = scene.state.jobs[&kv()].churn.moves;
+        scene.pass(120, &tasks[..3], even);
+        let after = &scene.state.jobs[&kv()];
+        assert_eq!((after.assignment.tasks.len(), after.churn.moves), (5, before));
+        let hold = scene.leader.hold(&kv()).unwrap();
+        assert_eq!(hold.missing.keys().copied().collect::<Vec<_>>(), tasks[..3]);
+        (scene, tasks)
+    }
+
+    #[test]
+    fn most_tasks_gone_at_once_are_waited_for_and_are_well_when_they_return() {
+        let (mut scene, tasks) = three_of_five_fall_silent(JobSpec::new(kv()));
+        let before = scene.state.jobs[&kv()].churn.moves;
+        scene.pass(5, &[], even);
+        assert!(scene.leader.hold(&kv()).is_none());
+        let after = &scene.state.jobs[&kv()];
+        assert_eq!((after.assignment.tasks.len(), after.churn.moves), (tasks.len(), before));
+    }
+
+    #[test]
+    fn an_exclusive_job_is_held_likewise() {
+        // A session's task has its lease from when it registered.
+        let mut scene = Scene::new();
+        let spec = JobSpec {
+            name: "own".parse().unwrap(),
+            consistency: Consistency::Exclusive,
+            ..JobSpec::new(kv())
+        };
+        let own = spec.name.clone();
+        scene.propose(Command::ApplyJob { spec, if_version: None });
+        let mut tasks = Vec::new();
+        for id in 1..=5_u64 {
+            let (name, address) = (format!("t{id}"), format!("h:{id}"));
+            let info = TaskInfo::new(name.parse().unwrap(), id, address.parse().unwrap());
+            let command = Command::Register { job: own.clone(), info, stopped: None };
+            let applied = scene.state.apply(command).unwrap();
+            let Outcome::Session(session) = applied.outcome else { panic!("{applied:?}") };
+            tasks.push(session);
+            scene.happen(Event::Applied { job: own.clone() });
+        }
+        for second in 0..120 {
+            scene.now += Duration::from_secs(1);
+            for session in &tasks[3..] {
+                let (job, session) = (own.clone(), *session);
+                scene.happen(Event::Renewed { job, session, request: second });
+            }
+            let mut out = Vec::new();
+            scene.leader.tick(scene.now, &scene.state, &mut out);
+            let ends = |action: &Action| matches!(action, Action::Propose(Command::End { .. }));
+            assert!(!out.iter().any(ends), "second {second}");
+        }
+        assert_eq!(scene.leader.hold(&own).unwrap().missing.len(), 3);
+        let believe = Command::BelieveLost { job: own, sessions: tasks[..3].to_vec() };
+        scene.state.apply(believe).unwrap();
+        scene.now += Duration::from_secs(1);
+        let mut out = Vec::new();
+        scene.leader.tick(scene.now, &scene.state, &mut out);
+        let ends = out.iter().filter(|a| matches!(a, Action::Propose(Command::End { .. })));
+        assert_eq!(ends.count(), 3, "their leases are long over");
+    }
+
+    #[test]
+    fn an_operator_says_that_they_are_lost_and_the_word_is_used_up() {
+        let (mut scene, tasks) = three_of_five_fall_silent(JobSpec::new(kv()));
+        // A new leader knows of the word.
+        let sessions = tasks[..3].to_vec();
+        scene.propose(Command::BelieveLost { job: kv(), sessions });
+        scene.leader = Leader::new(scene.now, &scene.state);
+        scene.pass(10, &tasks[..3], even);
+        let job = &scene.state.jobs[&kv()];
+        assert_eq!((job.assignment.tasks.len(), job.believed.len()), (2, 0));
+        assert!(scene.leader.hold(&kv()).is_none());
+        assert!(job.assignment.slices.iter().all(|(_, a)| !a.replicas.as_slice().is_empty()));
+        let unknown = Command::BelieveLost { job: kv(), sessions: tasks[..1].to_vec() };
+        assert!(matches!(scene.state.apply(unknown), Err(Refused::NoSuchSession { .. })));
+    }
+
+    #[test]
+    fn a_word_on_tasks_that_come_back_is_taken_back() {
+        let (mut scene, tasks) = three_of_five_fall_silent(JobSpec::new(kv()));
+        for session in &tasks {
+            scene.happen(Event::Heard { job: kv(), session: *session });
+        }
+        scene.propose(Command::BelieveLost { job: kv(), sessions: tasks[..3].to_vec() });
+        scene.pass(20, &[], even);
+        let job = &scene.state.jobs[&kv()];
+        assert_eq!((job.assignment.tasks.len(), job.believed.len()), (5, 0));
+    }
+
+    #[test]
+    fn those_under_whose_names_others_knock_are_lost() {
+        let (mut scene, tasks) = three_of_five_fall_silent(JobSpec::new(kv()));
+        scene.happen(Event::Succeeded { job: kv(), session: tasks[0] });
+        scene.happen(Event::Succeeded { job: kv(), session: tasks[4] });
+        scene.pass(2, &tasks[..3], even);
+        let left: Vec<SessionId> =
+            scene.state.jobs[&kv()].assignment.tasks.keys().copied().collect();
+        assert!(!left.contains(&tasks[0]) && left.contains(&tasks[4]), "{left:?}");
+    }
+
+    #[test]
+    fn callers_say_whether_tasks_that_are_not_heard_are_gone() {
+        for (failed, left) in [(100, 2), (10, 5)] {
+            let (mut scene, tasks) = three_of_five_fall_silent(JobSpec::new(kv()));
+            for _ in 0..6 {
+                let assignment = Arc::clone(&scene.state.jobs[&kv()].assignment);
+                let part = |(slice, _): (Slice, _)| SliceOffer {
+                    slice,
+                    load: Load::from_milli(100_000),
+                    failed: Load::from_milli(failed * 1_000),
+                };
+                let mut slices: Vec<_> = tasks[..3]
+                    .iter()
+                    .flat_map(|session| assignment.of(*session))
+                    .map(part)
+                    .collect();
+                slices.sort_by_key(|part| part.slice);
+                let window = Duration::from_secs(5);
+                let caller = Caller(1);
+                let offer = Offer { caller, window, slices, hot: vec![] };
+                scene.leader.offer(scene.now, &kv(), offer).unwrap().unwrap();
+                scene.pass(3, &tasks[..3], even);
+            }
+            let tasks = scene.state.jobs[&kv()].assignment.tasks.len();
+            assert_eq!(tasks, left, "{failed} of 100 fail");
+        }
+    }
+
+    /// Who serves a key; nobody while it waits.
+    fn holder(scene: &Scene, key: SliceKey) -> Option<SessionId> {
+        let job = &scene.state.jobs[&kv()];
+        job.assignment.slices.get(key).1.replicas.as_slice().first().map(|replica| replica.session)
+    }
+
+    fn name_of(scene: &Scene, session: SessionId) -> u64 {
+        let task = &scene.state.jobs[&kv()].assignment.tasks[&session];
+        task.info.name.as_str()[1..].parse().unwrap()
+    }
+
+    /// Whoever serves the key crashes and is back a second later under its name; gives the names of those that crashed.
+    fn poison(scene: &mut Scene, key: SliceKey, seconds: u64) -> Vec<u64> {
+        let mut crashed = Vec::new();
+        for second in 0..seconds {
+            if let Some(session) = holder(scene, key) {
+                let name = name_of(scene, session);
+                crashed.push(name);
+                scene.happen(Event::Broken { job: kv(), session });
+                scene.pass(2, &[session], even);
+                let (process, job, stopped) = (1_000 + second, kv(), None);
+                let (name, address) = (format!("t{name}"), format!("h:{name}"));
+                let info = TaskInfo::new(name.parse().unwrap(), process, address.parse().unwrap());
+                let session = scene.propose(Command::Register { job, info, stopped }).unwrap();
+                scene.happen(Event::Attached { job: kv(), session });
+            }
+            scene.pass(1, &[], even);
+        }
+        crashed
+    }
+
+    #[test]
+    fn a_key_that_kills_stays_with_one_task_after_the_third() {
+        let mut scene = Scene::new();
+        let key = SliceKey(0x7777_7777_7777_7777);
+        for id in 1..=4 {
+            scene.register(id);
+        }
+        scene.pass(60, &[], even);
+        let crashed = poison(&mut scene, key, 60);
+        let confined = &scene.state.jobs[&kv()].confined;
+        assert!(!confined.is_empty(), "{crashed:?}");
+        assert!(confined.iter().any(|confined| confined.slice.contains(key)));
+        assert_eq!(confined[0].crashes.len(), 3, "{crashed:?} {confined:?}");
+        let keeper = crashed[2];
+        assert_eq!(confined[0].task.as_str(), format!("t{keeper}"));
+        assert!(crashed[3..].iter().all(|name| *name == keeper), "{crashed:?}");
+        // It serves nothing else, and the others all that is not confined.
+        scene.pass(30, &[], even);
+        let job = &scene.state.jobs[&kv()];
+        for (slice, assigned) in job.assignment.slices.iter() {
+            let [replica] = assigned.replicas.as_slice() else { panic!("{slice}: {assigned:?}") };
+            let inside = job.confined.iter().any(|c| c.slice.overlap(slice).is_some());
+            assert_eq!(name_of(&scene, replica.session) == keeper, inside, "{slice}");
+        }
+        // A new leader goes on so.
+        scene.leader = Leader::new(scene.now, &scene.state);
+        let crashed = poison(&mut scene, key, 20);
+        assert!(crashed.iter().all(|name| *name == keeper), "{crashed:?}");
+    }
+
+    #[test]
+    fn confined_keys_are_released_by_word_or_after_an_hour_and_move_on_from_a_task_that_is_gone() {
+        let mut scene = Scene::new();
+        let key = SliceKey(0x7777_7777_7777_7777);
+        let tasks: Vec<SessionId> = (1..=4).map(|id| scene.register(id)).collect();
+        scene.pass(20, &[], even);
+        let slices = vec![Slice::new(key, key).unwrap()];
+        let confine = |task: &str, slices: &[Slice]| Command::Confine {
+            job: kv(),
+            slices: slices.to_vec(),
+            task: task.parse().unwrap(),
+            crashes: vec![],
+        };
+        scene.propose(confine("t2", &slices));
+        assert_eq!(holder(&scene, key), Some(tasks[1]));
+        assert_eq!(scene.state.jobs[&kv()].assignment.of(tasks[1]).count(), 1);
+        // Its task goes for good: another is found, and meanwhile they wait.
+        let reason = EndReason::Lost;
+        scene.propose(Command::End { job: kv(), session: tasks[1], reason });
+        assert_eq!(holder(&scene, key), None);
+        scene.pass(40, &[], even);
+        assert_eq!(holder(&scene, key), None);
+        scene.pass(40, &[], even);
+        assert!(holder(&scene, key).is_some());
+        // By word.
+        let release = Command::Unconfine { job: kv(), slice: slices[0] };
+        scene.propose(release.clone());
+        assert!(scene.state.jobs[&kv()].confined.is_empty());
+        let refused = scene.state.apply(release).unwrap_err();
+        assert!(matches!(refused, Refused::NoSuchConfined { .. }), "{refused}");
+        let wide = Slice::FULL;
+        scene.propose(confine("t1", &slices));
+        let refused = scene.state.apply(confine("t1", &[wide])).unwrap_err();
+        assert_eq!(refused, Refused::Confined(wide));
+        // After an hour.
+        scene.pass(3_620, &[], even);
+        assert!(scene.state.jobs[&kv()].confined.is_empty());
+    }
+
+    #[test]
+    fn a_newcomer_under_load_is_filled_at_a_bounded_rate_and_to_the_mean() {
+        let mut scene = Scene::new();
+        let spec = JobSpec { fill_rate: Ratio::percent(20), ..JobSpec::new(kv()) };
+        scene.propose(Command::ApplyJob { spec, if_version: None });
+        for id in 1..=4 {
+            scene.register(id);
+        }
+        scene.pass(30, &[], even);
+        let newcomer = scene.register(5);
+        let mut before = scene.keys_of(newcomer);
+        for _ in 0..30 {
+            scene.pass(10, &[], even);
+            let now = scene.keys_of(newcomer);
+            assert!(now - before <= 0.2 * 0.2 + 0.001, "{before} {now}");
+            before = now;
+        }
+        assert!((0.17..0.22).contains(&before), "{before}");
     }
 }

@@ -13,12 +13,14 @@ use std::ops::Add;
 use std::time::Duration;
 
 use crate::assignment::{Assignment, Replica};
+use crate::brake::Word;
 use crate::load::Load;
 use crate::report::{
     HotKey, LoadTable, Offered, ReportError, Second, check_hot, check_window, merge_by_key,
     out_of_order,
 };
 use crate::slice::Slice;
+use crate::spec::Ratio;
 use crate::task::SessionId;
 use crate::time::Time;
 
@@ -37,6 +39,8 @@ const SUSPECT_TIMES: u64 = 100;
 const SUSPECT_OVER_OFFERED: u64 = 10;
 /// Requests that a task must have had to say anything of how it counts.
 const TELLING: u64 = 20;
+/// If more than this share of what is sent to a task fails, it is not served by chance. Less is, by one that still lives.
+const FAILING: Ratio = Ratio::percent(90);
 
 /// A number that a caller drew when it started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -168,12 +172,51 @@ impl Offers {
         self.totals = totals;
     }
 
+    /// Says of each of these sessions whether its callers are served by it. Of one whom nobody asks for anything, or whose
+    /// slices others serve as well, they say nothing.
+    pub fn words(
+        &self,
+        now: Time,
+        assignment: &Assignment,
+        of: &BTreeSet<SessionId>,
+    ) -> BTreeMap<SessionId, Word> {
+        let mut sent: BTreeMap<SessionId, (u64, u64)> = BTreeMap::new();
+        let offers = self.callers.values().filter(|(until, _)| now < *until);
+        for (offer, part) in offers.flat_map(|(_, o)| o.slices.iter().map(move |part| (o, part))) {
+            let (whole, assigned) = assignment.slices.get(part.slice.first());
+            let replicas = assigned.replicas.as_slice();
+            if !whole.contains(part.slice.last())
+                || !replicas.iter().all(|replica| of.contains(&replica.session))
+            {
+                continue;
+            }
+            for replica in replicas {
+                let (all, failed) = sent.entry(replica.session).or_default();
+                *all += requests(part.load, offer.window);
+                *failed += requests(part.failed, offer.window);
+            }
+        }
+        let telling = sent.into_iter().filter(|(_, (all, _))| *all >= TELLING * 1_000_000);
+        telling
+            .map(|(session, (all, failed))| {
+                let fails = failed > FAILING.of(all);
+                (session, if fails { Word::Failing } else { Word::Served })
+            })
+            .collect()
+    }
+
     fn hot(&self) -> Vec<HotKey> {
         let named = self.callers.values().flat_map(|(_, offer)| offer.hot.iter().copied());
         let mut hot = Vec::new();
         merge_by_key(&mut hot, &named.collect::<Vec<_>>(), Add::add);
         hot
     }
+}
+
+/// Counts what a load comes to over a window, in millionths of a request.
+fn requests(load: Load, window: Duration) -> u64 {
+    let millis = u64::try_from(window.as_millis()).unwrap_or(u64::MAX);
+    load.milli().saturating_mul(millis)
 }
 
 /// What all callers offered, by the slices of an assignment.
@@ -461,6 +504,34 @@ mod tests {
         assert_eq!(offers.totals().callers, 1);
         offers.weigh(Time::ZERO + FIVE * 3, &assignment, &mut LoadTable::default());
         assert_eq!((offers.totals(), offers.slices), (&Totals::default(), 0));
+    }
+
+    #[test]
+    fn callers_say_of_whom_they_are_served() {
+        let mut assignment = assignment(5);
+        let offer = |caller, parts: &[(u64, u64, u64)]| {
+            let part = |&(nth, load, failed): &(u64, u64, u64)| SliceOffer {
+                slice: slice(nth * 100, nth * 100 + 99),
+                load: units(load),
+                failed: units(failed),
+            };
+            let slices = parts.iter().map(part).collect();
+            Offer { caller: Caller(caller), window: FIVE, slices, hot: vec![] }
+        };
+        let mut offers = Offers::default();
+        offers.receive(Time::ZERO, offer(1, &[(0, 10, 10), (1, 10, 8), (3, 10, 10)])).unwrap();
+        offers.receive(Time::ZERO, offer(2, &[(0, 10, 9), (1, 10, 10), (2, 3, 3)])).unwrap();
+        let of: BTreeSet<SessionId> = [1, 2, 3].map(SessionId).into();
+        let expected =
+            BTreeMap::from([(SessionId(1), Word::Failing), (SessionId(2), Word::Served)]);
+        assert_eq!(offers.words(Time::ZERO, &assignment, &of), expected, "of 15 requests nothing");
+        assert_eq!(offers.words(Time::ZERO + FIVE * 3, &assignment, &of), BTreeMap::new());
+        // Where another serves a slice as well, it is not known whose failures these are.
+        let both =
+            [1, 5].map(|session| Replica { session: SessionId(session), since: Generation::ZERO });
+        let both = Assigned { replicas: both.into_iter().collect(), ..Assigned::default() };
+        assignment.slices.set(slice(0, 99), both);
+        assert_eq!(offers.words(Time::ZERO, &assignment, &of).get(&SessionId(1)), None);
     }
 
     #[test]

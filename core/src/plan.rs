@@ -32,6 +32,8 @@ pub enum Reason {
     Displace,
     /// The operator pinned it to a task.
     Pin,
+    /// It crashes tasks and stays with one, or made room there for what does.
+    Confine,
     /// It lives in another region.
     Home,
     /// A task had next to nothing: it is new, or its slices went cold.
@@ -53,6 +55,7 @@ impl fmt::Display for Reason {
             Self::Load => "load",
             Self::Displace => "displace",
             Self::Pin => "pin",
+            Self::Confine => "confine",
             Self::Home => "home",
             Self::Fill => "fill",
             Self::Replicate => "replicate",

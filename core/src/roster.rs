@@ -1,12 +1,13 @@
 //! Who is there: sessions that were heard of lately, and those that must be taken for lost.
 //!
 //! A broken connection is noticed at once but proves nothing: the task gets one heartbeat to come back over another. A
-//! silent one gets three. And the watcher doubts itself first: a roster that looks later than it meant to, or that sees
-//! most tasks vanish at once, suspects that it is the blind one.
+//! silent one gets three. And the watcher doubts itself first: a roster that looks later than it meant to takes what it has
+//! not read for said, and one that sees too many tasks vanish at once leaves it to the brake whether to believe that.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use crate::brake::{Brake, Hold, Limits, Muster, Word};
 use crate::task::SessionId;
 use crate::time::Time;
 
@@ -14,10 +15,9 @@ use crate::time::Time;
 const SILENT_HEARTBEATS: u32 = 3;
 /// Heartbeats that a task whose connection broke has to come back; its first try comes within 200 ms.
 const BROKEN_HEARTBEATS: u32 = 1;
-/// Heartbeats to wait when more than half of the tasks vanish at once.
-const BLIND_HEARTBEATS: u32 = 10;
-/// Below so many tasks half of them may well be gone.
-const BLIND_FROM_TASKS: usize = 4;
+/// Half heartbeats of silence after which a task is quiet. One that lives is never silent for so long, and of tasks that
+/// vanish together all are, when the first of them is due.
+const QUIET_HALVES: u32 = 3;
 
 /// When a job's sessions were last heard of. Soft: a new leader begins anew.
 #[derive(Clone, Debug)]
@@ -26,13 +26,16 @@ pub struct Roster {
     /// How long an owner's lease lasts by this clock: until it is over nobody can be given what the owner has.
     lease: Option<Duration>,
     lives: BTreeMap<SessionId, Life>,
-    /// While most tasks seem gone: until when not to believe it.
-    doubt: Option<Time>,
+    brake: Brake,
+    /// When the missing were last looked through, while there are any.
+    looked: Option<Time>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Life {
     heard: Time,
+    /// When it was last known to live: heard of, or its connection broke.
+    gone: Time,
     link: Link,
 }
 
@@ -44,19 +47,23 @@ enum Link {
     Open,
     /// The connection broke at this time.
     Broken(Time),
+    /// Not heard of for too long, and the brake holds.
+    Missing,
     /// Given out as lost; what becomes of that is the caller's.
     Judged,
 }
 
 impl Roster {
     /// Begins with nobody.
-    pub const fn new(heartbeat: Duration) -> Self {
-        Self { heartbeat, lease: None, lives: BTreeMap::new(), doubt: None }
+    pub const fn new(heartbeat: Duration, limits: Limits) -> Self {
+        let brake = Brake::new(limits);
+        Self { heartbeat, lease: None, lives: BTreeMap::new(), brake, looked: None }
     }
 
-    /// Takes another heartbeat from the job's spec.
-    pub const fn set_heartbeat(&mut self, heartbeat: Duration) {
+    /// Takes another heartbeat and other limits from the job's spec.
+    pub const fn set_limits(&mut self, heartbeat: Duration, limits: Limits) {
         self.heartbeat = heartbeat;
+        self.brake.set_limits(limits);
     }
 
     /// Takes the lease of an exclusive job's tasks: none is lost before it is over.
@@ -68,7 +75,10 @@ impl Roster {
     pub fn sync(&mut self, now: Time, sessions: impl Iterator<Item = SessionId>) {
         let mut old = std::mem::take(&mut self.lives);
         let life = |session| {
-            (session, old.remove(&session).unwrap_or(Life { heard: now, link: Link::Unseen }))
+            (
+                session,
+                old.remove(&session).unwrap_or(Life { heard: now, gone: now, link: Link::Unseen }),
+            )
         };
         self.lives = sessions.map(life).collect();
     }
@@ -91,9 +101,9 @@ impl Roster {
     /// Notes that a session's connection broke.
     pub fn broken(&mut self, now: Time, session: SessionId) {
         if let Some(life) = self.lives.get_mut(&session)
-            && life.link != Link::Judged
+            && !matches!(life.link, Link::Judged | Link::Missing)
         {
-            life.link = Link::Broken(now);
+            (life.gone, life.link) = (now, Link::Broken(now));
         }
     }
 
@@ -102,28 +112,21 @@ impl Roster {
         if let Some(life) = self.lives.get_mut(&session)
             && life.link != Link::Judged
         {
-            *life = Life { heard: now, link: Link::Open };
-            if self.doubt.is_some() && !self.mostly_quiet(now) {
-                self.doubt = None;
-            }
+            *life = Life { heard: now, gone: now, link: Link::Open };
         }
-    }
-
-    /// More than half have gone quiet.
-    fn mostly_quiet(&self, now: Time) -> bool {
-        let quiet = |life: &&Life| {
-            matches!(life.link, Link::Broken(_) | Link::Judged)
-                || now.since(life.heard) > self.heartbeat * 2
-        };
-        let quiet = self.lives.values().filter(quiet).count();
-        self.lives.len() >= BLIND_FROM_TASKS && quiet * 2 > self.lives.len()
     }
 
     /// Takes a judgement back: nothing came of it.
     pub fn acquit(&mut self, now: Time, session: SessionId) {
         if let Some(life) = self.lives.get_mut(&session) {
-            *life = Life { heard: now, link: Link::Unseen };
+            *life = Life { heard: now, gone: now, link: Link::Unseen };
+            self.brake.acquit();
         }
+    }
+
+    /// Says when a session was last known to live: when it was last heard of, or its connection broke.
+    pub fn gone_since(&self, session: SessionId) -> Option<Time> {
+        self.lives.get(&session).map(|life| life.gone)
     }
 
     /// Says whether a connection of this session is open.
@@ -131,90 +134,106 @@ impl Roster {
         self.lives.get(&session).is_some_and(|life| life.link == Link::Open)
     }
 
-    /// Gives out, once each, the sessions that must be taken for lost.
-    pub fn tick(&mut self, now: Time) -> Vec<SessionId> {
-        let due = |life: &Life| self.due(life).filter(|at| *at <= now);
-        let Some(first) = self.lives.values().filter_map(due).min() else {
-            return Vec::new();
-        };
-        if now.since(first) > self.heartbeat {
-            // This loop slept: heartbeats may lie unread in its queue.
-            self.pardon(now);
+    /// Gives the hold that is on, where too many are missing.
+    pub const fn hold(&self) -> Option<&Hold> {
+        self.brake.hold()
+    }
+
+    /// Takes what callers say of those that are missing.
+    pub fn hear(&mut self, now: Time, words: &BTreeMap<SessionId, Word>) {
+        self.brake.hear(now, words);
+    }
+
+    /// Gives out, once each, the sessions that must be taken for lost; `believed` are, by an operator's word, if they are
+    /// missing.
+    pub fn tick(&mut self, now: Time, believed: &BTreeSet<SessionId>) -> Vec<SessionId> {
+        let due = |life: &Life| self.loss(life).filter(|at| *at <= now);
+        if let Some(first) = self.lives.values().filter_map(due).min() {
+            if now.since(first) > self.heartbeat {
+                // This loop slept: heartbeats may lie unread in its queue.
+                self.pardon(now);
+            }
+            let is_due = |life: &Life| self.loss(life).is_some_and(|at| at <= now);
+            let missing: Vec<SessionId> = self.those(is_due).collect();
+            self.mark(missing.iter(), Link::Missing);
+        }
+        let missing: BTreeSet<SessionId> = self.those(|life| life.link == Link::Missing).collect();
+        if missing.is_empty() && self.brake.hold().is_none() {
+            self.looked = None;
             return Vec::new();
         }
-        let lost: Vec<SessionId> = self
-            .lives
-            .iter()
-            .filter(|(_, life)| due(life).is_some())
-            .map(|(session, _)| *session)
-            .collect();
-        if self.seems_blind(now) {
-            return Vec::new();
-        }
-        for session in &lost {
-            self.lives.get_mut(session).expect("it was just found").link = Link::Judged;
-        }
-        lost
+        let quiet = self.those(|life| self.is_quiet(life, now)).count();
+        // Those that were given out are as good as gone.
+        let tasks = self.those(|life| life.link != Link::Judged).count();
+        let lost = self.brake.judge(now, Muster { missing: &missing, quiet, tasks, believed });
+        self.mark(lost.iter(), Link::Judged);
+        self.looked = self.brake.hold().map(|_| now);
+        lost.into_iter().collect()
     }
 
     /// Says when to tick next.
     pub fn deadline(&self) -> Option<Time> {
-        self.lives.values().filter_map(|life| self.due(life)).min()
+        let first = self.lives.values().filter_map(|life| self.loss(life)).min();
+        // Whether to go on holding is asked again and again.
+        let again = self.looked.map(|looked| looked + self.heartbeat);
+        first.into_iter().chain(again).min()
     }
 
-    /// When a session is to be taken for lost: not while that is doubted.
-    fn due(&self, life: &Life) -> Option<Time> {
-        let loss = self.loss(life)?;
-        Some(self.doubt.map_or(loss, |doubt| loss.max(doubt)))
+    fn those(&self, which: impl Fn(&Life) -> bool) -> impl Iterator<Item = SessionId> {
+        self.lives.iter().filter(move |(_, life)| which(life)).map(|(session, _)| *session)
+    }
+
+    fn mark<'a>(&mut self, sessions: impl Iterator<Item = &'a SessionId>, link: Link) {
+        for session in sessions {
+            self.lives.get_mut(session).expect("it was just found").link = link;
+        }
+    }
+
+    fn is_quiet(&self, life: &Life, now: Time) -> bool {
+        match life.link {
+            Link::Broken(_) | Link::Missing => true,
+            Link::Open | Link::Unseen => now.since(life.heard) > self.heartbeat * QUIET_HALVES / 2,
+            Link::Judged => false,
+        }
     }
 
     fn loss(&self, life: &Life) -> Option<Time> {
         let silent = life.heard + self.heartbeat * SILENT_HEARTBEATS;
-        if let Some(lease) = self.lease
-            && life.link != Link::Judged
-        {
-            return Some(silent.max(life.heard + lease));
-        }
-        match life.link {
-            Link::Judged => None,
-            Link::Broken(at) => Some(silent.min(at + self.heartbeat * BROKEN_HEARTBEATS)),
-            Link::Open | Link::Unseen => Some(silent),
+        match (life.link, self.lease) {
+            (Link::Judged | Link::Missing, _) => None,
+            (_, Some(lease)) => Some(silent.max(life.heard + lease)),
+            (Link::Broken(at), None) => Some(silent.min(at + self.heartbeat * BROKEN_HEARTBEATS)),
+            (Link::Open | Link::Unseen, None) => Some(silent),
         }
     }
 
     fn pardon(&mut self, now: Time) {
-        for life in self.lives.values_mut().filter(|life| life.link != Link::Judged) {
-            life.heard = now;
-            if let Link::Broken(at) = &mut life.link {
-                *at = now;
+        for life in self.lives.values_mut() {
+            match &mut life.link {
+                Link::Judged | Link::Missing => continue,
+                Link::Broken(at) => *at = now,
+                Link::Open | Link::Unseen => {}
             }
+            life.heard = now;
         }
-    }
-
-    /// More than half have gone quiet within the time that one of them needs to be judged.
-    fn seems_blind(&mut self, now: Time) -> bool {
-        if !self.mostly_quiet(now) {
-            self.doubt = None;
-            return false;
-        }
-        // Who was heard of when stays as it is: else the dead would look alive, and the doubt never end.
-        now < *self.doubt.get_or_insert(now + self.heartbeat * BLIND_HEARTBEATS)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::Ratio;
 
     const A: SessionId = SessionId(1);
     const B: SessionId = SessionId(2);
+    const LIMITS: Limits = Limits { share: Ratio::percent(50), lease: Duration::from_secs(5) };
 
     fn at(millis: u64) -> Time {
         Time::from_millis(millis)
     }
 
     fn roster(sessions: u64) -> Roster {
-        let mut roster = Roster::new(Duration::from_secs(1));
+        let mut roster = Roster::new(Duration::from_secs(1), LIMITS);
         roster.sync(at(0), (1..=sessions).map(SessionId));
         for session in 1..=sessions {
             roster.attached(at(0), SessionId(session));
@@ -224,24 +243,26 @@ mod tests {
 
     #[test]
     fn a_broken_connection_is_confirmed_by_the_missed_heartbeat() {
+        let none = BTreeSet::new();
         let mut roster = roster(2);
         roster.broken(at(500), A);
         roster.heard(at(900), B);
         assert_eq!(roster.deadline(), Some(at(1_500)));
-        assert_eq!(roster.tick(at(1_499)), []);
-        assert_eq!(roster.tick(at(1_500)), [A]);
-        assert_eq!(roster.tick(at(1_501)), [], "each is given out once");
+        assert_eq!(roster.tick(at(1_499), &none), []);
+        assert_eq!(roster.tick(at(1_500), &none), [A]);
+        assert_eq!(roster.tick(at(1_501), &none), [], "each is given out once");
     }
 
     #[test]
     fn a_task_that_comes_back_in_time_is_not_lost() {
+        let none = BTreeSet::new();
         let mut roster = roster(2);
         roster.broken(at(500), A);
         roster.attached(at(700), A);
         roster.heard(at(2_000), B);
-        assert_eq!(roster.tick(at(1_600)), []);
+        assert_eq!(roster.tick(at(1_600), &none), []);
         assert_eq!(
-            roster.tick(at(3_700)),
+            roster.tick(at(3_700), &none),
             [A],
             "three silent heartbeats after it was last heard of"
         );
@@ -249,70 +270,75 @@ mod tests {
 
     #[test]
     fn a_roster_that_looks_late_pardons_everyone() {
+        let none = BTreeSet::new();
         let mut roster = roster(2);
-        assert_eq!(roster.tick(at(60_000)), []);
-        assert_eq!(roster.tick(at(62_999)), []);
-        assert_eq!(roster.tick(at(63_000)), [A, B]);
+        assert_eq!(roster.tick(at(60_000), &none), []);
+        assert_eq!(roster.tick(at(62_999), &none), []);
+        assert_eq!(roster.tick(at(63_000), &none), [A, B]);
     }
 
     #[test]
-    fn most_tasks_vanishing_at_once_are_not_believed_for_a_while() {
-        let mut roster = roster(4);
-        for session in 1..=3 {
-            roster.broken(at(100), SessionId(session));
+    fn most_tasks_vanishing_at_once_are_not_believed() {
+        for silent in [false, true] {
+            let mut roster = roster(5);
+            let mut lost = Vec::new();
+            for tenth in 0..1_000 {
+                let now = at(100 + tenth * 100);
+                for session in 1..=5 {
+                    // Each beats at a time of its own, and three of them no more.
+                    let beats = tenth % 10 == session && (session > 3 || tenth < 20);
+                    if beats {
+                        roster.heard(now, SessionId(session));
+                    }
+                    if tenth == 20 && session <= 3 && !silent {
+                        roster.broken(now, SessionId(session));
+                    }
+                }
+                if roster.deadline().is_some_and(|deadline| deadline <= now) {
+                    lost.extend(roster.tick(now, &BTreeSet::new()));
+                }
+            }
+            assert_eq!(lost, [], "silent: {silent}");
+            let hold = roster.hold().unwrap();
+            assert_eq!(hold.missing.keys().copied().collect::<Vec<_>>(), [A, B, SessionId(3)]);
+            let by_word = roster.tick(at(101_000), &BTreeSet::from([A, B]));
+            assert_eq!(by_word, [A, B, SessionId(3)], "one of the three that are left is no mass");
         }
-        roster.heard(at(1_000), SessionId(4));
-        assert_eq!(roster.tick(at(1_100)), []);
-        let deadline = roster.deadline().unwrap();
-        assert!(deadline >= at(4_000), "{deadline}");
-        let mut lost = Vec::new();
-        for second in 2..=20 {
-            roster.heard(at(second * 1_000), SessionId(4));
-            lost.extend(roster.tick(at(second * 1_000 + 100)));
-        }
-        assert_eq!(lost, [A, B, SessionId(3)], "but not for ever");
     }
 
     #[test]
-    fn the_dead_that_a_new_leader_never_saw_are_lost_though_others_live() {
-        let mut roster = Roster::new(Duration::from_secs(1));
-        roster.sync(at(0), (1..=4).map(SessionId));
-        let mut lost = Vec::new();
-        for millis in (0..=20_000).step_by(250) {
-            roster.heard(at(millis), SessionId(4));
-            lost.extend(roster.tick(at(millis)));
-        }
-        assert_eq!(lost, [A, B, SessionId(3)]);
-    }
-
-    #[test]
-    fn each_time_most_tasks_vanish_it_is_doubted_anew() {
+    fn those_that_come_back_end_the_hold_and_are_watched_as_before() {
+        let none = BTreeSet::new();
         let mut roster = roster(4);
         for blip in [0, 100_000] {
             let all = (1..=4).map(SessionId);
             all.clone().for_each(|session| roster.attached(at(blip), session));
             all.clone().for_each(|session| roster.broken(at(blip + 100), session));
-            assert_eq!(roster.tick(at(blip + 1_100)), [], "blip at {blip}");
+            assert_eq!(roster.tick(at(blip + 1_100), &none), [], "blip at {blip}");
+            assert!(roster.hold().is_some());
             all.for_each(|session| roster.attached(at(blip + 1_200), session));
-            assert_eq!(roster.tick(at(blip + 2_000)), [], "blip at {blip}");
+            assert_eq!(roster.tick(at(blip + 2_000), &none), [], "blip at {blip}");
+            assert_eq!((roster.hold(), roster.deadline()), (None, Some(at(blip + 4_200))));
         }
     }
 
     #[test]
     fn a_judgement_of_which_nothing_came_is_taken_back() {
+        let none = BTreeSet::new();
         let mut roster = roster(1);
-        assert_eq!(roster.tick(at(3_000)), [A]);
+        assert_eq!(roster.tick(at(3_000), &none), [A]);
         roster.heard(at(3_100), A);
         roster.acquit(at(3_200), A);
-        assert_eq!(roster.tick(at(6_199)), []);
-        assert_eq!(roster.tick(at(6_200)), [A]);
+        assert_eq!(roster.tick(at(6_199), &none), []);
+        assert_eq!(roster.tick(at(6_200), &none), [A]);
     }
 
     #[test]
     fn ticking_early_or_twice_does_no_harm() {
+        let none = BTreeSet::new();
         let mut roster = roster(3);
         for millis in 0..2_999 {
-            assert_eq!(roster.tick(at(millis)), []);
+            assert_eq!(roster.tick(at(millis), &none), []);
         }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::assignment::{Assigned, Assignment, Replica};
 use crate::command::{ClusterId, Command, EndReason, NodeId};
+use crate::confine::{CONFINED_MAX, CRASHES_MAX, Confined, Crash};
 use crate::delta::{Delta, TaskChange};
 use crate::generation::Generation;
 use crate::kept::Kept;
@@ -60,6 +61,10 @@ pub struct Job {
     pub pins: Vec<Pin>,
     /// What waits for tasks that stopped without drain, by their names.
     pub kept: BTreeMap<TaskName, Kept>,
+    /// What crashes tasks and stays with one, in order, without overlap.
+    pub confined: Vec<Confined>,
+    /// Sessions that an operator says are lost, until they end.
+    pub believed: BTreeSet<SessionId>,
     /// What all plans together have moved.
     pub churn: Churn,
     /// The newest moves, oldest first, each with the generation that it led to.
@@ -190,6 +195,17 @@ pub enum Refused {
         /// Which keys.
         slice: Slice,
     },
+    /// Nothing is confined there.
+    #[error("job {job} has not confined {slice}: `mandoline status` lists what it has")]
+    NoSuchConfined {
+        /// Which job.
+        job: JobName,
+        /// Which keys.
+        slice: Slice,
+    },
+    /// Some of the keys are confined as part of another range, or the ranges are out of order.
+    #[error("{0} overlaps what is confined already, or is out of order")]
+    Confined(Slice),
     /// The plan or the loads were made for another assignment.
     #[error("made for generation {base} of job {job}, which is at {newest}")]
     Stale {
@@ -302,6 +318,11 @@ impl State {
             Command::Unfreeze { job } => self.set_frozen(&job, false),
             Command::Pin { job, slice, task } => self.job_mut(&job)?.pin(slice, task),
             Command::Unpin { job, slice } => self.job_mut(&job)?.unpin(slice),
+            Command::BelieveLost { job, sessions } => self.job_mut(&job)?.believe(sessions),
+            Command::Confine { job, slices, task, crashes } => {
+                self.job_mut(&job)?.confine(&slices, &task, &crashes)
+            }
+            Command::Unconfine { job, slice } => self.job_mut(&job)?.unconfine(slice),
         }
     }
 
@@ -459,6 +480,57 @@ impl Job {
         Ok(Outcome::Done.into())
     }
 
+    /// Takes an operator's word that sessions are lost.
+    fn believe(&mut self, sessions: Vec<SessionId>) -> Result<Applied, Refused> {
+        for session in &sessions {
+            self.task(*session)?;
+        }
+        self.believed = sessions.into_iter().collect();
+        Ok(Outcome::Done.into())
+    }
+
+    /// Keeps ranges with one task. A plan that is under way does not know of it: the new generation makes it stale.
+    fn confine(
+        &mut self,
+        slices: &[Slice],
+        task: &TaskName,
+        crashes: &[Crash],
+    ) -> Result<Applied, Refused> {
+        let mut after = self.confined.clone();
+        for slice in slices {
+            let evidence = crashes.iter().take(CRASHES_MAX).cloned();
+            let place = after.partition_point(|known| known.slice.last() < slice.first());
+            match after.get_mut(place) {
+                Some(known) if known.slice == *slice => {
+                    known.task = task.clone();
+                    if !crashes.is_empty() {
+                        known.crashes = evidence.collect();
+                    }
+                }
+                Some(known) if known.slice.overlap(*slice).is_some() => {
+                    return Err(Refused::Confined(*slice));
+                }
+                _ => after.insert(
+                    place,
+                    Confined { slice: *slice, task: task.clone(), crashes: evidence.collect() },
+                ),
+            }
+        }
+        if after.len() > CONFINED_MAX {
+            return Err(Refused::Limit { what: "confined ranges of a job", max: CONFINED_MAX });
+        }
+        self.confined = after;
+        Ok(Applied { delta: Some(self.step(vec![], vec![])), outcome: Outcome::Done })
+    }
+
+    fn unconfine(&mut self, slice: Slice) -> Result<Applied, Refused> {
+        let place = self.confined.iter().position(|known| known.slice == slice);
+        let job = &self.spec.name;
+        let place = place.ok_or_else(|| Refused::NoSuchConfined { job: job.clone(), slice })?;
+        self.confined.remove(place);
+        Ok(Outcome::Done.into())
+    }
+
     /// Begins a job that nobody serves.
     pub fn new(spec: JobSpec, first: Generation) -> Self {
         let mut assignment = match spec.consistency {
@@ -474,6 +546,8 @@ impl Job {
             frozen: false,
             pins: Vec::new(),
             kept: BTreeMap::new(),
+            confined: Vec::new(),
+            believed: BTreeSet::new(),
             churn: Churn::default(),
             history: VecDeque::new(),
         }
@@ -647,6 +721,8 @@ impl Job {
         let delta = Delta { job, from, to: from.next(), tasks, slices, spill };
         self.assignment =
             Arc::new(delta.apply_to(&self.assignment).expect("a step is made for what there is"));
+        // What was said of a session is used up with it.
+        self.believed.retain(|session| self.assignment.tasks.contains_key(session));
         delta
     }
 

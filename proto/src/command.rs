@@ -9,6 +9,7 @@ use mandoline_core::task::SessionId;
 use mandoline_core::transit::{Act, HandOffId};
 
 use crate::assignment::{job_name, session, task_name};
+use crate::brake::sessions;
 use crate::error::{WireError, each, need};
 use crate::pb;
 use crate::pb::command::Command as Kind;
@@ -70,6 +71,21 @@ impl From<&Command> for pb::Command {
                 task: task.to_string(),
             }),
             Command::Unpin { job, slice } => Kind::Unpin(pb::PinSlice {
+                job: job.to_string(),
+                slice: Some((*slice).into()),
+                task: String::new(),
+            }),
+            Command::BelieveLost { job, sessions } => Kind::BelieveLost(pb::BelieveLost {
+                job: job.to_string(),
+                sessions: sessions.iter().map(|session| session.0).collect(),
+            }),
+            Command::Confine { job, slices, task, crashes } => Kind::Confine(pb::Confine {
+                job: job.to_string(),
+                slices: slices.iter().map(|slice| (*slice).into()).collect(),
+                task: task.to_string(),
+                crashes: crashes.iter().map(pb::Crash::from).collect(),
+            }),
+            Command::Unconfine { job, slice } => Kind::Unconfine(pb::PinSlice {
                 job: job.to_string(),
                 slice: Some((*slice).into()),
                 task: String::new(),
@@ -142,6 +158,20 @@ impl TryFrom<pb::Command> for Command {
             Kind::Unpin(pin) => Self::Unpin {
                 job: job_name(&pin.job)?,
                 slice: need(pin.slice, "slice")?.try_into()?,
+            },
+            Kind::BelieveLost(believe) => Self::BelieveLost {
+                job: job_name(&believe.job)?,
+                sessions: sessions(&believe.sessions)?,
+            },
+            Kind::Confine(confine) => Self::Confine {
+                job: job_name(&confine.job)?,
+                slices: each(confine.slices, "slices")?,
+                task: task_name(&confine.task)?,
+                crashes: each(confine.crashes, "crashes")?,
+            },
+            Kind::Unconfine(of) => Self::Unconfine {
+                job: job_name(&of.job)?,
+                slice: need(of.slice, "slice")?.try_into()?,
             },
         })
     }
@@ -232,6 +262,7 @@ impl From<Reason> for pb::Reason {
             Reason::Displace => Self::Displace,
             Reason::Pin => Self::Pin,
             Reason::Home => Self::Home,
+            Reason::Confine => Self::Confine,
             Reason::Fill => Self::Fill,
             Reason::Replicate => Self::Replicate,
             Reason::Dereplicate => Self::Dereplicate,
@@ -252,6 +283,7 @@ impl TryFrom<pb::Reason> for Reason {
             pb::Reason::Displace => Ok(Self::Displace),
             pb::Reason::Pin => Ok(Self::Pin),
             pb::Reason::Home => Ok(Self::Home),
+            pb::Reason::Confine => Ok(Self::Confine),
             pb::Reason::Fill => Ok(Self::Fill),
             pb::Reason::Replicate => Ok(Self::Replicate),
             pb::Reason::Dereplicate => Ok(Self::Dereplicate),

@@ -15,6 +15,7 @@ pub mod task;
 pub mod transfer;
 pub mod job;
 pub mod update;
+pub mod brake;
 pub mod command;
 pub mod state;
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use mandoline_core::assignment::Assignment;
+use mandoline_core::confine::Confined;
 use mandoline_core::generation::Generation;
 use mandoline_core::kept::Kept;
 use mandoline_core::name::TaskName;
@@ -12,6 +13,7 @@ use mandoline_core::slice::Slice;
 use mandoline_core::state::{Churn, Job, State};
 
 use crate::assignment::{session, task_name};
+use crate::brake::sessions;
 use crate::command::{cluster_bytes, cluster_id};
 use crate::error::{WireError, each, need};
 use crate::pb;
@@ -43,6 +45,8 @@ impl From<&Job> for pb::Job {
             frozen: job.frozen,
             pins: job.pins.iter().map(pb::Pin::from).collect(),
             kept: job.kept.iter().map(kept).collect(),
+            confined: job.confined.iter().map(pb::Confined::from).collect(),
+            believed: job.believed.iter().map(|session| session.0).collect(),
         }
     }
 }
@@ -96,6 +100,16 @@ impl TryFrom<pb::Kept> for Waits {
     }
 }
 
+fn confined(confined: Vec<pb::Confined>) -> Result<Vec<Confined>, WireError> {
+    let confined: Vec<Confined> = each(confined, "confined")?;
+    let odd = confined.windows(2).find(|pair| pair[0].slice.last() >= pair[1].slice.first());
+    odd.map_or(Ok(()), |pair| {
+        let text = format!("{} is out of order or overlaps", pair[1].slice);
+        Err(WireError::new("confined", text))
+    })?;
+    Ok(confined)
+}
+
 struct PastMove(Generation, Move);
 
 impl TryFrom<pb::PastMove> for PastMove {
@@ -129,6 +143,8 @@ impl TryFrom<pb::Job> for Job {
                 .into_iter()
                 .map(|Waits(task, kept)| (task, kept))
                 .collect(),
+            confined: confined(job.confined)?,
+            believed: sessions(&job.believed)?.into_iter().collect(),
         })
     }
 }

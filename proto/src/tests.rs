@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
 use mandoline_core::command::{ClusterId, Command, EndReason};
+use mandoline_core::confine::{Confined, Crash};
 use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::generation::Generation;
 use mandoline_core::kept::Kept;
@@ -176,8 +177,21 @@ fn commands() -> Vec<Command> {
         Command::Freeze { job: job.clone() },
         Command::Unfreeze { job: job.clone() },
         Command::Pin { job: job.clone(), slice: slice(5, 9), task: "t1".parse().unwrap() },
-        Command::Unpin { job, slice: slice(5, 9) },
+        Command::Unpin { job: job.clone(), slice: slice(5, 9) },
+        Command::BelieveLost { job: job.clone(), sessions: vec![session, SessionId(9)] },
+        Command::Confine {
+            job: job.clone(),
+            slices: vec![slice(5, 9), slice(20, 20)],
+            task: "t1".parse().unwrap(),
+            crashes: vec![crash()],
+        },
+        Command::Unconfine { job, slice: slice(5, 9) },
     ]
+}
+
+fn crash() -> Crash {
+    let (before, held) = (Duration::from_millis(1_500), Duration::from_secs(3));
+    Crash { session: SessionId(3), task: "t1".parse().unwrap(), before, held }
 }
 
 fn state() -> State {
@@ -195,6 +209,10 @@ fn state() -> State {
                 (name.parse().unwrap(), kept.unwrap())
             })
             .into(),
+        confined: [slice(0, 9), slice(10, 10)]
+            .map(|slice| Confined { slice, task: "t9".parse().unwrap(), crashes: vec![crash()] })
+            .into(),
+        believed: [SessionId(1), SessionId(7)].into(),
         churn: Churn { moves: 1, keys: 2, load: 3 },
         history: VecDeque::from([(NOW, step())]),
         ..Job::new(spec.clone(), NOW)
@@ -225,6 +243,23 @@ where
         let at = prng.below(bent.len() as u64) as usize;
         bent[at] ^= 1 << prng.below(8);
         drop(read(&bent));
+    }
+}
+
+#[test]
+fn confined_ranges_are_in_order_and_the_evidence_makes_sense() {
+    type Bend = fn(&mut pb::Job);
+    let cases: [(Bend, &str); 4] = [
+        (|m| m.confined.swap(0, 1), "jobs[0].confined: 0000000000000000..0000000000000009 is out"),
+        (|m| m.confined[0].crashes[0].session = 0, "jobs[0].confined[0].crashes[0].session: is"),
+        (|m| m.confined[0].slice = None, "jobs[0].confined[0].slice: is missing"),
+        (|m| m.believed[0] = 0, "jobs[0].sessions: is zero"),
+    ];
+    for (bend, message) in cases {
+        let mut state = pb::State::from(&state());
+        bend(&mut state.jobs[0]);
+        let error = State::try_from(state).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{error}");
     }
 }
 

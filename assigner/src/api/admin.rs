@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::{Stream, stream};
+use mandoline_core::brake::Word;
 use mandoline_core::command::{Command, NodeId};
 use mandoline_core::generation::Generation;
 use mandoline_core::load::Load;
@@ -23,8 +24,10 @@ use mandoline_core::slice::Slice;
 use mandoline_core::spec::JobSpec;
 use mandoline_core::state::{Job, Outcome, Refused};
 use mandoline_core::task::{Address, SessionId};
+use mandoline_core::time::Time;
 use mandoline_distributor::connect::{Authorize, Connector};
 use mandoline_proto::assignment::{job_name, task_name};
+use mandoline_proto::brake::millis;
 use mandoline_proto::error::{WireError, need};
 use mandoline_proto::pb;
 use mandoline_proto::pb::admin_client::AdminClient;
@@ -40,7 +43,7 @@ use tracing::info;
 
 use crate::access::MESSAGE_MAX_BYTES;
 use crate::metrics::{CallLabels, Code as CodeLabel, Metrics};
-use crate::node::{Measure, Node};
+use crate::node::{Held, Measure, Node};
 use crate::raft::types::Member;
 use crate::raft::{ADD_WITHIN, Consensus, Leader, MemberError, ProposeError, Role};
 
@@ -165,6 +168,22 @@ impl Admin for AdminService {
         self.counted("UnpinSlice", answer)
     }
 
+    async fn believe_lost(
+        &self,
+        request: Request<pb::BelieveLostRequest>,
+    ) -> Result<Response<pb::BelieveLostReply>, Status> {
+        let answer = self.inner.believe_lost(request).await;
+        self.counted("BelieveLost", answer)
+    }
+
+    async fn release_slice(
+        &self,
+        request: Request<pb::ReleaseSliceRequest>,
+    ) -> Result<Response<pb::ReleaseSliceReply>, Status> {
+        let answer = self.inner.release_slice(request).await;
+        self.counted("ReleaseSlice", answer)
+    }
+
     type GetAssignmentStream = Pin<Box<dyn Stream<Item = Result<pb::Part, Status>> + Send>>;
 
     async fn get_assignment(
@@ -267,16 +286,18 @@ impl Inner {
         let state = self.consensus.state();
         let job = state.job(&name).map_err(|error| refused(&error))?;
         let offered = self.node.offered().remove(&name).unwrap_or_default();
-        Ok(job_status(job, &self.node.measure(name).await, &offered))
+        let brake = self.node.brakes().remove(&name);
+        Ok(job_status(job, &self.node.measure(name).await, &offered, brake.as_ref()))
     }
 
     async fn jobs(&self) -> Vec<pb::JobStatus> {
         let state = self.consensus.state();
         let mut jobs = Vec::with_capacity(state.jobs.len());
-        let mut offered = self.node.offered();
+        let (mut offered, brakes) = (self.node.offered(), self.node.brakes());
         for (name, job) in &state.jobs {
             let offered = offered.remove(name).unwrap_or_default();
-            jobs.push(job_status(job, &self.node.measure(name.clone()).await, &offered));
+            let measured = self.node.measure(name.clone()).await;
+            jobs.push(job_status(job, &measured, &offered, brakes.get(name)));
         }
         jobs
     }
@@ -383,6 +404,44 @@ impl Inner {
             self.consensus.propose(Command::Unpin { job: job.clone(), slice }).await?;
             info!(%job, %slice, "Slice no longer pinned");
             Ok(pb::UnpinSliceReply {})
+        })
+    }
+
+    async fn believe_lost(
+        &self,
+        request: Request<pb::BelieveLostRequest>,
+    ) -> Result<pb::BelieveLostReply, Status> {
+        let job = job_name(&request.get_ref().job).map_err(invalid)?;
+        at_leader!(self, request, believe_lost, async {
+            let state = self.consensus.state();
+            let known = state.job(&job).map_err(ProposeError::from)?;
+            let Some(held) = self.node.brakes().remove(&job) else {
+                let text = format!("job {job} waits for no tasks: its brake does not hold");
+                return Err(Problem::Final(Status::failed_precondition(text)));
+            };
+            let sessions: Vec<SessionId> = held.hold.missing.keys().copied().collect();
+            let name = |session| {
+                known.assignment.tasks.get(session).map(|task| task.info.name.to_string())
+            };
+            let mut tasks: Vec<String> = sessions.iter().filter_map(name).collect();
+            tasks.sort_unstable();
+            let command = Command::BelieveLost { job: job.clone(), sessions };
+            self.consensus.propose(command).await?;
+            info!(%job, tasks = tasks.len(), "Tasks are taken for lost by an operator's word");
+            Ok(pb::BelieveLostReply { tasks })
+        })
+    }
+
+    async fn release_slice(
+        &self,
+        request: Request<pb::ReleaseSliceRequest>,
+    ) -> Result<pb::ReleaseSliceReply, Status> {
+        let job = job_name(&request.get_ref().job).map_err(invalid)?;
+        let slice = some_slice(request.get_ref().slice)?;
+        at_leader!(self, request, release_slice, async {
+            self.consensus.propose(Command::Unconfine { job: job.clone(), slice }).await?;
+            info!(%job, %slice, "Slice no longer confined");
+            Ok(pb::ReleaseSliceReply {})
         })
     }
 
@@ -673,11 +732,13 @@ fn refused(refusal: &Refused) -> Status {
         Refused::NoSuchJob(_)
         | Refused::NoSuchSession { .. }
         | Refused::NoSuchTask { .. }
-        | Refused::NoSuchPin { .. } => Code::NotFound,
+        | Refused::NoSuchPin { .. }
+        | Refused::NoSuchConfined { .. } => Code::NotFound,
         Refused::Version { .. }
         | Refused::Consistency { .. }
         | Refused::Founded(_)
-        | Refused::Pinned { .. } => Code::FailedPrecondition,
+        | Refused::Pinned { .. }
+        | Refused::Confined(_) => Code::FailedPrecondition,
         Refused::Spec(_) | Refused::Task(_) => Code::InvalidArgument,
         Refused::NameTaken { .. } | Refused::AddressTaken { .. } => Code::AlreadyExists,
         Refused::Stale { .. } | Refused::StaleHandOff { .. } | Refused::NoHoldOff(_) => {
@@ -734,6 +795,7 @@ fn job_status(
     job: &Job,
     measured: &BTreeMap<SessionId, Measure>,
     offered: &Totals,
+    brake: Option<&Held>,
 ) -> pb::JobStatus {
     let mut carried: BTreeMap<SessionId, (u64, Load)> = BTreeMap::new();
     let mut unserved = 0;
@@ -770,6 +832,31 @@ fn job_status(
         callers: offered.callers as u64,
         offered: offered.load.milli(),
         offered_failed: offered.failed.milli(),
+        brake: brake.map(|held| brake_status(job, held)),
+        confined: job.confined.iter().map(pb::Confined::from).collect(),
+    }
+}
+
+/// Says for whom a job waits, and what is known of them.
+fn brake_status(job: &Job, held: &Held) -> pb::Brake {
+    let missing = |(session, heard): (&SessionId, &Option<(Word, Time)>)| {
+        let word = match heard {
+            None => pb::Word::Unspecified,
+            Some((Word::Served, _)) => pb::Word::Served,
+            Some((Word::Failing, _)) => pb::Word::Failing,
+        };
+        let task = job.assignment.tasks.get(session);
+        pb::Missing {
+            task: task.map_or_else(String::new, |task| task.info.name.to_string()),
+            session: session.0,
+            word: word.into(),
+            word_ms: heard.map_or(0, |(_, since)| millis(held.since(since))),
+        }
+    };
+    pb::Brake {
+        held_ms: millis(held.held()),
+        tasks: held.hold.tasks as u64,
+        missing: held.hold.missing.iter().map(missing).collect(),
     }
 }
 

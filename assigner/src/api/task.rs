@@ -189,7 +189,7 @@ impl Inner {
             First::Register { job, info, stopped, known } => {
                 let incarnation = info.incarnation;
                 let register = Command::Register { job: job.clone(), info: *info, stopped };
-                (Who { session: self.register(register).await?, job, incarnation }, known)
+                (Who { session: self.register(&job, register).await?, job, incarnation }, known)
             }
         };
         let known_of = self.find(&who).await?;
@@ -221,14 +221,21 @@ impl Inner {
         }
     }
 
-    async fn register(&self, register: Command) -> Result<SessionId, Reply> {
+    async fn register(&self, job: &JobName, register: Command) -> Result<SessionId, Reply> {
         match timeout(REGISTER_PATIENCE, self.consensus.propose(register)).await {
             Ok(Ok(Applied { outcome: Outcome::Session(session), .. })) => Ok(session),
             Ok(Ok(applied)) => {
                 let message = format!("registration led to {:?}", applied.outcome);
                 Err(refused(pb::RefusedCode::Invalid, message))
             }
-            Ok(Err(ProposeError::Refused(why))) => Err(refused(code_of(&why), why.to_string())),
+            Ok(Err(ProposeError::Refused(why))) => {
+                if let Refused::NameTaken { session, .. } | Refused::AddressTaken { session, .. } =
+                    why
+                {
+                    self.node.tell(Event::Succeeded { job: job.clone(), session }).await;
+                }
+                Err(refused(code_of(&why), why.to_string()))
+            }
             // Whoever leads by now, if anyone: the task asks again.
             Ok(Err(error)) => {
                 tracing::info!(%error, "a registration found no leader");

@@ -146,7 +146,10 @@ fn job_of(command: &Command) -> Option<&JobName> {
         | Command::Freeze { job }
         | Command::Unfreeze { job }
         | Command::Pin { job, .. }
-        | Command::Unpin { job, .. } => Some(job),
+        | Command::Unpin { job, .. }
+        | Command::BelieveLost { job, .. }
+        | Command::Confine { job, .. }
+        | Command::Unconfine { job, .. } => Some(job),
     }
 }
 

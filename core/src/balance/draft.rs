@@ -19,7 +19,7 @@ use crate::load::Load;
 use crate::plan::{Edit, Move, Plan, Reason};
 use crate::slice::Slice;
 use crate::spec::Ratio;
-use crate::task::{Phase, SessionId};
+use crate::task::SessionId;
 
 /// The main meter: the job's load.
 pub(in crate::balance) const LOAD: usize = 0;
@@ -52,6 +52,8 @@ pub(in crate::balance) struct Draft<'a> {
     pinned: BTreeSet<u32>,
     /// Slices that are on their way.
     moving: BTreeSet<u32>,
+    /// Parts that are with the task that keeps them, or wait for it.
+    confined: BTreeSet<u32>,
     owner: Vec<u32>,
     groups: Vec<Vec<u32>>,
     /// How far parts of the assignment reach that were cut.
@@ -89,9 +91,10 @@ impl<'a> Draft<'a> {
         let capacity: Vec<u64> = assignment
             .tasks
             .values()
-            .map(|task| match task.phase {
-                Phase::Serving => u64::from(task.info.capacity.thousandths()),
-                Phase::Draining => 0,
+            .zip(&holders)
+            .map(|(task, holder)| match holder.serving {
+                true => u64::from(task.info.capacity.thousandths()),
+                false => 0,
             })
             .collect();
         let serving = holders.iter().filter(|holder| holder.serving).count();
@@ -104,6 +107,7 @@ impl<'a> Draft<'a> {
             heavy: Vec::new(),
             pinned: round.moving.iter().copied().collect(),
             moving: round.moving.iter().copied().collect(),
+            confined: BTreeSet::new(),
             owner: Vec::with_capacity(count),
             groups: Vec::new(),
             cut: BTreeMap::new(),
@@ -131,6 +135,11 @@ impl<'a> Draft<'a> {
         draft.count(capacity);
         draft.vacant.retain(|part| !draft.moving.contains(part));
         draft.before = draft.imbalance();
+        // What is on its way to a holder was given to it, whatever round that was in.
+        for part in &round.moving {
+            let (to, share) = (draft.holders_of(*part).to_vec(), draft.share(LOAD, *part));
+            to.into_iter().for_each(|to| draft.holders[to as usize].given += share);
+        }
         draft
     }
 
@@ -328,6 +337,17 @@ impl<'a> Draft<'a> {
         self.pinned.insert(part);
     }
 
+    /// Keeps a part where it is, or with nobody.
+    pub(in crate::balance) fn confine(&mut self, part: u32) {
+        self.pin(part);
+        self.confined.insert(part);
+    }
+
+    /// Says whether a part is with the task that keeps it, or waits for that.
+    pub(in crate::balance) fn is_confined(&self, part: u32) -> bool {
+        !self.confined.is_empty() && self.confined.contains(&part)
+    }
+
     /// Gives the parts of a holder.
     pub(in crate::balance) fn parts_of(&mut self, holder: u32) -> Vec<u32> {
         if self.lists.get(holder as usize).is_none_or(Option::is_none) {
@@ -445,7 +465,7 @@ impl<'a> Draft<'a> {
                 continue;
             }
             let taken = &self.holders[holder as usize];
-            if taken.newcomer && taken.given + moved > bounded {
+            if taken.given + moved > bounded {
                 refused += 1;
                 continue;
             }
@@ -640,6 +660,9 @@ impl<'a> Draft<'a> {
         self.splits.push(Edit::Split { at, low: Load::from_milli(low) });
         if self.is_pinned(part) {
             self.pin(new);
+        }
+        if self.is_confined(part) {
+            self.confine(new);
         }
         Some(new)
     }

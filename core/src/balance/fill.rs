@@ -32,7 +32,7 @@ fn next(draft: &mut Draft<'_>, taker: u32) -> Option<(u32, u32)> {
         draft.meters[LOAD].order().last().map(|(_, from)| *from).filter(|from| *from != taker)?;
     let mut wanted = draft.meters[LOAD].room(taker, marks.fill_to);
     let holder = &draft.holders[taker as usize];
-    if holder.newcomer && !draft.is_free() {
+    if !draft.is_free() {
         wanted =
             wanted.min(draft.round.policy.fill_rate.of(marks.mean).saturating_sub(holder.given));
     }

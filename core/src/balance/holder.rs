@@ -10,6 +10,10 @@ pub(in crate::balance) struct Holder {
     pub(in crate::balance) session: SessionId,
     /// Whether it may be given slices.
     pub(in crate::balance) serving: bool,
+    /// Whether it is not about to stop.
+    pub(in crate::balance) stays: bool,
+    /// Whether it serves confined keys and nothing else.
+    pub(in crate::balance) keeper: bool,
     /// Whether it held nothing when the round began.
     pub(in crate::balance) newcomer: bool,
     /// Whether it runs the newest of several revisions, or is new in a rollout of one.
@@ -52,9 +56,15 @@ pub(in crate::balance) fn roster(round: &Round) -> (Vec<Holder>, Vec<String>, us
         0 | 1 => None,
         _ => revisions.iter().max_by_key(|(_, first)| **first).map(|(revision, _)| *revision),
     };
+    let keeps =
+        |task: &Task| round.policy.confined.iter().any(|confined| confined.task == task.info.name);
+    // Where there is nobody else for the rest, the keeper serves that, too.
+    let keeps_alone = serving().any(|task| !keeps(task));
     let holder = |task: &Task| Holder {
         session: task.session,
-        serving: task.phase == Phase::Serving,
+        serving: task.phase == Phase::Serving && !(keeps_alone && keeps(task)),
+        stays: task.phase == Phase::Serving,
+        keeper: keeps_alone && keeps(task),
         newcomer: false,
         newest: match (newest, round.rollout) {
             (Some(newest), _) => newest == task.info.revision,

@@ -13,6 +13,7 @@ mod draft;
 mod isolate;
 mod split;
 mod pin;
+mod confine;
 mod place;
 mod replicate;
 mod give;
@@ -37,6 +38,7 @@ pub fn plan_with(round: &Round, tuning: &Tuning) -> Plan {
     isolate::isolate(&mut draft); // hot keys become slices of their own
     split::split(&mut draft); // so that there is something to move
     pin::pin(&mut draft); // what the operator put somewhere
+    confine::confine(&mut draft); // what crashes whoever serves it
     place::place(&mut draft); // what nobody serves, or too few, or who leaves
     replicate::replicate(&mut draft); // what one task cannot carry, or need not share
     shed::shed(&mut draft); // what a hot task has too much

@@ -41,7 +41,7 @@ pub(in crate::balance) fn pin(draft: &mut Draft<'_>) {
 }
 
 /// Cuts at both ends of a range, and gives the parts that make it up.
-fn parts_within(draft: &mut Draft<'_>, range: Slice) -> Vec<u32> {
+pub(in crate::balance) fn parts_within(draft: &mut Draft<'_>, range: Slice) -> Vec<u32> {
     cut_at(draft, range.first());
     if let Some(next) = range.last().next() {
         cut_at(draft, next);

@@ -13,6 +13,7 @@ pub(in crate::balance) fn place(draft: &mut Draft<'_>) {
     let cuts = draft.base() as u32..draft.parts() as u32;
     vacant.extend(cuts.filter(|part| is_vacant(draft, *part, wanted)));
     vacant.sort_by_key(|part| Reverse(draft.share(LOAD, *part)));
+    vacant.retain(|part| !draft.is_confined(*part));
     for part in vacant {
         let holders = draft.holders_of(part).iter().copied();
         let leaving = holders.filter(|holder| !draft.holders[*holder as usize].serving);
@@ -55,11 +56,15 @@ fn is_vacant(draft: &Draft<'_>, part: u32, wanted: usize) -> bool {
 }
 
 fn evict(draft: &mut Draft<'_>, part: u32, from: u32) {
+    let reason = match draft.holders[from as usize].keeper {
+        true => Reason::Confine,
+        false => Reason::Drain,
+    };
     match next(draft, part, Some(from)) {
-        Some(to) => draft.shift(part, Some(from), Some(to), Reason::Drain),
+        Some(to) => draft.shift(part, Some(from), Some(to), reason),
         // All others have it already: it has replicas enough without this one.
         None if draft.holders_of(part).len() > 1 => {
-            draft.shift(part, Some(from), None, Reason::Drain);
+            draft.shift(part, Some(from), None, reason);
         }
         // There is no one else: the task keeps it as long as it lives.
         None => {}

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::assignment::Assignment;
+use crate::confine::Confined;
 use crate::load::Load;
 use crate::pin::Pin;
 use crate::report::HotKey;
@@ -32,6 +33,8 @@ pub struct Policy {
     pub homes: Vec<Home>,
     /// Keys that one task serves by the operator's word, in order.
     pub pins: Vec<Pin>,
+    /// Keys that crash tasks: each range stays with one, which serves nothing else.
+    pub confined: Vec<Confined>,
     /// Whether nothing moves but what must.
     pub frozen: bool,
 }
@@ -48,6 +51,7 @@ impl From<&JobSpec> for Policy {
             spread: spec.spread.clone(),
             homes: spec.homes.clone(),
             pins: Vec::new(),
+            confined: Vec::new(),
             frozen: false,
         }
     }

@@ -326,7 +326,11 @@ impl Assigner {
             }
             (Waiter::Register { stream, .. }, Err(why)) => {
                 let refusal = match why {
-                    Refused::NameTaken { .. } | Refused::AddressTaken { .. } => Refusal::Taken,
+                    Refused::NameTaken { session, .. } | Refused::AddressTaken { session, .. } => {
+                        let job = self.job.clone();
+                        self.happen(ground, Event::Succeeded { job, session });
+                        Refusal::Taken
+                    }
                     _ => Refusal::Other,
                 };
                 self.turn_away(ground, stream, Say::Refused(refusal));
