@@ -243,7 +243,8 @@ impl Leader {
             Event::Failed(Command::HandOff { job, .. }) => {
                 self.with(&job, |lead| lead.hand_offs.failed(now + RETRY_AFTER));
             }
-            // Stored loads are renewed before long, and so is that a grace is over; the rest is proposed by others, who hear of it themselves.
+            // Stored loads are renewed before long, and so is that a grace is over; the rest is proposed by others, who hear of it
+            // themselves.
             Event::Failed(_) => {}
         }
     }
