@@ -13,10 +13,14 @@ mod chance;
 use std::time::Duration;
 
 use super::*;
+use crate::assignment::{Assigned, Assignment, Replica};
 use crate::command::EndReason;
 use crate::key::SliceKey;
-use crate::plan::{Edit, Reason};
-use crate::spec::{Band, Spill};
+use crate::load::Load;
+use crate::pin::{PINS_MAX, Pin};
+use crate::plan::{Edit, Move, Plan, Reason};
+use crate::spec::{Band, Ratio, Spill};
+use crate::transit::{Step, Transit};
 
 fn kv() -> JobName {
     "kv".parse().unwrap()
