@@ -18,6 +18,7 @@ use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::access_args::AccessArgs;
+use crate::demo::moving::Moving;
 use crate::demo::server::{Server, Shard};
 use crate::demo::store::Store;
 use crate::failure::Failure;
@@ -218,6 +219,7 @@ impl Task {
             .grace(setup.grace.0)
             .probe(tokio::runtime::Handle::current())
             .connector(setup.connector)
+            .state(Moving::new(Arc::clone(&store)))
             .on_removed(move |slices| {
                 for slice in slices {
                     kept.forget(*slice);
@@ -226,7 +228,12 @@ impl Task {
         for Label { key, value } in &setup.labels {
             builder = builder.label(key, value);
         }
-        if let Some(watch) = setup.watch {
+        // Values move to where their keys do: whoever takes them over pulls them from here.
+        let watch = setup.watch.or_else(|| {
+            let loopback = listens.ip().is_loopback();
+            loopback.then(|| SocketAddr::new(listens.ip(), 0))
+        });
+        if let Some(watch) = watch {
             builder = builder.watch_address(&watch.to_string());
         }
         let slicelet = Arc::new(builder.start().map_err(|e| failed(&e))?);

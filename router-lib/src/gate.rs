@@ -114,11 +114,6 @@ impl Gate {
         self.word.load(Ordering::Acquire) & DRAINED != 0
     }
 
-    /// Counts who is inside; for a moment also who is about to be refused.
-    pub(crate) fn inside(&self) -> u64 {
-        self.word.load(Ordering::Relaxed) & COUNT
-    }
-
     fn shut(&self, flags: u64) -> bool {
         let before = self.word.fetch_or(flags, Ordering::AcqRel);
         before & DRAINED != 0 || self.drain()

@@ -137,6 +137,9 @@ impl Guard {
     /// Says whether the key is still owned, without a break since the guard was taken: ask before you answer. Once it says no
     /// it never says yes again.
     pub fn still_owned(&self) -> bool {
+        if self.gate.as_ref().is_some_and(|gate| gate.is_revoked()) {
+            return false;
+        }
         let view = self.owned.view();
         if view.session != Some(self.session) {
             return false;

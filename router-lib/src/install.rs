@@ -48,7 +48,7 @@ impl Install {
             let owned = Arc::clone(owned);
             self.running = Some(tokio::task::spawn_blocking(move || match work {
                 Work::Install(session, assignment, keep) => {
-                    owned.install(session, assignment, &*keep)
+                    owned.install(session, assignment, &*keep);
                 }
                 Work::Welcome(keep) => owned.welcome(&*keep),
             }));

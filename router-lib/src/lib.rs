@@ -77,9 +77,10 @@ mod guard;
 mod install;
 mod life;
 mod link;
+pub mod transfer;
+mod moving;
 mod steps;
 mod session;
-pub mod transfer;
 pub mod slicelet;
 
 pub use clerk::{Clerk, Router};

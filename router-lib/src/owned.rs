@@ -349,6 +349,8 @@ impl Owned {
         if let Some(term) = &self.lock().term {
             term.end();
         }
+        // Guards that are held over the next session must not come to life by it.
+        self.view().tenures().into_iter().for_each(Tenures::revoke);
         self.possess(None, assignment, Vec::new());
     }
 

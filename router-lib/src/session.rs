@@ -35,6 +35,7 @@ use crate::dialer::{Dialer, Next, PAUSE_MAX};
 use crate::install::{Install, Keep, Work};
 use crate::life::{Beats, Pulse};
 use crate::link::{Connection, Dialed, Link, Step};
+use crate::moving::Moving;
 use crate::owned::{Owned, Window};
 use crate::steps::{Calls, Done, Steps};
 use crate::term::Term;
@@ -149,6 +150,7 @@ pub(crate) struct Setup {
     pub(crate) hub: Hub,
     /// What the application does at the steps of a hand-off.
     pub(crate) calls: Calls,
+    pub(crate) moving: Option<Moving>,
     pub(crate) stop: CancellationToken,
 }
 
@@ -209,7 +211,8 @@ impl Session {
         let window = Window::begin(&setup.owned, now);
         let pulse = setup.probe.clone().map(Pulse::new);
         let known = Arc::clone(&setup.start);
-        let steps = Steps::new(setup.calls.clone());
+        let steps = Steps::new(setup.calls.clone(), setup.moving.clone());
+        let keep = steps.keep(false);
         Self {
             setup,
             dialer,
@@ -220,7 +223,7 @@ impl Session {
             term: None,
             steps,
             going: BTreeMap::new(),
-            keep: Arc::new(|_| ()),
+            keep,
             known,
             assembler: Assembler::default(),
             install: Install::default(),
@@ -341,6 +344,7 @@ impl Session {
         if renewed {
             self.stopped = None;
             self.term = lease.map(|_| Arc::new(Term::leased(session)));
+            self.keep = self.steps.keep(lease.is_some());
             if let Some(term) = &self.term {
                 self.setup.owned.begin(Arc::clone(term), Arc::clone(&self.known));
             }
@@ -547,8 +551,13 @@ impl Session {
                         self.welcome();
                     }
                 }
-                Action::Prepare(coming) => self.steps.prepare(&coming),
-                Action::Fetch(_) | Action::Discard(_) => {}
+                Action::Prepare(coming) => {
+                    if let Some(me) = self.id {
+                        self.steps.prepare(me, coming, &self.known);
+                    }
+                }
+                Action::Fetch(id) => self.steps.fetch(id),
+                Action::Discard(id) => self.steps.discard(id),
                 Action::Arrived(id) => self.setup.owned.arrived(id),
                 Action::Release(going) => drop(self.going.insert(going.id, going)),
                 Action::Resume(id) => {
@@ -575,8 +584,9 @@ impl Session {
         let drained: Vec<HandOffId> =
             self.going.keys().copied().filter(|id| is_drained(*id)).collect();
         drop(view);
+        let Some(me) = self.id else { return };
         for going in drained.iter().filter_map(|id| self.going.remove(id)) {
-            self.steps.release(&going);
+            self.steps.release(me, going, &self.known);
         }
     }
 
@@ -649,6 +659,9 @@ impl Session {
         }
         self.setup.hub.publish(Arc::clone(&next), delta.as_ref());
         self.known = Arc::clone(&next);
+        if let Some(session) = self.id {
+            self.steps.knows(session, &next);
+        }
         self.happen(Event::Assigned(next));
         if self.term.is_none() {
             self.take_on();

@@ -48,11 +48,14 @@ pub use crate::counters::{COST_MAX_UNITS, CostError};
 use crate::counters::{ONE_UNIT, Totals, thousandths};
 use crate::dialer::drawn;
 pub use crate::guard::{Guard, NotOwner};
+use crate::moving::Moving;
 use crate::owned::{Callback, Meter, Owned, View};
 use crate::session::{Order, Session, Setup};
 pub use crate::session::{State, Why};
 use crate::spill::Utilisation;
 use crate::steps::Calls;
+use crate::transfer::State as Movable;
+use crate::transfer::serve::Exports;
 
 /// How long peers have to notice that nobody tells them anything here any more.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -175,6 +178,7 @@ impl Slicelet {
             grace: GRACE,
             connector: Connector::default(),
             calls: Calls::default(),
+            movable: None,
         }
     }
 
@@ -403,6 +407,7 @@ pub struct Builder {
     grace: Duration,
     connector: Connector,
     calls: Calls,
+    movable: Option<Arc<dyn Movable>>,
 }
 
 impl Builder {
@@ -447,6 +452,13 @@ impl Builder {
     /// where they are until it returns, or for the job's `prepare_within`.
     pub fn on_prepare(mut self, call: impl Fn(Slice) + Send + Sync + 'static) -> Self {
         self.calls.prepare = Some(Arc::new(call));
+        self
+    }
+
+    /// Moves the application's state with its slices: see [`crate::transfer`]. Other tasks pull it from where peers watch, so
+    /// give a [`Builder::watch_address`]; without one, slices that leave here start empty elsewhere.
+    pub fn state(mut self, state: impl Movable) -> Self {
+        self.movable = Some(Arc::new(state));
         self
     }
 
@@ -509,7 +521,7 @@ impl Builder {
         info.labels = self.labels.into_iter().collect();
         info.capacity = Capacity::new(self.capacity)?;
         info.revision = self.revision;
-        info.prepares = self.calls.prepare.is_some();
+        info.prepares = self.calls.prepare.is_some() || self.movable.is_some();
         info.check()?;
         let listener = self.watch_address.as_deref().map(listen).transpose()?;
         info.watch = listener.as_ref().map(|(address, _)| address.clone());
@@ -523,7 +535,15 @@ impl Builder {
         let (orders, asked) = mpsc::channel(1);
         let (stop, hub) = (CancellationToken::new(), Hub::new());
         let left = Arc::new(AtomicUsize::new(0));
-        let peers = listener.map(|(_, listener)| Peers { listener, hub: hub.clone() });
+        let moving = self
+            .movable
+            .as_ref()
+            .map(|state| Moving::new(&job, info.incarnation, state, self.connector.clone()));
+        let peers = listener.map(|(_, listener)| Peers {
+            listener,
+            hub: hub.clone(),
+            moving: moving.clone(),
+        });
         let setup = Setup {
             job,
             info,
@@ -537,6 +557,7 @@ impl Builder {
             left: Arc::clone(&left),
             hub,
             calls: self.calls,
+            moving,
             stop: stop.clone(),
         };
         spawn(setup, peers).map_err(StartError::Thread)?;
@@ -551,6 +572,7 @@ impl Builder {
 struct Peers {
     listener: TcpListener,
     hub: Hub,
+    moving: Option<Moving>,
 }
 
 /// Starts the session's thread. Its handle is let go: the thread ends with the session, and the state says when.
@@ -570,13 +592,15 @@ fn spawn(setup: Setup, peers: Option<Peers>) -> io::Result<()> {
 }
 
 async fn serve(peers: Option<Peers>, stop: CancellationToken) {
-    let Some(Peers { listener, hub }) = peers else { return };
+    let Some(Peers { listener, hub, moving }) = peers else { return };
+    let exports = moving.as_ref().map(|moving| moving.exports().clone());
     let served = async {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         // Else a small answer waits 40 ms for the acknowledgement of what was sent before.
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         tonic::transport::Server::builder()
             .add_service(WatchService::new(hub, stop.clone()))
+            .add_optional_service(exports.as_ref().map(Exports::service))
             .serve_with_incoming_shutdown(incoming, stop.cancelled())
             .await
             .map_err(io::Error::other)
@@ -586,7 +610,14 @@ async fn serve(peers: Option<Peers>, stop: CancellationToken) {
         stop.cancelled().await;
         tokio::time::sleep(GOODBYE).await;
     };
+    let clear = async {
+        match &exports {
+            Some(exports) => exports.clear().await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
+        () = clear => {}
         Err(error) = served => tracing::error!(%error, "peers can no longer watch here"),
         () = over => {}
         else => {}

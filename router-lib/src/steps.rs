@@ -3,10 +3,16 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use mandoline_core::assignment::Assignment;
 use mandoline_core::lease::{Coming, Going};
 use mandoline_core::slice::Slice;
+use mandoline_core::task::SessionId;
 use mandoline_core::transit::HandOffId;
 use tokio::sync::mpsc;
+
+use crate::install::Keep;
+use crate::moving::Moving;
+use crate::transfer::pull::Origin;
 
 /// What the application does with one slice.
 pub(crate) type Call = Arc<dyn Fn(Slice) + Send + Sync>;
@@ -31,15 +37,46 @@ pub(crate) enum Done {
 /// The application's part in hand-offs.
 pub(crate) struct Steps {
     calls: Calls,
+    /// Where the application's state moves with its slices.
+    moving: Option<Moving>,
     // As many as there are hand-offs: each says each of them once.
     done: mpsc::UnboundedSender<Done>,
     heard: mpsc::UnboundedReceiver<Done>,
 }
 
 impl Steps {
-    pub(crate) fn new(calls: Calls) -> Self {
+    pub(crate) fn new(calls: Calls, moving: Option<Moving>) -> Self {
         let (done, heard) = mpsc::unbounded_channel();
-        Self { calls, done, heard }
+        Self { calls, moving, done, heard }
+    }
+
+    /// Takes in what the session knows now.
+    pub(crate) fn knows(&self, session: SessionId, assignment: &Assignment) {
+        if let Some(moving) = &self.moving {
+            moving.knows(session, assignment);
+        }
+    }
+
+    /// Gives what takes prepared state into use.
+    pub(crate) fn keep(&self, is_owner: bool) -> Keep {
+        match self.moving.clone() {
+            Some(moving) => Arc::new(move |id| moving.keep(id, is_owner)),
+            None => Arc::new(|_| ()),
+        }
+    }
+
+    /// Whoever has a slice on its way here takes no more work on it.
+    pub(crate) fn fetch(&self, id: HandOffId) {
+        if let Some(moving) = &self.moving {
+            moving.fetch(id);
+        }
+    }
+
+    /// A slice on its way here does not come.
+    pub(crate) fn discard(&self, id: HandOffId) {
+        if let Some(moving) = &self.moving {
+            moving.discard(id);
+        }
     }
 
     /// Waits for something to be done. Safe to cancel.
@@ -47,14 +84,27 @@ impl Steps {
         self.heard.recv().await.expect("the sender lives here")
     }
 
-    /// Gets the application ready for a slice.
-    pub(crate) fn prepare(&self, coming: &Coming) {
-        self.run(self.calls.prepare.clone(), coming.slice, Done::Prepared(coming.id));
+    /// Gets the application ready for a slice: its callback first, then its state.
+    pub(crate) fn prepare(&self, me: SessionId, coming: Coming, known: &Assignment) {
+        let from = coming.from.and_then(|from| Origin::of(known.tasks.get(&from)?));
+        let moving = self.moving.clone().filter(|_| coming.from.is_some());
+        let call = self.calls.prepare.clone();
+        self.run(call, coming.slice, Done::Prepared(coming.id), async move {
+            if let Some(moving) = moving {
+                moving.prepare(me, &coming, from).await;
+            }
+        });
     }
 
-    /// Has the application flush a slice of which no guard is left.
-    pub(crate) fn release(&self, going: &Going) {
-        self.run(self.calls.release.clone(), going.slice, Done::Released(going.id));
+    /// Has the application flush a slice of which no guard is left, and sends what has changed of its state.
+    pub(crate) fn release(&self, me: SessionId, going: Going, known: &Arc<Assignment>) {
+        let (moving, known) = (self.moving.clone(), Arc::clone(known));
+        let call = self.calls.release.clone();
+        self.run(call, going.slice, Done::Released(going.id), async move {
+            if let Some(moving) = moving {
+                moving.send(me, &known, going.id).await;
+            }
+        });
     }
 
     /// Tells the application that a slice which it released stays.
@@ -64,16 +114,23 @@ impl Steps {
         }
     }
 
-    fn run(&self, call: Option<Call>, slice: Slice, done: Done) {
+    fn run(
+        &self,
+        call: Option<Call>,
+        slice: Slice,
+        done: Done,
+        then: impl Future<Output = ()> + Send + 'static,
+    ) {
         let sender = self.done.clone();
-        // Nobody listens once the session has ended.
-        let say = move || {
+        // It ends with the hand-off: the session's runtime drops what is left.
+        drop(tokio::spawn(async move {
+            if let Some(call) = call {
+                // A panic was caught there.
+                let _called = tokio::task::spawn_blocking(move || attempt(&call, slice)).await;
+            }
+            then.await;
+            // Nobody listens once the session has ended.
             let _unheard = sender.send(done);
-        };
-        let Some(call) = call else { return say() };
-        drop(tokio::task::spawn_blocking(move || {
-            attempt(&call, slice);
-            say();
         }));
     }
 }

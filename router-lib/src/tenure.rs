@@ -118,6 +118,11 @@ impl Tenures {
         }
     }
 
+    /// Ends every guard for good.
+    pub(crate) fn revoke(&self) {
+        self.iter().for_each(|tenure| tenure.gates.revoke());
+    }
+
     /// Says whether no guard is left of a slice that is being released.
     pub(crate) fn is_drained(&self, id: HandOffId) -> bool {
         let released = |tenure: &&Tenure| tenure.release.is_some_and(|(own, _)| own == id);

@@ -3,10 +3,8 @@
 //! `task` puts it together with a slicelet, as any service would: bind, start a slicelet, ask it about each request, drop
 //! what left, and drain before the end.
 
-#[cfg_attr(not(test), allow(dead_code, reason = "until a slicelet is given the state to move"))]
 pub(crate) mod store;
 pub(crate) mod server;
-#[cfg_attr(not(test), allow(dead_code, reason = "until a slicelet is given the state to move"))]
 pub(crate) mod moving;
 
 #[cfg(test)]

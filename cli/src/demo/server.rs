@@ -259,7 +259,7 @@ fn not_owner(why: &NotOwner) -> Result<Reply, Refusal> {
             Ok(reply)
         }
         NotOwner::NoLease { generation } => Ok(unavailable(&why.to_string(), *generation)),
-        NotOwner::Cost(error) => Err(error.clone().into()),
+        NotOwner::Cost(error) => Err((*error).into()),
     }
 }
 
