@@ -201,8 +201,7 @@ async fn the_real_log_keeps_the_contract_of_the_simulated_one() {
         let term = net.led.lock().unwrap().keys().next_back().copied();
         let confirmed = tokio::spawn(async move { old.confirm_leadership().await });
         // Whoever is told yes has what was answered before: claim 8.
-        let surely = net.node(leads).consensus.clone();
-        if surely.confirm_leadership().await.is_ok() {
+        if net.node(leads).consensus.confirm_leadership().await.is_ok() {
             let has = net.version_at(leads);
             assert!(has >= version, "run {run}: it surely leads with {has}, not {version}");
         }
