@@ -500,3 +500,148 @@ impl Log {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    const NODES: usize = 3;
+
+    /// Three logs, and packets under way: what the simulator has beside them, in small.
+    struct Net {
+        prng: Prng,
+        now: Time,
+        logs: Vec<Log>,
+        under_way: Vec<(Time, usize, usize, Packet)>,
+        /// Who cannot reach anyone.
+        cut: Option<usize>,
+        /// Who led in each term, and since when.
+        led: BTreeMap<u64, (usize, Time)>,
+        /// What was agreed on at each place, by its term.
+        agreed: Vec<u64>,
+        /// Who asked when whether it leads, in which term, and how much was agreed on then.
+        asked: Vec<(usize, u64, Time, usize)>,
+        confirmed: usize,
+    }
+
+    impl Net {
+        fn new(seed: u64, confirms_alone: bool) -> Self {
+            let log = |me| Log::new(me, NODES, &[]).flawed(confirms_alone);
+            Self {
+                prng: Prng::new(seed),
+                now: Time::ZERO,
+                logs: (0..NODES).map(log).collect(),
+                under_way: Vec::new(),
+                cut: None,
+                led: BTreeMap::new(),
+                agreed: Vec::new(),
+                asked: Vec::new(),
+                confirmed: 0,
+            }
+        }
+
+        /// Ten milliseconds pass. Gives what claim is broken, if one is.
+        fn step(&mut self) -> Result<(), String> {
+            self.now += Duration::from_millis(10);
+            let Self { prng, now, logs, .. } = self;
+            for (at, log) in logs.iter_mut().enumerate() {
+                log.tick(*now, prng);
+                match prng.below(400) {
+                    0..=9 => drop(log.propose(*now, Arc::new(Command::MintNode))),
+                    10..=29 => {
+                        if let Some(term) = log.leads()
+                            && log.confirm(*now, Ticket(self.asked.len() as u64))
+                        {
+                            self.asked.push((at, term, *now, self.agreed.len()));
+                        }
+                    }
+                    30 => log.restart(*now, 0, prng),
+                    31..=200 => log.synced(),
+                    _ => {}
+                }
+            }
+            if prng.below(300) == 0 {
+                self.cut = (prng.below(2) == 0).then(|| prng.below(NODES as u64) as usize);
+            }
+            self.carry();
+            self.look()
+        }
+
+        fn carry(&mut self) {
+            for from in 0..NODES {
+                for (to, packet) in self.logs[from].outgoing() {
+                    let lost = self.cut.is_some_and(|cut| cut == from || cut == to);
+                    let copies = u64::from(!lost) * (1 + u64::from(self.prng.below(20) == 0));
+                    for _ in 0..copies {
+                        let at = self.now + Duration::from_millis(self.prng.below(120));
+                        self.under_way.push((at, from, to, packet.clone()));
+                    }
+                }
+            }
+            let (due, later) = std::mem::take(&mut self.under_way)
+                .into_iter()
+                .partition(|(at, ..)| *at <= self.now);
+            self.under_way = later;
+            let due: Vec<_> = due;
+            for (_, from, to, packet) in due {
+                self.logs[to].hear(self.now, from, packet, &mut self.prng);
+            }
+        }
+
+        fn look(&mut self) -> Result<(), String> {
+            for (at, log) in self.logs.iter_mut().enumerate() {
+                if let Some(term) = log.leads() {
+                    let (who, _) = *self.led.entry(term).or_insert((at, self.now));
+                    if who != at {
+                        return Err(format!("claim 1: {who} and {at} lead in term {term}"));
+                    }
+                }
+                let count = log.agreed();
+                self.agreed.extend((self.agreed.len()..count).map(|place| log.entry(place).term));
+                if (0..count).any(|place| log.entry(place).term != self.agreed[place]) {
+                    return Err(format!("claims 2 and 3: {at} has something else"));
+                }
+                for Ticket(ticket) in log.confirmed(count) {
+                    let (who, term, asked, agreed) = self.asked[ticket as usize];
+                    let later = self.led.range(term + 1..).find(|(_, (_, since))| *since < asked);
+                    if let Some((newer, _)) = later {
+                        return Err(format!(
+                            "claim 7: {who} led in {term}, though {newer} had begun"
+                        ));
+                    }
+                    if count < agreed {
+                        return Err(format!("claim 8: {who} has {count} of {agreed}"));
+                    }
+                    self.confirmed += 1;
+                }
+            }
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_contract_holds_over_a_bad_network() {
+        for seed in 0..20 {
+            let mut net = Net::new(seed, false);
+            for _ in 0..6_000 {
+                net.step().unwrap_or_else(|broken| panic!("seed {seed} at {}: {broken}", net.now));
+            }
+            assert!(
+                net.led.len() > 3 && net.agreed.len() > 50 && net.confirmed > 20,
+                "seed {seed}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_confirmation_without_a_majority_is_noticed() {
+        let breaks = |seed| {
+            let mut net = Net::new(seed, true);
+            (0..6_000).find_map(|_| net.step().err())
+        };
+        let broken = (0..20).find_map(breaks).expect("some leader was deposed and did not know");
+        assert!(broken.starts_with("claim 7") || broken.starts_with("claim 8"), "{broken}");
+    }
+}
