@@ -196,7 +196,15 @@ impl Guard {
 }
 
 fn elsewhere(view: &View, key: SliceKey) -> NotOwner {
-    NotOwner::Elsewhere { owner: view.other_owner(key), generation: view.assignment().generation }
+    let (_, assigned) = view.assignment().get(key);
+    // A slice that has come and that the application is not ready for is served by what was before: whoever knows that it
+    // is here asks again.
+    let coming = view.session.and_then(|session| assigned.replicas.of(session));
+    let generation = coming.map_or(view.assignment().generation, |own| {
+        let Generation { incarnation, number } = own.since;
+        Generation { incarnation, number: number.saturating_sub(1) }
+    });
+    NotOwner::Elsewhere { owner: view.other_owner(key), generation }
 }
 
 impl Drop for Guard {
@@ -216,3 +224,6 @@ impl fmt::Debug for Guard {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;
