@@ -25,6 +25,7 @@ mod secure;
 mod failover;
 mod task_loss;
 mod rolling;
+mod exclusive;
 mod spill;
 mod away;
 mod durability;

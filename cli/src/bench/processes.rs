@@ -14,6 +14,7 @@ use anyhow::{Context, anyhow, bail};
 use mandoline_core::task::Address;
 use mandoline_proto::pb;
 use mandoline_proto::pb::admin_client::AdminClient;
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
@@ -73,10 +74,14 @@ impl Process {
 
     /// Asks it to stop in good order (SIGTERM).
     pub(crate) fn terminate(&self) -> anyhow::Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        self.signal(Signal::TERM)
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         let pid = pid.with_context(|| format!("{} has no process id", self.name))?;
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM)
-            .with_context(|| format!("cannot stop {}", self.name))
+        kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.name))
     }
 
     /// Says how it ended, if it has.

@@ -1,0 +1,131 @@
+//! Owners as processes: one that crashes keeps its keys until its lease is over, one that slept does not answer for what is no
+//! longer its own, and values move with their keys.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mandoline_core::spec::{Consistency, JobSpec};
+use mandoline_proto::pb;
+use rustix::process::Signal;
+use tokio::time::{Instant, timeout};
+
+use crate::callers::{PATIENCE, ask, my_turn, program};
+use crate::processes::{Cluster, ProxyKnows, Task};
+
+const LEASE: Duration = Duration::from_secs(2);
+const HEARTBEAT: Duration = Duration::from_millis(500);
+const KEYS: usize = 60;
+
+fn job(consistency: Consistency) -> pb::JobSpec {
+    pb::JobSpec::from(&JobSpec {
+        consistency,
+        lease: LEASE,
+        heartbeat: HEARTBEAT,
+        balance_every: Duration::from_secs(3_600),
+        ..JobSpec::new("kv".parse().unwrap())
+    })
+}
+
+async fn two_tasks(spec: &pb::JobSpec) -> (Cluster, Task, Task) {
+    let cluster = Cluster::start(program(), 1).await.unwrap();
+    cluster.apply(spec, PATIENCE).await.unwrap();
+    let one = cluster.start_task("kv-0").unwrap();
+    let two = cluster.start_task("kv-1").unwrap();
+    cluster.served("kv", 2, PATIENCE).await.unwrap();
+    (cluster, one, two)
+}
+
+/// Whether a task answers for a key itself. A task that sleeps or is gone does not.
+async fn serves(task: SocketAddr, key: usize) -> bool {
+    let mut connection = None;
+    let asked = ask(&mut connection, task, "GET", key);
+    let answer = timeout(Duration::from_secs(1), asked).await;
+    matches!(answer, Ok(Ok(answer)) if matches!(answer.status, 200 | 404))
+}
+
+/// A key that `owner` serves, once it serves any.
+async fn key_of(owner: &Task) -> usize {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        for key in 0..KEYS {
+            if serves(owner.address, key).await {
+                return key;
+            }
+        }
+        assert!(Instant::now() < deadline, "{} serves nothing", owner.name);
+    }
+}
+
+/// How long it takes until a task serves a key.
+async fn until_served(task: &Task, key: usize, since: Instant) -> Duration {
+    while !serves(task.address, key).await {
+        assert!(since.elapsed() < PATIENCE, "{} never serves it", task.name);
+    }
+    since.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crashed_owner_keeps_its_keys_until_its_lease_is_over() {
+    let _turn = my_turn().await;
+    let (_cluster, mut owner, other) = two_tasks(&job(Consistency::Exclusive)).await;
+    let key = key_of(&owner).await;
+    assert!(!serves(other.address, key).await, "it has one owner");
+    let killed = Instant::now();
+    owner.process.kill();
+    let took = until_served(&other, key, killed).await;
+    println!("a crashed owner's key was served elsewhere after {:.2} s", took.as_secs_f64());
+    // It was renewed at most a heartbeat before it died, and one per cent of the lease is the margin.
+    assert!(took >= LEASE - HEARTBEAT - LEASE / 50, "{took:?}");
+    assert!(took <= LEASE + Duration::from_secs(3), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_that_slept_answers_for_nothing_that_went_meanwhile() {
+    let _turn = my_turn().await;
+    let (_cluster, owner, other) = two_tasks(&job(Consistency::Exclusive)).await;
+    let key = key_of(&owner).await;
+    owner.process.signal(Signal::STOP).unwrap();
+    until_served(&other, key, Instant::now()).await;
+    // Asked while it sleeps, it answers when it wakes.
+    let asked = tokio::spawn(async move { ask(&mut None, owner.address, "GET", key).await });
+    tokio::task::yield_now().await;
+    owner.process.signal(Signal::CONT).unwrap();
+    let answer = timeout(PATIENCE, asked).await.unwrap().unwrap().unwrap();
+    assert!(matches!(answer.status, 421 | 503), "{answer:?}");
+    for _ in 0..20 {
+        assert!(!serves(owner.address, key).await, "it has one owner");
+    }
+    assert!(serves(other.address, key).await);
+}
+
+/// How many of the values that one task held are there after all keys have gone to another.
+async fn values_left(consistency: Consistency) -> usize {
+    let cluster = Cluster::start(program(), 1).await.unwrap();
+    cluster.apply(&job(consistency), PATIENCE).await.unwrap();
+    let mut first = cluster.start_task("kv-0").unwrap();
+    cluster.served("kv", 1, PATIENCE).await.unwrap();
+    let proxy = cluster.start_proxy("proxy", ProxyKnows::default()).await.unwrap();
+    let mut connection = None;
+    for key in 0..KEYS {
+        let answer = ask(&mut connection, proxy.address, "PUT", key).await.unwrap();
+        assert_eq!(answer.status, 204, "{answer:?}");
+    }
+    let _second = cluster.start_task("kv-1").unwrap();
+    cluster.served("kv", 2, PATIENCE).await.unwrap();
+    first.process.terminate().unwrap();
+    let ended = first.process.wait_ended(PATIENCE).await.unwrap();
+    assert!(ended.success(), "{ended}: {}", first.process.log_tail());
+    let mut left = 0;
+    for key in 0..KEYS {
+        let answer = ask(&mut connection, proxy.address, "GET", key).await.unwrap();
+        left += usize::from(answer.status == 200);
+    }
+    left
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn values_move_with_their_keys() {
+    let _turn = my_turn().await;
+    assert_eq!(values_left(Consistency::Exclusive).await, KEYS);
+    assert_eq!(values_left(Consistency::Affinity).await, KEYS);
+}
