@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mandoline_core::assignment::Assignment;
+use mandoline_core::generation::Generation;
 use mandoline_core::lease::Coming;
 use mandoline_core::name::JobName;
 use mandoline_core::task::SessionId;
@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
+use crate::owned::{Owned, View};
 use crate::transfer::pull::{Import, Origin, Puller};
 use crate::transfer::serve::{Exports, Outgoing};
 use crate::transfer::{HandOff, Party, State};
@@ -78,13 +79,25 @@ impl Moving {
         &self.0.exports
     }
 
-    /// Takes in what the session knows now.
-    pub(crate) fn knows(&self, session: SessionId, assignment: &Assignment) {
-        let me = self.party(session);
+    /// Takes in what is in force now. What has come and is not taken into use yet cannot be told of: whoever asks for it waits.
+    pub(crate) fn knows(&self, view: &View) {
+        let Some(session) = view.session else { return };
         let mut quiet = lock(&self.0.quiet);
-        let outgoing = Outgoing::of(assignment, me, |id| quiet.contains(&id));
+        let mut outgoing =
+            Outgoing::of(view.assignment(), self.party(session), |id| quiet.contains(&id));
         quiet.retain(|id| outgoing.hand_offs.contains_key(id));
         drop(quiet);
+        let mut known = outgoing.known;
+        outgoing.hand_offs.retain(|id, leaving| {
+            let is_ready = view.has(leaving.slice.first());
+            if !is_ready {
+                // Not over, but yet to come.
+                let Generation { incarnation, number } = id.began;
+                known = known.min(Generation { incarnation, number: number.saturating_sub(1) });
+            }
+            is_ready
+        });
+        outgoing.known = known;
         self.0.outgoing.send_replace(outgoing);
     }
 
@@ -167,9 +180,9 @@ impl Moving {
 
     /// Sends what has changed of a slice on which nothing is under way any more. Returns when the other side has it, or will not
     /// take it.
-    pub(crate) async fn send(&self, session: SessionId, assignment: &Assignment, id: HandOffId) {
+    pub(crate) async fn send(&self, owned: &Owned, id: HandOffId) {
         lock(&self.0.quiet).insert(id);
-        self.knows(session, assignment);
+        self.knows(&owned.view());
         match timeout(SEND_WITHIN, self.0.exports.sent(id)).await {
             Ok(Ok(moved)) => tracing::debug!(%id, bytes = moved.bytes, "a slice's state has moved"),
             Ok(Err(why)) => tracing::info!(%id, %why, "a slice moves on without its state"),

@@ -89,6 +89,11 @@ impl View {
         Some((&tenures.term, tenures.at(self.index_of(key))?))
     }
 
+    /// Says whether the task has what is at a key, in use or just being released.
+    pub(crate) fn has(&self, key: SliceKey) -> bool {
+        self.mine[self.index_of(key)]
+    }
+
     /// Says whether new work may be taken at a place.
     fn accepts(&self, index: usize) -> bool {
         match &self.tenures {
@@ -399,8 +404,7 @@ impl Possession {
         let Some(ready) = &self.ready else { return Vec::new() };
         let is_ready =
             |held: &Held| ready.touching(held.slice).all(|(_, known)| known == &Some(held.since));
-        let comes = |held: &&Held| held.release.is_none() && !is_ready(held);
-        self.held.iter().filter(comes).copied().collect()
+        self.held.iter().filter(|held| !is_ready(held)).copied().collect()
     }
 }
 

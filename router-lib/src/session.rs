@@ -584,9 +584,8 @@ impl Session {
         let drained: Vec<HandOffId> =
             self.going.keys().copied().filter(|id| is_drained(*id)).collect();
         drop(view);
-        let Some(me) = self.id else { return };
         for going in drained.iter().filter_map(|id| self.going.remove(id)) {
-            self.steps.release(me, going, &self.known);
+            self.steps.release(&self.setup.owned, going);
         }
     }
 
@@ -659,10 +658,8 @@ impl Session {
         }
         self.setup.hub.publish(Arc::clone(&next), delta.as_ref());
         self.known = Arc::clone(&next);
-        if let Some(session) = self.id {
-            self.steps.knows(session, &next);
-        }
         self.happen(Event::Assigned(next));
+        self.steps.knows(&self.setup.owned);
         if self.term.is_none() {
             self.take_on();
         }
@@ -687,6 +684,7 @@ impl Session {
 
     fn installed(&mut self) {
         self.install.next(&self.setup.owned);
+        self.steps.knows(&self.setup.owned);
         // Whoever waits to be ready looks again.
         self.setup.state.send_modify(|_| ());
     }

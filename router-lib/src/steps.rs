@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 
 use crate::install::Keep;
 use crate::moving::Moving;
+use crate::owned::Owned;
 use crate::transfer::pull::Origin;
 
 /// What the application does with one slice.
@@ -50,10 +51,10 @@ impl Steps {
         Self { calls, moving, done, heard }
     }
 
-    /// Takes in what the session knows now.
-    pub(crate) fn knows(&self, session: SessionId, assignment: &Assignment) {
+    /// Takes in what is in force now.
+    pub(crate) fn knows(&self, owned: &Owned) {
         if let Some(moving) = &self.moving {
-            moving.knows(session, assignment);
+            moving.knows(&owned.view());
         }
     }
 
@@ -97,12 +98,12 @@ impl Steps {
     }
 
     /// Has the application flush a slice of which no guard is left, and sends what has changed of its state.
-    pub(crate) fn release(&self, me: SessionId, going: Going, known: &Arc<Assignment>) {
-        let (moving, known) = (self.moving.clone(), Arc::clone(known));
+    pub(crate) fn release(&self, owned: &Arc<Owned>, going: Going) {
+        let (moving, owned) = (self.moving.clone(), Arc::clone(owned));
         let call = self.calls.release.clone();
         self.run(call, going.slice, Done::Released(going.id), async move {
             if let Some(moving) = moving {
-                moving.send(me, &known, going.id).await;
+                moving.send(&owned, going.id).await;
             }
         });
     }

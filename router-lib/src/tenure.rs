@@ -126,8 +126,8 @@ impl Tenures {
     /// Says whether no guard is left of a slice that is being released.
     pub(crate) fn is_drained(&self, id: HandOffId) -> bool {
         let released = |tenure: &&Tenure| tenure.release.is_some_and(|(own, _)| own == id);
-        // What was never shown nobody has entered.
-        self.iter().find(released).is_none_or(|tenure| tenure.gates.is_drained())
+        // What is not shown yet is still being taken into use, and cannot be passed on before it is.
+        self.iter().find(released).is_some_and(|tenure| tenure.gates.is_drained())
     }
 
     fn iter(&self) -> impl Iterator<Item = &Tenure> {

@@ -19,6 +19,8 @@ async fn hot_key(spill: Option<Spill>) -> Vec<usize> {
     let cluster = Cluster::start(program(), 1).await.unwrap();
     let spec = JobSpec {
         balance_every: Duration::from_secs(3_600),
+        // All moves are over when every task is there.
+        prepare_within: Duration::ZERO,
         spill,
         ..JobSpec::new("kv".parse().unwrap())
     };
