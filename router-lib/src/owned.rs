@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use mandoline_core::assignment::Assignment;
+use mandoline_core::assignment::{Assignment, Replica};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::lease::Held;
@@ -19,6 +19,7 @@ use mandoline_core::slice::Slice;
 use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::METRICS_MAX;
 use mandoline_core::task::{Address, SessionId};
+use mandoline_core::time::Time;
 use mandoline_core::transit::HandOffId;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -267,6 +268,19 @@ impl Owned {
     /// Begins a session that may serve only as long as it is granted: nothing is held yet.
     pub(crate) fn begin(&self, term: Arc<Term>, assignment: Arc<Assignment>) {
         self.possess(Some(term), assignment, Vec::new());
+    }
+
+    /// Owns for good what an assignment says that `session` owns.
+    pub(crate) fn own(&self, session: SessionId, assignment: Arc<Assignment>) {
+        let term = Arc::new(Term::leased(session));
+        let _begun = term.extend(Time::from_nanos(u64::MAX));
+        self.begin(term, Arc::clone(&assignment));
+        let held = assignment.slices.iter().filter_map(|(slice, assigned)| {
+            let Replica { since, .. } = assigned.replicas.of(session)?;
+            Some(Held { slice, since, token: assigned.token, release: None })
+        });
+        self.hold(Arc::clone(&assignment), held.collect());
+        self.welcome(|_| ());
     }
 
     /// Takes what the session holds from now on, as of an assignment. What it holds no more, or not without a break, is

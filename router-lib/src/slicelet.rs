@@ -187,7 +187,11 @@ impl Slicelet {
         let nothing = || -> Callback { Box::new(|_| ()) };
         let start = Assignment::new(assignment.job.clone(), Generation::ZERO);
         let owned = Arc::new(Owned::new(start, nothing(), nothing()));
-        owned.install(Some(session), assignment, |_| ());
+        if assignment.is_exclusive() {
+            owned.own(session, assignment);
+        } else {
+            owned.install(Some(session), assignment, |_| ());
+        }
         let (_, state) = watch::channel(State::Stopped);
         let (orders, _) = mpsc::channel(1);
         let (stop, grace) = (CancellationToken::new(), Duration::ZERO);

@@ -7,9 +7,11 @@ use std::time::Duration;
 use mandoline_core::spec::{Consistency, JobSpec};
 use mandoline_proto::pb;
 use rustix::process::Signal;
+use serde_json::Value;
 use tokio::time::{Instant, timeout};
 
 use crate::callers::{PATIENCE, ask, my_turn, program};
+use crate::kit::text;
 use crate::processes::{Cluster, ProxyKnows, Task};
 
 const LEASE: Duration = Duration::from_secs(2);
@@ -134,4 +136,19 @@ async fn values_survive_a_rolling_restart() {
     let _turn = my_turn().await;
     assert_eq!(values_left(Consistency::Exclusive).await, KEYS);
     assert_eq!(values_left(Consistency::Affinity).await, KEYS);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slice_that_moves_to_and_fro_has_one_owner_and_its_state() {
+    let _turn = my_turn().await;
+    let bench = tokio::process::Command::new(program())
+        .args(["bench", "handoff", "--moves", "5", "--json"])
+        .kill_on_drop(true)
+        .output();
+    let output = timeout(PATIENCE * 2, bench).await.expect("the bench ends in time").unwrap();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    println!("{out}{err}");
+    assert!(output.status.success(), "{out}{err}");
+    let found: Value = serde_json::from_str(out.lines().last().unwrap()).unwrap();
+    assert_eq!((&found["moves"], &found["both"]), (&5.into(), &0.into()), "{out}{err}");
 }

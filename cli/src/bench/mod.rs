@@ -3,6 +3,7 @@
 #[allow(dead_code)] // the integration tests use the rest of it
 mod processes;
 mod failover;
+mod handoff;
 mod reaction;
 
 use std::process::ExitCode;
@@ -15,6 +16,7 @@ use crate::failure::Failure;
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     Failover(failover::FailoverArgs),
+    Handoff(handoff::HandoffArgs),
     Reaction(reaction::ReactionArgs),
 }
 
@@ -22,6 +24,7 @@ pub(crate) enum BenchCommand {
 pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
     match command {
         BenchCommand::Failover(args) => failover::run(args).await,
+        BenchCommand::Handoff(args) => handoff::run(args).await,
         BenchCommand::Reaction(args) => reaction::run(args).await,
     }
 }
