@@ -103,20 +103,19 @@ async fn every_node_tells_of_every_change_in_order() {
     for _ in 0..20 {
         cluster.propose(apply("a")).await;
     }
-    cluster.all_have("a", 20).await;
+    let told = |node: &Running| -> Vec<u64> {
+        let events = node.events.lock().unwrap();
+        let applied = events.iter().filter_map(|event| match event {
+            Event::Applied { index, assignment, .. } => {
+                (assignment.job == job("a")).then_some(*index)
+            }
+            Event::Installed { .. } => None,
+        });
+        applied.collect()
+    };
     for (_, node) in cluster.running() {
-        let indexes: Vec<u64> = node
-            .events
-            .lock()
-            .unwrap()
-            .iter()
-            .filter_map(|event| match event {
-                Event::Applied { index, assignment, .. } => {
-                    (assignment.job == job("a")).then_some(*index)
-                }
-                Event::Installed { .. } => None,
-            })
-            .collect();
+        until("every change to be told of", || told(node).len() >= 20).await;
+        let indexes = told(node);
         assert_eq!(indexes.len(), 20);
         assert!(indexes.is_sorted());
     }
