@@ -338,14 +338,16 @@ impl Log {
                 }
             }
             Packet::Append { term, after, entries, agreed, round } => {
-                let held = if term < self.term {
-                    Err(0)
-                } else {
-                    self.leader = Some(from);
-                    self.role = Role::Follower;
-                    self.wait(now, prng);
-                    self.append(after, entries, agreed)
-                };
+                if term < self.term {
+                    // Rounds are counted anew in each term: one of an older term is not answered by its number, or the same node,
+                    // leading again, would take that for a newer round's.
+                    let (held, round) = (Err(0), 0);
+                    return self.answer(from, Packet::Appended { term: self.term, held, round });
+                }
+                self.leader = Some(from);
+                self.role = Role::Follower;
+                self.wait(now, prng);
+                let held = self.append(after, entries, agreed);
                 self.answer(from, Packet::Appended { term: self.term, held, round });
             }
             Packet::Appended { term, held, round } if term == self.term => {
@@ -575,7 +577,9 @@ mod tests {
                     let lost = self.cut.is_some_and(|cut| cut == from || cut == to);
                     let copies = u64::from(!lost) * (1 + u64::from(self.prng.below(20) == 0));
                     for _ in 0..copies {
-                        let at = self.now + Duration::from_millis(self.prng.below(120));
+                        // Some come after whoever sent them was deposed, and leads again.
+                        let most = if self.prng.below(50) == 0 { 5_000 } else { 120 };
+                        let at = self.now + Duration::from_millis(self.prng.below(most));
                         self.under_way.push((at, from, to, packet.clone()));
                     }
                 }
@@ -633,6 +637,54 @@ mod tests {
                 "seed {seed}"
             );
         }
+    }
+
+    /// Brings everything to everyone, until all is said.
+    fn talk(logs: &mut [Log], now: Time, prng: &mut Prng) {
+        loop {
+            logs.iter_mut().for_each(Log::synced);
+            let said = |(from, log): (usize, &mut Log)| {
+                log.outgoing()
+                    .into_iter()
+                    .map(|(to, packet)| (from, to, packet))
+                    .collect::<Vec<_>>()
+            };
+            let all: Vec<_> = logs.iter_mut().enumerate().flat_map(said).collect();
+            if all.is_empty() {
+                return;
+            }
+            for (from, to, packet) in all {
+                logs[to].hear(now, from, packet, prng);
+            }
+        }
+    }
+
+    #[test]
+    fn what_an_older_term_sent_confirms_nothing_in_a_later_one() {
+        let mut prng = Prng::new(1);
+        let mut logs: Vec<Log> = (0..NODES).map(|me| Log::new(me, NODES, &[])).collect();
+        logs[0].stand(Time::ZERO, &mut prng);
+        talk(&mut logs, Time::ZERO, &mut prng);
+        assert_eq!(logs[0].leads(), Some(1));
+        for _ in 0..20 {
+            logs[0].broadcast(Time::ZERO);
+        }
+        let (to, late) = logs[0].outgoing().pop().expect("it says that it leads");
+        for who in [1, 0] {
+            logs[who].stand(Time::ZERO, &mut prng);
+            talk(&mut logs, Time::ZERO, &mut prng);
+        }
+        assert_eq!(logs[0].leads(), Some(3));
+        assert!(logs[0].confirm(Time::ZERO, Ticket(7)));
+        let _nobody_hears_it = logs[0].outgoing();
+        logs[to].hear(Time::ZERO, 0, late, &mut prng);
+        let (_, answer) = logs[to].outgoing().pop().expect("it says that its term is a later one");
+        logs[0].hear(Time::ZERO, to, answer, &mut prng);
+        let count = logs[0].agreed();
+        assert_eq!(logs[0].confirmed(count), []);
+        logs[0].broadcast(Time::ZERO);
+        talk(&mut logs, Time::ZERO, &mut prng);
+        assert_eq!(logs[0].confirmed(count), [Ticket(7)]);
     }
 
     #[test]
