@@ -26,7 +26,7 @@ impl Convergence {
     /// Looks at what everyone holds once the bound has passed.
     pub fn see(&mut self, at: Time, seen: &Seen<'_>) -> Verdict {
         match seen {
-            Seen::Calm => self.calm = Some(at),
+            Seen::Calm { .. } => self.calm = Some(at),
             Seen::Look(look) if self.calm.is_some_and(|calm| at.since(calm) >= BOUND) => {
                 return agree(look);
             }

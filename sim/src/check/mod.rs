@@ -11,6 +11,7 @@ pub mod convergence;
 pub mod imported;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
@@ -85,7 +86,10 @@ pub enum Seen<'a> {
         import: Option<(HandOffId, u64)>,
     },
     /// The last fault is over.
-    Calm,
+    Calm {
+        /// How long a restored cluster may give nothing away yet.
+        held_off: Duration,
+    },
     /// All is quiet: this is what everyone holds, and who serves what by its own word.
     Look(&'a Look),
 }

@@ -17,17 +17,15 @@ pub const BOUND: Duration = Duration::from_secs(45);
 /// Every slice is served again.
 #[derive(Debug, Default)]
 pub struct Served {
-    /// When each key was last seen served, from the last fault on.
+    /// When each key was last seen served, from the last fault on, or from when a restored cluster gives something away.
     seen: Option<SliceMap<Time>>,
-    /// Until when it is too early to look: a restored cluster gives nothing away at first.
-    holds_off: Duration,
 }
 
 impl Served {
     /// Looks at who serves what by its own word.
     pub fn see(&mut self, at: Time, seen: &Seen<'_>) -> Verdict {
         match (seen, &mut self.seen) {
-            (Seen::Calm, _) => self.seen = Some(SliceMap::uniform(at + self.holds_off)),
+            (Seen::Calm { held_off }, _) => self.seen = Some(SliceMap::uniform(at + *held_off)),
             (Seen::Look(look), Some(last)) => {
                 for slice in &look.served {
                     let from = *last.get(slice.first()).1;

@@ -7,7 +7,7 @@ use mandoline_core::time::Time;
 
 use crate::cluster::ground::{DISK, Event, Ground, Health};
 use crate::cluster::network::Weather;
-use crate::cluster::scenario::{Kind, Setup};
+use crate::cluster::scenario::{HOLD_OFF, Kind, Setup};
 
 /// What goes wrong in a cluster.
 #[derive(Debug)]
@@ -148,9 +148,6 @@ impl Faults {
         (ground.machines[place].health == Health::Up).then_some(place)
     }
 }
-
-/// How long before the end the last backup is restored at the latest: the longest lease, its margin, and an election.
-const HOLD_OFF: Duration = Duration::from_secs(70);
 
 /// Draws a time between two that are this far apart on average.
 fn spread(every: Duration, prng: &mut Prng) -> Duration {

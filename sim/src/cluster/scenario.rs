@@ -158,14 +158,18 @@ pub struct Setup {
     pub lease: Option<Duration>,
     /// How long all of it takes.
     pub length: Duration,
+    /// How long all is left alone at the end, so that it can be seen to recover.
+    pub calm: Duration,
     /// How far clocks may run from true time, in millionths.
     pub drift: i64,
     /// The mean time between two of each kind.
     pub every: Vec<(Kind, Duration)>,
 }
 
-/// How long a cluster is left alone at the end, so that it can be seen to recover.
-pub const CALM: Duration = Duration::from_secs(75);
+/// How long a cluster is left alone at the end.
+const CALM: Duration = Duration::from_secs(75);
+/// How long a restored cluster gives nothing away: the longest lease, its margin, and an election. Whoever leads anew waits anew.
+pub const HOLD_OFF: Duration = Duration::from_secs(70);
 /// The shortest run: something has to happen before all is left alone.
 pub const LENGTH_MIN: Duration = Duration::from_secs(180);
 /// Leases to draw from: the shortest there is, the usual one, and longer ones, whose margins are wider.
@@ -231,6 +235,7 @@ impl Setup {
                 .then(|| LEASES[prng.below(LEASES.len() as u64) as usize]),
             clerks: 2 + prng.below(2) as usize,
             length: length.max(LENGTH_MIN),
+            calm: if scenario == Scenario::Restore { CALM + HOLD_OFF } else { CALM },
             drift: if scenario == Scenario::Drift { DRIFT_BEYOND } else { DRIFT },
             every,
         }

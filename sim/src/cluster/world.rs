@@ -20,7 +20,7 @@ use crate::cluster::flaw::Flaw;
 use crate::cluster::ground::{Event, Ground, Health, Heard, Machine, Own};
 use crate::cluster::load::Field;
 use crate::cluster::network::{Network, Weather, Word};
-use crate::cluster::scenario::{CALM, Kind, Scenario, Setup};
+use crate::cluster::scenario::{HOLD_OFF, Kind, Scenario, Setup};
 use crate::cluster::store::Store;
 use crate::cluster::tally::{Count, Tally};
 use crate::cluster::task::{HEARTBEAT, REPORT_EVERY, Task};
@@ -96,7 +96,7 @@ impl World {
         let mut ground = Ground::new(machines, network, prng, trace, flaw, checks);
         ground.heartbeat = heartbeat(lease);
         let end = Time::ZERO + setup.length;
-        let until = Time::ZERO + (setup.length - CALM);
+        let until = Time::ZERO + (setup.length - setup.calm);
         let faults = Faults::new(setup, until, &mut ground);
         for place in 0..ground.machines.len() {
             let drift = faults.drift(&mut ground.prng);
@@ -127,7 +127,7 @@ impl World {
         for place in 0..self.ground.machines.len() {
             self.start(place);
         }
-        let calm = self.end.since(Time::ZERO) - CALM;
+        let calm = self.end.since(Time::ZERO) - self.faults.setup().calm;
         self.ground.after(calm, Event::Look);
         while self.ground.breach.is_none()
             && let Some(event) = self.ground.advance()
@@ -390,9 +390,11 @@ impl World {
         if self.ground.now + LOOK_EVERY < self.end {
             self.ground.after(LOOK_EVERY, Event::Look);
         }
-        if self.end.since(self.ground.now) == CALM {
+        if self.end.since(self.ground.now) == self.faults.setup().calm {
             self.ground.note(0, None, || "all is left alone from here on".to_owned());
-            self.ground.see(&Seen::Calm);
+            let holds_off = self.assigners.iter().any(|node| node.state().hold_off);
+            let held_off = if holds_off { HOLD_OFF } else { Duration::ZERO };
+            self.ground.see(&Seen::Calm { held_off });
         }
         let first_task = self.first_task();
         let mut look = Look::default();
