@@ -103,13 +103,22 @@ impl HandOffs {
         self.again = Some(again);
     }
 
-    /// Says what to propose now, if something is due and nothing under way.
-    pub(crate) fn propose(&mut self, now: Time, job: &JobName) -> Option<Command> {
+    /// Says what to propose now, if something is due and nothing under way. Nothing goes to a task that is away: by its time
+    /// that hand-off is called off, so that who has the slice keeps it, or has it back, rather than nobody serving it.
+    pub(crate) fn propose(
+        &mut self,
+        now: Time,
+        job: &JobName,
+        is_away: impl Fn(SessionId) -> bool,
+    ) -> Option<Command> {
         if !self.proposed.is_empty() || self.again.is_some_and(|again| now < again) {
             return None;
         }
         self.again = None;
-        let due = self.seen.iter().filter_map(|(id, seen)| Some((*id, seen.act(now)?)));
+        let due = self.seen.iter().filter_map(|(id, seen)| {
+            let act = seen.act(now)?;
+            Some((*id, if is_away(seen.transit.to) { Act::Abort } else { act }))
+        });
         self.proposed = due.take(STEPS_MAX).collect();
         let (job, steps) = (job.clone(), self.proposed.clone());
         (!steps.is_empty()).then_some(Command::HandOff { job, steps })

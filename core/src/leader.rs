@@ -265,7 +265,7 @@ impl Leader {
                 let (job, reason) = (name.clone(), EndReason::Lost);
                 out.push(Action::Propose(Command::End { job, session, reason }));
             }
-            out.extend(lead.hand_offs.propose(now, name).map(Action::Propose));
+            out.extend(lead.hand_over(now, name).map(Action::Propose));
             for (task, session) in lead.restarts.over(now) {
                 let job = name.clone();
                 out.push(Action::Propose(Command::Forget { job, task, session }));
@@ -319,7 +319,7 @@ impl Leader {
     /// Proposes what is due of a job's hand-offs.
     fn step(&mut self, now: Time, job: &JobName, out: &mut Vec<Action>) {
         let lead = self.jobs.get_mut(job);
-        let due = lead.and_then(|lead| lead.hand_offs.propose(now, job));
+        let due = lead.and_then(|lead| lead.hand_over(now, job));
         out.extend(due.map(Action::Propose));
     }
 
@@ -503,6 +503,12 @@ impl Lead {
         self.roster.tick(now, &believed)
     }
 
+    /// The next step of this job's hand-offs, if one is due.
+    fn hand_over(&mut self, now: Time, job: &JobName) -> Option<Command> {
+        let Self { hand_offs, roster, .. } = self;
+        hand_offs.propose(now, job, |session| roster.away(session))
+    }
+
     /// Notes what a task held that crashed, and proposes to confine what crashes follow: before its end is proposed, and so
     /// before anything of it is given to another.
     fn crashed(&mut self, now: Time, session: SessionId, job: &Job, out: &mut Vec<Action>) {
@@ -594,7 +600,7 @@ impl Lead {
             }
         }
         self.tell_the_last(assignment, out);
-        out.extend(self.hand_offs.propose(now, name).map(Action::Propose));
+        out.extend(self.hand_over(now, name).map(Action::Propose));
         if self.busy.is_none() && (self.wards.unplanned || is_urgent(job)) {
             self.plan(now, job, false, out);
         }
@@ -653,8 +659,9 @@ impl Lead {
         }
         let loads: Vec<Load> =
             of.slices.iter().map(|(slice, _)| self.forecast.load_of(slice)).collect();
-        // Before anything was measured nothing is lost by moving it: a job that just began becomes even at once.
-        let fresh = self.forecast.is_fresh();
+        // Before anything was measured nothing is lost by moving it: a job that just began becomes even at once, if its tasks
+        // are there to hear of it.
+        let fresh = self.forecast.is_fresh() && self.roster.hold().is_none();
         let policy = Policy {
             pins: job.pins.clone(),
             confined: job.confined.clone(),
@@ -673,6 +680,7 @@ impl Lead {
             surprise: self.forecast.surprise(),
             fresh,
             moving,
+            away: of.tasks.keys().copied().filter(|session| self.roster.away(*session)).collect(),
             rollout: self.restarts.before(),
             ..Round::new(Arc::clone(of), loads, policy)
         };

@@ -134,6 +134,14 @@ impl Roster {
         self.lives.get(&session).is_some_and(|life| life.link == Link::Open)
     }
 
+    /// Says whether a session is known to be away: its connection broke and no other was opened, or it was silent for too
+    /// long. Of one that nobody has seen yet nothing is known.
+    pub fn away(&self, session: SessionId) -> bool {
+        let away =
+            |life: &Life| matches!(life.link, Link::Broken(_) | Link::Missing | Link::Judged);
+        self.lives.get(&session).is_some_and(away)
+    }
+
     /// Gives the hold that is on, where too many are missing.
     pub const fn hold(&self) -> Option<&Hold> {
         self.brake.hold()

@@ -88,11 +88,13 @@ impl<'a> Draft<'a> {
         let free =
             round.fresh && !round.policy.frozen && round.policy.churn_budget.millionths() > 0;
         let (holders, regions, zones) = roster(round);
+        let passed_over = passed_over(round, &holders);
+        let takes = |holder: &Holder| holder.serving && !passed_over.contains(&holder.session);
         let capacity: Vec<u64> = assignment
             .tasks
             .values()
             .zip(&holders)
-            .map(|(task, holder)| match holder.serving {
+            .map(|(task, holder)| match takes(holder) {
                 true => u64::from(task.info.capacity.thousandths()),
                 false => 0,
             })
@@ -803,6 +805,16 @@ impl Draft<'_> {
 
 /// How many holders may lack room for a part before the search ends: with tasks of one size the first does.
 const REFUSALS_MAX: u32 = 16;
+
+/// The tasks that are given nothing in emergencies, since they may not hear of it: all that are away, unless no other is there.
+/// Load is evened out by the whole fleet, for what a task has is not taken from it when it is away a moment.
+fn passed_over<'a>(round: &'a Round, holders: &[Holder]) -> &'a BTreeSet<SessionId> {
+    let is_there = |holder: &Holder| holder.serving && !round.away.contains(&holder.session);
+    match round.policy.frozen && holders.iter().any(is_there) {
+        true => &round.away,
+        false => const { &BTreeSet::new() },
+    }
+}
 
 /// All load that is taken to lie evenly over the keys.
 fn reserve(tuning: &Tuning, measured: u64) -> u64 {

@@ -1,5 +1,6 @@
 //! All that a plan depends on.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::assignment::Assignment;
@@ -96,6 +97,8 @@ pub struct Round {
     pub in_flight: Vec<InFlight>,
     /// The places of slices that are on their way: they stand where they are going, and nothing touches them.
     pub moving: Vec<u32>,
+    /// Tasks that are not heard right now: what cannot wait goes to others, as long as there are any.
+    pub away: BTreeSet<SessionId>,
     /// While a rollout runs, the session that was the newest when it began: tasks of later ones are new in it.
     pub rollout: Option<SessionId>,
     /// How far off task loads' forecasts lately were, in relation to the mean: widens an adaptive band.
@@ -123,6 +126,7 @@ impl Round {
             costs: Vec::new(),
             in_flight: Vec::new(),
             moving: Vec::new(),
+            away: BTreeSet::new(),
             rollout: None,
             forecast_error: Ratio::from_millionths(0),
             surprise: Ratio::from_millionths(0),

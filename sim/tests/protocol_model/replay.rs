@@ -115,13 +115,13 @@ impl Lead {
         self.leader.handle(now, state, event, &mut Vec::new());
     }
 
-    /// What it would propose if it heard this now, or just looked in.
+    /// What it would propose if it heard this now, and looked in.
     fn proposals(&self, now: Time, event: Option<leader::Event>) -> Vec<CoreCommand> {
         let (mut leader, mut out) = (self.leader.clone(), Vec::new());
-        match event {
-            Some(event) => leader.handle(now, &self.state, event, &mut out),
-            None => leader.tick(now, &self.state, &mut out),
+        if let Some(event) = event {
+            leader.handle(now, &self.state, event, &mut out);
         }
+        leader.tick(now, &self.state, &mut out);
         let proposed = out.into_iter().filter_map(|action| match action {
             leader::Action::Propose(command) => Some(command),
             _ => None,
@@ -401,7 +401,12 @@ impl Replay {
             Command::Prepare { to } => return Ok(self.change(Some(before.now().owner), Some(to))),
             Command::Abort { id } => return Ok(steps(self.id(id), CoreAct::Abort)),
             Command::Settle => (CoreCommand::Settle { incarnation: self.state.incarnation }, None),
-            Command::Lapsed { id } => (steps(self.id(id), CoreAct::Lapsed), None),
+            Command::Lapsed { id } => {
+                // Whoever takes the slice is heard: nothing is handed to a task that is away.
+                let to = before.now().transit.expect("the model has a hand-off").to;
+                let heard = leader::Event::Heard { job, session: self.sessions[&to] };
+                (steps(self.id(id), CoreAct::Lapsed), Some(heard))
+            }
             Command::Release { id } => {
                 let to = before.now().transit.expect("the model has a hand-off").to;
                 let (id, session) = (self.id(id), self.sessions[&to]);

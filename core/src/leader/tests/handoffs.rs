@@ -89,6 +89,50 @@ fn who_does_not_get_ready_is_not_waited_for_for_ever() {
 }
 
 #[test]
+fn who_is_to_take_and_is_away_by_then_does_not_get_it() {
+    for step in [Step::Preparing, Step::Releasing] {
+        let (mut stage, slices) = draining();
+        if step == Step::Releasing {
+            let all = stage.transits();
+            all.iter().for_each(|transit| stage.answer(*transit));
+            stage.agree_next();
+            stage.agree_next();
+        }
+        stage.happen(Event::Broken { job: kv(), session: B });
+        match step {
+            Step::Preparing => stage.pass(10_000, &[B]),
+            Step::Releasing => stage.transits().iter().for_each(|transit| stage.answer(*transit)),
+        }
+        while !steps(&stage).is_empty() {
+            assert!(steps(&stage).iter().all(|(_, act)| *act == Act::Abort), "{step}");
+            stage.agree_next();
+        }
+        assert_eq!((stage.slices_of(A), stage.transits().len()), (slices, 0), "{step}");
+    }
+}
+
+#[test]
+fn while_the_brake_holds_what_leaves_goes_to_who_is_there() {
+    let mut stage = Stage::new(5);
+    stage.smooth = true;
+    let missing: Vec<SessionId> = (2..=4).map(SessionId).collect();
+    // What was on its way to them is called off by and by.
+    stage.pass(20_000, &missing);
+    assert!(stage.leader.hold(&kv()).is_some());
+    assert_eq!(stage.transits(), []);
+    let before: Vec<usize> = missing.iter().map(|session| stage.slices_of(*session)).collect();
+    stage.drain(A);
+    stage.transits().into_iter().for_each(|transit| {
+        assert_eq!(transit.to, SessionId(5), "the only one that is heard");
+    });
+    for _ in 0..2 {
+        stage.transits().into_iter().for_each(|transit| stage.answer(transit));
+    }
+    let after: Vec<usize> = missing.iter().map(|session| stage.slices_of(*session)).collect();
+    assert_eq!((stage.slices_of(A), before), (0, after));
+}
+
+#[test]
 fn who_does_not_let_go_has_the_slice_until_its_right_to_it_has_ended() {
     let (mut stage, slices) = draining();
     let all = stage.transits();
