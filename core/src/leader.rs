@@ -234,10 +234,8 @@ impl Leader {
                 }
             }
             Event::Failed(Command::End { job, session, .. }) => {
-                self.with(&job, |lead| {
-                    lead.roster.acquit(now, session);
-                    lead.record.acquit(session);
-                });
+                let denied = self.ledger.is_denied(session);
+                self.with(&job, |lead| lead.not_ended(now, session, denied));
             }
             Event::Failed(Command::Change { job, .. }) => self.with(&job, |lead| lead.retry(now)),
             Event::Failed(Command::HandOff { job, .. }) => {
@@ -254,6 +252,10 @@ impl Leader {
         self.settle(now, state, out);
         for (name, lead) in &mut self.jobs {
             let Ok(job) = state.job(name) else { continue };
+            for session in lead.condemned(now) {
+                let (job, reason) = (name.clone(), EndReason::Lost);
+                out.push(Action::Propose(Command::End { job, session, reason }));
+            }
             for session in lead.lost(now, job) {
                 if !self.ledger.is_over(now, session) {
                     // It may still believe that it owns.
@@ -412,6 +414,8 @@ impl Leader {
 struct Lead {
     roster: Roster,
     restarts: Restarts,
+    /// Owners whose end came to nothing, and when it is proposed again.
+    condemned: BTreeMap<SessionId, Time>,
     /// Sessions under whose names others knock.
     succeeded: BTreeSet<SessionId>,
     /// When callers are asked again what became of the tasks that are missing.
@@ -459,6 +463,7 @@ impl Lead {
         Self {
             roster,
             restarts: Restarts::new(now, job),
+            condemned: BTreeMap::new(),
             succeeded: BTreeSet::new(),
             next_words: now,
             record: Record::new(now, assignment),
@@ -484,7 +489,8 @@ impl Lead {
 
     fn deadline(&self) -> Time {
         let (roster, hand_offs) = (self.roster.deadline(), self.hand_offs.deadline());
-        let soon = [roster, hand_offs, self.restarts.deadline()];
+        let condemned = self.condemned.values().copied().min();
+        let soon = [roster, hand_offs, self.restarts.deadline(), condemned];
         let due = soon.into_iter().flatten().chain([self.next_round, self.next_store]).min();
         due.expect("there is always a next round")
     }
@@ -501,6 +507,22 @@ impl Lead {
         }
         let believed = job.believed.union(&self.succeeded).copied().collect();
         self.roster.tick(now, &believed)
+    }
+
+    /// A session's end came to nothing. One that may be granted more is watched anew; one that was denied is over, whatever is
+    /// heard of it: else it might keep for ever what it cannot serve, so its end is proposed until it happens.
+    fn not_ended(&mut self, now: Time, session: SessionId, denied: bool) {
+        if denied {
+            self.condemned.insert(session, now + RETRY_AFTER);
+        } else {
+            self.roster.acquit(now, session);
+            self.record.acquit(session);
+        }
+    }
+
+    /// The owners whose end is to be proposed once more.
+    fn condemned(&mut self, now: Time) -> Vec<SessionId> {
+        self.condemned.extract_if(.., |_, at| *at <= now).map(|(session, _)| session).collect()
     }
 
     /// The next step of this job's hand-offs, if one is due.
@@ -590,6 +612,7 @@ impl Lead {
             self.record.settle();
         }
         self.succeeded.retain(|session| assignment.tasks.contains_key(session));
+        self.condemned.retain(|session, _| assignment.tasks.contains_key(session));
         self.served.retain(|session, _| assignment.tasks.contains_key(session));
         if matches!(self.busy, Some(Busy::Proposed(base)) if base < assignment.generation) {
             self.busy = None;

@@ -520,6 +520,11 @@ impl Ledger {
         Some(lease.renewed + self.margin.waited(lease.length))
     }
 
+    /// Says whether a session is granted nothing more.
+    pub fn is_denied(&self, session: SessionId) -> bool {
+        self.leases.get(&session).is_some_and(|lease| lease.denied)
+    }
+
     /// Grants nothing more to a session, whose end is about to be proposed.
     pub fn deny(&mut self, session: SessionId) {
         if let Some(lease) = self.leases.get_mut(&session) {

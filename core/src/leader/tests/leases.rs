@@ -103,10 +103,28 @@ fn whose_end_was_proposed_is_granted_nothing_even_if_that_fails() {
     stage.renew(B);
     stage.confirm(true);
     assert_eq!(stage.granted.iter().map(|(session, _)| *session).collect::<Vec<_>>(), [B]);
-    // It lapses by its own clock, registers anew, and says so; else it is ended at the second try.
-    stage.smooth = true;
-    stage.pass(5_050, &[A]);
+}
+
+#[test]
+fn an_end_that_came_to_nothing_is_proposed_until_it_happens() {
+    let mut stage = Stage::new(2);
+    stage.now += LEASE + LEASE / 100;
+    stage.happen(Event::Heard { job: kv(), session: B });
+    stage.tick();
+    for _ in 0..3 {
+        assert!(matches!(stage.fail_next(), Command::End { session: A, .. }));
+        // It was never granted anything, so it has not lapsed, and would own what it cannot serve for as long as it is heard.
+        stage.renew(A);
+        stage.pass(99, &[]);
+        assert_eq!(stage.proposed, []);
+        stage.pass(1, &[]);
+    }
+    stage.agree_next();
     assert!(!stage.assignment().tasks.contains_key(&A));
+    stage.proposed.clear();
+    stage.pass(1_000, &[]);
+    let again = stage.proposed.iter().any(|command| matches!(command, Command::End { .. }));
+    assert!(!again, "{:?}", stage.proposed);
 }
 
 #[test]
