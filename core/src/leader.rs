@@ -27,7 +27,7 @@ use crate::roster::Roster;
 use crate::sizes::Sizes;
 use crate::spec::{Consistency, LEASE_MAX};
 use crate::state::{Job, Refused, State};
-use crate::task::{Phase, SessionId};
+use crate::task::{Phase, SessionId, Task};
 use crate::time::Time;
 use crate::transit::HandOffId;
 use crate::ward::{Due, Wards};
@@ -390,9 +390,9 @@ impl Leader {
 
     fn lead(&mut self, now: Time, state: &State, name: &JobName) -> Option<&mut Lead> {
         let job = state.jobs.get(name)?;
-        let lead = self.jobs.entry(name.clone()).or_insert_with(|| Lead::new(now, job));
+        let lead =
+            self.jobs.entry(name.clone()).or_insert_with(|| Lead::new(now, job, self.margin));
         lead.roster.set_limits(job.spec.heartbeat, Limits::from(&job.spec));
-        lead.roster.set_lease(job.spec.owner_lease().map(|lease| self.margin.waited(lease)));
         lead.hold_off = state.hold_off && job.spec.consistency == Consistency::Exclusive;
         let tasks = &job.assignment.tasks;
         for session in lead.roster.sessions().filter(|session| !tasks.contains_key(session)) {
@@ -412,6 +412,7 @@ impl Leader {
 /// What the leader knows of one job.
 #[derive(Clone, Debug)]
 struct Lead {
+    margin: Margin,
     roster: Roster,
     restarts: Restarts,
     /// Owners whose end came to nothing, and when it is proposed again.
@@ -456,11 +457,12 @@ enum Busy {
 }
 
 impl Lead {
-    fn new(now: Time, job: &Job) -> Self {
+    fn new(now: Time, job: &Job, margin: Margin) -> Self {
         let (spec, assignment) = (&job.spec, job.assignment.as_ref());
         let mut roster = Roster::new(spec.heartbeat, Limits::from(spec));
-        roster.sync(now, assignment.tasks.keys().copied());
+        roster.sync(now, leases(assignment, margin));
         Self {
+            margin,
             roster,
             restarts: Restarts::new(now, job),
             condemned: BTreeMap::new(),
@@ -602,7 +604,7 @@ impl Lead {
         let job = &state.jobs[name];
         let assignment = &job.assignment;
         self.next_round = self.next_round.min(now + job.spec.balance_every);
-        self.roster.sync(now, assignment.tasks.keys().copied());
+        self.roster.sync(now, leases(assignment, self.margin));
         self.restarts.sync(now, job);
         // Whoever stays after all may leave another time.
         self.told.retain(|session| is_leaving(assignment, *session));
@@ -766,6 +768,16 @@ impl Lead {
             out.push(Action::Propose(Command::StoreLoads { job, base, loads }));
         }
     }
+}
+
+/// The sessions, each with how long its lease lasts by the leader's clock: as it was when it registered, whatever the spec says
+/// since.
+fn leases(
+    assignment: &Assignment,
+    margin: Margin,
+) -> impl Iterator<Item = (SessionId, Option<Duration>)> {
+    let lease = move |task: &Task| task.lease.map(|lease| margin.waited(lease));
+    assignment.tasks.values().map(move |task| (task.session, lease(task)))
 }
 
 /// The assignment as it will be once all hand-offs are over, and the places of the slices that are in one, or that wait for

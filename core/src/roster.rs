@@ -23,8 +23,6 @@ const QUIET_HALVES: u32 = 3;
 #[derive(Clone, Debug)]
 pub struct Roster {
     heartbeat: Duration,
-    /// How long an owner's lease lasts by this clock: until it is over nobody can be given what the owner has.
-    lease: Option<Duration>,
     lives: BTreeMap<SessionId, Life>,
     brake: Brake,
     /// When the missing were last looked through, while there are any.
@@ -33,6 +31,8 @@ pub struct Roster {
 
 #[derive(Clone, Copy, Debug)]
 struct Life {
+    /// How long an owner's lease lasts by this clock: until it is over nobody can be given what the owner has.
+    lease: Option<Duration>,
     heard: Time,
     /// When it was last known to live: heard of, or its connection broke.
     gone: Time,
@@ -57,7 +57,7 @@ impl Roster {
     /// Begins with nobody.
     pub const fn new(heartbeat: Duration, limits: Limits) -> Self {
         let brake = Brake::new(limits);
-        Self { heartbeat, lease: None, lives: BTreeMap::new(), brake, looked: None }
+        Self { heartbeat, lives: BTreeMap::new(), brake, looked: None }
     }
 
     /// Takes another heartbeat and other limits from the job's spec.
@@ -66,21 +66,20 @@ impl Roster {
         self.brake.set_limits(limits);
     }
 
-    /// Takes the lease of an exclusive job's tasks: none is lost before it is over.
-    pub const fn set_lease(&mut self, lease: Option<Duration>) {
-        self.lease = lease;
-    }
-
-    /// Brings the roster in line with who has a session: a newcomer counts as heard of just now, whoever ended is dropped.
-    pub fn sync(&mut self, now: Time, sessions: impl Iterator<Item = SessionId>) {
+    /// Brings the roster in line with who has a session, and what lease: a newcomer counts as heard of just now, whoever ended is
+    /// dropped.
+    pub fn sync(
+        &mut self,
+        now: Time,
+        sessions: impl Iterator<Item = (SessionId, Option<Duration>)>,
+    ) {
         let mut old = std::mem::take(&mut self.lives);
-        let life = |session| {
-            (
-                session,
-                old.remove(&session).unwrap_or(Life { heard: now, gone: now, link: Link::Unseen }),
-            )
-        };
-        self.lives = sessions.map(life).collect();
+        self.lives = sessions
+            .map(|(session, lease)| {
+                let new = Life { lease, heard: now, gone: now, link: Link::Unseen };
+                (session, old.remove(&session).unwrap_or(new))
+            })
+            .collect();
     }
 
     /// Walks the sessions that it was last brought in line with.
@@ -112,14 +111,14 @@ impl Roster {
         if let Some(life) = self.lives.get_mut(&session)
             && life.link != Link::Judged
         {
-            *life = Life { heard: now, gone: now, link: Link::Open };
+            *life = Life { heard: now, gone: now, link: Link::Open, ..*life };
         }
     }
 
     /// Takes a judgement back: nothing came of it.
     pub fn acquit(&mut self, now: Time, session: SessionId) {
         if let Some(life) = self.lives.get_mut(&session) {
-            *life = Life { heard: now, gone: now, link: Link::Unseen };
+            *life = Life { heard: now, gone: now, link: Link::Unseen, ..*life };
             self.brake.acquit();
         }
     }
@@ -207,7 +206,7 @@ impl Roster {
 
     fn loss(&self, life: &Life) -> Option<Time> {
         let silent = life.heard + self.heartbeat * SILENT_HEARTBEATS;
-        match (life.link, self.lease) {
+        match (life.link, life.lease) {
             (Link::Judged | Link::Missing, _) => None,
             (_, Some(lease)) => Some(silent.max(life.heard + lease)),
             (Link::Broken(at), None) => Some(silent.min(at + self.heartbeat * BROKEN_HEARTBEATS)),
@@ -242,7 +241,7 @@ mod tests {
 
     fn roster(sessions: u64) -> Roster {
         let mut roster = Roster::new(Duration::from_secs(1), LIMITS);
-        roster.sync(at(0), (1..=sessions).map(SessionId));
+        roster.sync(at(0), (1..=sessions).map(|session| (SessionId(session), None)));
         for session in 1..=sessions {
             roster.attached(at(0), SessionId(session));
         }

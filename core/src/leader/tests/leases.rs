@@ -65,6 +65,22 @@ fn a_crashed_owner_is_waited_for_and_not_for_long() {
 }
 
 #[test]
+fn an_owner_is_waited_for_by_the_lease_that_it_registered_with() {
+    for seconds in [2, 60] {
+        let mut stage = Stage::new(2);
+        stage.smooth = true;
+        let lease = Duration::from_secs(seconds);
+        let command = Command::ApplyJob { spec: JobSpec { lease, ..spec() }, if_version: None };
+        stage.agree(command);
+        stage.renew(A);
+        stage.pass(5_049, &[A]);
+        assert!(stage.assignment().tasks.contains_key(&A), "{lease:?} is for those that come");
+        stage.pass(1, &[A]);
+        assert!(!stage.assignment().tasks.contains_key(&A), "{lease:?}");
+    }
+}
+
+#[test]
 fn a_new_leader_waits_a_whole_lease_whatever_was_before() {
     let mut stage = Stage::new(2);
     stage.smooth = true;
