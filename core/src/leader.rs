@@ -348,7 +348,8 @@ impl Leader {
             return Err(Refused::NoSuchTask { job: job.clone(), task: task.clone() });
         }
         let lead = self.lead(now, state, job).expect("the job is there");
-        Ok(lead.restarts.may_restart(now, known, task))
+        let Lead { restarts, roster, .. } = lead;
+        Ok(restarts.may_restart(now, known, task, |session| roster.connected(session)))
     }
 
     /// Gives the hold of a job's brake, while one is on.

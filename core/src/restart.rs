@@ -8,7 +8,7 @@
 //! and on, such as one of a revision that crashes, holds for `HOLDS_AT_MOST`.
 //!
 //! **May it restart?** Not while with it more tasks than the spec allows were unavailable: those that leave, those that went
-//! and are not back, and those that were told yes and are still there.
+//! and are not back, those that are not heard and may have gone, and those that were told yes and are still there.
 //!
 //! All of it is soft. A new leader takes what it finds for the start of a rollout, and says no until whoever was told yes by
 //! the one before has gone or given up.
@@ -117,6 +117,8 @@ pub enum Unavailable {
     Told,
     /// It has gone and is not back.
     Away,
+    /// It is not heard: its end may not be known yet, or a brake holds.
+    Silent,
 }
 
 impl fmt::Display for Unavailable {
@@ -125,6 +127,7 @@ impl fmt::Display for Unavailable {
             Self::Leaves => "drains",
             Self::Told => "was told that it may restart",
             Self::Away => "is not back yet",
+            Self::Silent => "is not heard",
         })
     }
 }
@@ -265,13 +268,19 @@ impl Restarts {
         self.graces.values().map(|(_, until)| *until).min()
     }
 
-    /// Says whether a task that is there may restart now, and counts it from then on.
-    pub fn may_restart(&mut self, now: Time, job: &Job, task: &TaskName) -> Result<(), NotNow> {
+    /// Says whether a task that is there may restart now, and counts it from then on. `hears` says which tasks are connected.
+    pub fn may_restart(
+        &mut self,
+        now: Time,
+        job: &Job,
+        task: &TaskName,
+        hears: impl Fn(SessionId) -> bool,
+    ) -> Result<(), NotNow> {
         self.expire(now);
         if let Some(until) = self.strange_until {
             return Err(NotNow::Unknown(until.since(now)));
         }
-        let others = self.others(job, task);
+        let others = self.others(job, task, &hears);
         let tasks = job.assignment.tasks.len() + self.away.len();
         let limit = job.spec.max_unavailable.of(tasks);
         if others.len() >= limit {
@@ -281,6 +290,7 @@ impl Restarts {
             let other = &job.assignment.tasks[&session];
             other.phase == Phase::Serving
                 && other.info.name != *task
+                && hears(session)
                 && !self.told.contains_key(&other.info.name)
         };
         let replicated = job.spec.replicas.min > 1;
@@ -298,13 +308,20 @@ impl Restarts {
     }
 
     /// Who else is unavailable, and how.
-    fn others(&self, job: &Job, task: &TaskName) -> BTreeMap<TaskName, Unavailable> {
+    fn others(
+        &self,
+        job: &Job,
+        task: &TaskName,
+        hears: impl Fn(SessionId) -> bool,
+    ) -> BTreeMap<TaskName, Unavailable> {
         let waited = job.kept.keys().filter(|name| !self.seen.contains_key(*name));
         let away = self.away.keys().chain(waited).map(|name| (name, Unavailable::Away));
+        let silent = self.seen.iter().filter(|(_, seen)| !hears(seen.session));
+        let silent = silent.map(|(name, _)| (name, Unavailable::Silent));
         let told = self.told.keys().map(|name| (name, Unavailable::Told));
         let leaving = self.seen.iter().filter(|(_, seen)| seen.leaves);
         let leaving = leaving.map(|(name, _)| (name, Unavailable::Leaves));
-        let all = away.chain(told).chain(leaving).filter(|(name, _)| *name != task);
+        let all = away.chain(silent).chain(told).chain(leaving).filter(|(name, _)| *name != task);
         all.map(|(name, how)| (name.clone(), how)).collect()
     }
 }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::command::{Command, EndReason};
-use crate::leader::Leader;
 use crate::leader::tests::{Scene, kv};
+use crate::leader::{Event, Leader};
 use crate::restart::NotNow;
 use crate::slice::Slice;
 use crate::spec::{JobSpec, Ratio};
@@ -226,6 +226,25 @@ fn one_task_at_a_time_may_restart() {
     assert!(scene.refusal("t2").contains("t4 is not back yet"));
     scene.pass(120, &[], uneven);
     assert_eq!(scene.may_restart("t2"), Ok(Ok(())));
+}
+
+#[test]
+fn none_may_restart_while_others_are_not_heard() {
+    let mut scene = Scene::new();
+    let tasks: Vec<SessionId> = (1..=5).map(|id| scene.begin(id, id, "")).collect();
+    scene.pass(20, &[], uneven);
+    // One was killed a moment ago, and its end is not known yet.
+    scene.happen(Event::Broken { job: kv(), session: tasks[0] });
+    assert!(scene.refusal("t5").contains("and t1 is not heard ("), "{}", scene.refusal("t5"));
+    scene.happen(Event::Attached { job: kv(), session: tasks[0] });
+    // So many are missing that the brake holds: none of them ends, however long that is.
+    scene.pass(300, &tasks[..3], uneven);
+    assert!(scene.leader.hold(&kv()).is_some());
+    let refusal = scene.refusal("t5");
+    assert!(refusal.contains("t1 is not heard, t2 is not heard, t3 is not heard ("), "{refusal}");
+    assert!(scene.refusal("t1").contains("t2 is not heard, t3"), "nor is one of them replaced");
+    scene.pass(1, &[], uneven);
+    assert_eq!(scene.may_restart("t5"), Ok(Ok(())));
 }
 
 #[test]

@@ -48,7 +48,7 @@ impl Scene {
         }
     }
 
-    fn happen(&mut self, event: Event) {
+    pub(super) fn happen(&mut self, event: Event) {
         let mut out = Vec::new();
         self.leader.handle(self.now, &self.state, event, &mut out);
         self.carry_out(out);
