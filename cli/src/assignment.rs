@@ -10,6 +10,7 @@ use mandoline_core::load::Load;
 use mandoline_core::name::{JobName, TaskName};
 use mandoline_core::slice::Slice;
 use mandoline_core::task::SessionId;
+use mandoline_core::transit::Transit;
 use mandoline_proto::pb;
 use mandoline_proto::update::{Assembler, Update};
 use serde_json::{Value, json};
@@ -286,6 +287,15 @@ impl Page {
         self.assignment.tasks.get(&session).map_or("?", |task| task.info.name.as_str())
     }
 
+    /// Who serves a slice, and where it is going if it is on its way.
+    fn tasks(&self, assigned: &Assigned) -> String {
+        let replicas = assigned.replicas.as_slice().iter();
+        let tasks: Vec<&str> = replicas.map(|replica| self.name(replica.session)).collect();
+        let transit = assigned.transit.as_ref();
+        let transit = transit.map(|to| format!(" -> {} ({})", self.name(to.to), to.step));
+        tasks.join(",") + &transit.unwrap_or_default()
+    }
+
     /// The tasks that keys of a slice are pinned to.
     fn pinned(&self, slice: Slice) -> Vec<&str> {
         let start = self.pins.partition_point(|(pin, _)| pin.last() < slice.first());
@@ -301,12 +311,21 @@ impl Page {
                 "since": replica.since.to_string(),
             })
         };
+        let transit = |transit: &Transit| {
+            json!({
+                "hand_off": transit.id.to_string(),
+                "step": transit.step.to_string(),
+                "from": transit.from.map(|from| self.name(from)),
+                "to": self.name(transit.to),
+            })
+        };
         let slice = |(slice, assigned): (Slice, &Assigned)| {
             json!({
                 "slice": slice.to_string(),
                 "replicas": assigned.replicas.as_slice().iter().map(replica).collect::<Vec<_>>(),
                 "load": assigned.load.units(),
                 "token": assigned.token.to_string(),
+                "transit": assigned.transit.as_deref().map(transit),
             })
         };
         let pin =
@@ -330,11 +349,10 @@ impl Page {
         let mut table = Table::new(&["SLICE", "TASKS", "LOAD", "SINCE", "PINNED"]);
         for (slice, assigned) in self.slices() {
             let replicas = assigned.replicas.as_slice();
-            let tasks: Vec<&str> = replicas.iter().map(|r| self.name(r.session)).collect();
             let since: Vec<String> = replicas.iter().map(|r| r.since.to_string()).collect();
             table.row([
                 slice.to_string(),
-                tasks.join(","),
+                self.tasks(assigned),
                 format!("{:.1}", assigned.load.units()),
                 since.join(","),
                 self.pinned(slice).join(","),
@@ -359,6 +377,7 @@ impl Page {
         for (task, slices) in tasks {
             page.push_str(&format!("pinned to {task}: {}\n", slices.join(", ")));
         }
+        page.extend(self.confined.iter().map(show::confined_line));
         format!("{page}\n{table}")
     }
 }
@@ -424,6 +443,7 @@ mod tests {
     use mandoline_core::assignment::{Replica, Replicas};
     use mandoline_core::generation::Generation;
     use mandoline_core::task::{Task, TaskInfo};
+    use mandoline_core::transit::{HandOffId, Step};
 
     use super::*;
 
@@ -464,6 +484,36 @@ SLICE                               TASKS  LOAD  SINCE    PINNED
         assert_eq!(page(Wanted::All).table(), expected);
         let of_b = page(Wanted::Session(SessionId(2))).table();
         assert!(of_b.contains("a,b") && !of_b.contains("7fffffffffffffff"), "{of_b}");
+    }
+
+    #[test]
+    fn what_is_on_its_way_or_confined_is_shown() {
+        let mut page = page(Wanted::All);
+        let slice: Slice = "8000000000000000..ffffffffffffffff".parse().unwrap();
+        let mut assigned = page.assignment.get(slice.first()).1.clone();
+        assigned.replicas = Replicas::Owner(assigned.replicas.of(SessionId(1)));
+        let began = Generation { incarnation: 1, number: 8 };
+        let id = HandOffId { began, first: slice.first() };
+        let (from, to) = (Some(SessionId(1)), SessionId(2));
+        assigned.transit = Some(Arc::new(Transit { id, from, to, step: Step::Releasing }));
+        page.assignment.slices.set(slice, assigned);
+        let crash = pb::Crash { session: 7, task: "b".to_owned(), before_ms: 1_500, held_ms: 200 };
+        page.confined = vec![pb::Confined {
+            slice: Some(pb::Slice { first: 0, last: 255 }),
+            task: "a".to_owned(),
+            crashes: vec![crash],
+        }];
+        let (table, json) = (page.table(), page.json());
+        assert!(table.contains("  a -> b (releasing)  "), "{table}");
+        let confined = "confined to a: 0000000000000000..00000000000000ff, crashed: b (s7) 1.5s before, having held it for 0.2s\n";
+        assert!(table.contains(confined), "{table}");
+        let transit =
+            json!({ "hand_off": id.to_string(), "step": "releasing", "from": "a", "to": "b" });
+        assert_eq!(
+            (&json["slices"][0]["transit"], &json["slices"][1]["transit"]),
+            (&Value::Null, &transit)
+        );
+        assert_eq!(json["confined"][0]["crashes"][0]["task"], "b");
     }
 
     #[test]

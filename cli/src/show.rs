@@ -132,6 +132,21 @@ pub(crate) fn confined_json(confined: &pb::Confined) -> Value {
     })
 }
 
+/// The crashes that tell against a range, oldest first.
+fn evidence(confined: &pb::Confined) -> String {
+    let crash = |crash: &pb::Crash| {
+        let (before, held) = (seconds(crash.before_ms), seconds(crash.held_ms));
+        format!("{} (s{}) {before} before, having held it for {held}", crash.task, crash.session)
+    };
+    confined.crashes.iter().map(crash).collect::<Vec<_>>().join("; ")
+}
+
+/// Which range stays with which task, and why, as a line.
+pub(crate) fn confined_line(confined: &pb::Confined) -> String {
+    let (slice, task) = (slice(confined), &confined.task);
+    format!("confined to {task}: {slice}, crashed: {}\n", evidence(confined))
+}
+
 fn slice(confined: &pb::Confined) -> String {
     let slice = confined.slice.and_then(|slice| Slice::try_from(slice).ok());
     slice.map_or_else(String::new, |slice| slice.to_string())
@@ -165,19 +180,11 @@ pub(crate) fn alarms(jobs: &[pb::JobStatus]) -> String {
         }
         for confined in &job.confined {
             let (slice, task) = (slice(confined), &confined.task);
-            let crash = |crash: &pb::Crash| {
-                let (before, held) = (seconds(crash.before_ms), seconds(crash.held_ms));
-                format!(
-                    "{} (s{}) {before} before, having held it for {held}",
-                    crash.task, crash.session
-                )
-            };
-            let crashes: Vec<String> = confined.crashes.iter().map(crash).collect();
             text += &format!(
                 "ALARM  job {name}: {slice} crashes tasks and stays with {task}, which serves nothing else\n  \
                  crashed: {}\n  \
                  it ends an hour after the last crash, or by: mandoline assignment release {name} {slice}\n\n",
-                crashes.join("; "),
+                evidence(confined),
             );
         }
     }
