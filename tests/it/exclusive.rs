@@ -11,7 +11,7 @@ use serde_json::Value;
 use tokio::time::{Instant, timeout};
 
 use crate::callers::{PATIENCE, ask, my_turn, program};
-use crate::kit::text;
+use crate::kit::{run, text};
 use crate::processes::{Cluster, ProxyKnows, Task};
 
 const LEASE: Duration = Duration::from_secs(2);
@@ -98,6 +98,47 @@ async fn an_owner_that_slept_answers_for_nothing_that_went_meanwhile() {
         assert!(!serves(owner.address, key).await, "it has one owner");
     }
     assert!(serves(other.address, key).await);
+}
+
+/// The job, and the slices of one of its tasks, once nothing is on its way.
+async fn slices_of(cluster: &Cluster, task: &str) -> (pb::JobStatus, Vec<String>) {
+    let assigner = cluster.nodes[0].client.to_string();
+    let args = ["assignment", "show", "kv", "--task", task, "-o", "json"];
+    let look = async |cluster: &Cluster| {
+        let job = cluster.served("kv", 2, PATIENCE).await.ok()?;
+        let output = run(&[&args[..], &["--assigners", &assigner]].concat());
+        let page: Value = serde_json::from_slice(&output.stdout).ok()?;
+        let slices = page["slices"].as_array()?;
+        let stays = slices.iter().all(|slice| slice["transit"].is_null());
+        stays.then(|| (job, slices.iter().map(|slice| slice["slice"].to_string()).collect()))
+    };
+    cluster.until("nothing to be on its way", PATIENCE, look).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_task_that_was_killed_has_its_slices_back_within_its_grace() {
+    let _turn = my_turn().await;
+    for consistency in [Consistency::Exclusive, Consistency::Affinity] {
+        let grace_ms = Some(60_000);
+        let spec = pb::JobSpec { grace_ms, ..job(consistency) };
+        let (cluster, mut crashes, other) = two_tasks(&spec).await;
+        let (before, had) = slices_of(&cluster, &crashes.name).await;
+        assert!(!had.is_empty());
+        let key = key_of(&crashes).await;
+        crashes.process.kill();
+        let unserved = async |cluster: &Cluster| {
+            let jobs = cluster.status(0).await.ok()?.jobs;
+            (jobs[0].tasks.len() == 1).then(|| jobs[0].unserved)
+        };
+        let waits = cluster.until("it to be found lost", PATIENCE, unserved).await.unwrap();
+        assert_eq!(waits as usize, had.len(), "they wait for it");
+        assert!(!serves(other.address, key).await);
+        let back = cluster.start_task(&crashes.name).unwrap();
+        until_served(&back, key, Instant::now()).await;
+        let (after, has) = slices_of(&cluster, &back.name).await;
+        let moves = |job: pb::JobStatus| job.churn.unwrap_or_default().moves;
+        assert_eq!((has, moves(after)), (had, moves(before)), "as if it had never gone");
+    }
 }
 
 /// How many of the values that were written are there after each task was restarted, one after another.
