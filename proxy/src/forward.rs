@@ -25,13 +25,13 @@ use tracing::debug;
 
 use crate::exchange::Exchange;
 use crate::metrics::{Count, TaskCount};
-use crate::names::{GENERATION, LOAD, SPILL, TRANSIT, strip_hop_by_hop};
 use crate::pause::Held;
 use crate::pool::Lease;
 use crate::refusal::Refusal;
 use crate::route::Target;
 use crate::upload::{Tape, Upload};
 use crate::worker::Worker;
+use mandoline::http::names::{GENERATION, LOAD, SPILL, TRANSIT, strip_hop_by_hop};
 
 /// A task's answer and the connection it comes on.
 pub(crate) type Answer = (Response<Incoming>, Lease);

@@ -12,9 +12,9 @@ use http::uri::PathAndQuery;
 use http::{Method, Uri, Version};
 use mandoline_core::extract;
 
-use crate::names::{SPILL, lists, strip_hop_by_hop};
 use crate::refusal::Refusal;
 use crate::worker::Worker;
+use mandoline::http::names::{SPILL, lists, strip_hop_by_hop};
 
 /// The host that a request is for: from an absolute target, or else from `Host`.
 pub(crate) struct Host(HeaderValue);

@@ -7,7 +7,6 @@
 //! listen -> identify -> key -> pause -> route -> forward -> observe
 //! ```
 
-pub mod names;
 pub mod record;
 pub mod config;
 pub mod metrics;

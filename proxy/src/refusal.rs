@@ -4,9 +4,9 @@ use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Response, StatusCode};
 
-use crate::names::PROXY_STATUS;
 use crate::record::Outcome;
 use crate::wire::Doubt;
+use mandoline::http::names::PROXY_STATUS;
 
 /// Why the proxy answers in a task's place.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

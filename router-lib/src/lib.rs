@@ -82,6 +82,7 @@ mod moving;
 mod steps;
 mod session;
 pub mod slicelet;
+pub mod http;
 
 pub use clerk::{Clerk, Router};
 pub use mandoline_core::assignment::Assignment;

@@ -199,6 +199,22 @@ impl Slicelet {
         Self { owned, totals, state, orders, stop, left, grace, watch_address: None }
     }
 
+    /// Takes another assignment for good, as [`Slicelet::frozen`] does.
+    #[cfg(test)]
+    pub(crate) fn take(&self, session: SessionId, assignment: Arc<Assignment>) {
+        if assignment.is_exclusive() {
+            self.owned.own(session, assignment);
+        } else {
+            self.owned.install(Some(session), assignment, |_| ());
+        }
+    }
+
+    /// What it owns and counts.
+    #[cfg(test)]
+    pub(crate) fn owned_for_tests(&self) -> &Owned {
+        &self.owned
+    }
+
     /// Says whether this task owns a key right now. Counts nothing: see [`Slicelet::claim`].
     pub fn owns(&self, key: &[u8]) -> bool {
         self.owns_at(SliceKey::of(key))
@@ -266,6 +282,17 @@ impl Slicelet {
     pub fn utilisation(&self) -> Utilisation {
         let (requests, thousandths) = self.totals.sum();
         Utilisation { requests, thousandths }
+    }
+
+    /// Says whether the task takes what callers spill here.
+    pub(crate) fn takes_spilled(&self) -> bool {
+        let view = self.owned.view();
+        view.session.is_some() && view.lets_spill()
+    }
+
+    /// Gives what this task has served, if that is of use to anyone.
+    pub(crate) fn tells_load(&self) -> Option<Utilisation> {
+        self.owned.view().lets_spill().then(|| self.utilisation())
     }
 
     fn claim_thousandths(&self, key: SliceKey, thousandths: u64) -> Claim {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::clerk::{Clerk, Held, NotMoved};
 use crate::snapshot::{NoTask, Target};
@@ -59,6 +59,8 @@ pub enum Refusal {
     NotOwner(Generation),
     /// It is giving the key's slice away, by this assignment.
     InTransit(Generation),
+    /// It was not reached, or broke off.
+    Unreached,
 }
 
 /// Why there is nobody to ask any more.
@@ -114,10 +116,46 @@ impl<'a> Tries<'a> {
         self.refusal = Some(Refusal::InTransit(known));
     }
 
+    /// The task that was asked refused the request.
+    pub const fn refused(&mut self, refusal: Refusal) {
+        self.refusal = Some(refusal);
+    }
+
+    /// The task that was asked was not reached: it may have gone, so that another will have the key, or may be back in a moment.
+    pub const fn unreached(&mut self) {
+        self.refusal = Some(Refusal::Unreached);
+    }
+
+    /// Waits until someone serves the key; no if nobody does in the caller's time. For those who would rather wait than hear of
+    /// [`GaveUp::NoTask`].
+    pub async fn anyone(&self) -> bool {
+        let mut changes = self.clerk.changes();
+        let comes = async {
+            while self.clerk.route_at(self.key).is_err() {
+                if changes.changed().await.is_err() {
+                    return false;
+                }
+            }
+            true
+        };
+        timeout_at(self.deadline, comes).await.unwrap_or(false)
+    }
+
     /// Waits for what a refusal promises; no if it does not come in the caller's time.
     async fn wait(&mut self, refusal: Refusal) -> Result<bool, NoTask> {
         let left = self.deadline.saturating_duration_since(Instant::now());
-        let (Refusal::NotOwner(known) | Refusal::InTransit(known)) = refusal;
+        let known = match refusal {
+            Refusal::NotOwner(known) | Refusal::InTransit(known) => known,
+            Refusal::Unreached => {
+                let pause = self.pause.min(left);
+                self.pause = (2 * self.pause).min(PAUSE_MAX);
+                let Generation { incarnation, number } = self.asked_by;
+                let newer = Generation { incarnation, number: number + 1 };
+                // Whatever comes first: news of the key, or another attempt at the same task.
+                let _news = self.clerk.wait_for(newer, pause).await;
+                return Ok(left > pause);
+            }
+        };
         if known < self.asked_by {
             let until = (Instant::now() + self.pause).min(self.deadline);
             self.pause = (2 * self.pause).min(PAUSE_MAX);
@@ -213,6 +251,7 @@ mod tests {
             (Refusal::NotOwner(generation(9)), "news that do not come"),
             (Refusal::NotOwner(generation(1)), "the same"),
             (Refusal::NotOwner(generation(0)), "a task that never hears"),
+            (Refusal::Unreached, "a task that is gone"),
         ] {
             let patience = Duration::from_millis(30);
             let mut tries = Tries::new(&clerk, SliceKey(7), patience);
@@ -221,10 +260,7 @@ mod tests {
                     Ok(target) => assert_eq!(target.session(), SessionId(1), "{known}"),
                     Err(error) => break error,
                 }
-                match refusal {
-                    Refusal::NotOwner(known) => tries.not_owner(known),
-                    Refusal::InTransit(known) => tries.in_transit(known),
-                }
+                tries.refused(refusal);
             };
             let GaveUp::TimedOut { waited, last, .. } = error else { panic!("{error}") };
             assert_eq!(last, refusal, "{known}");
@@ -242,5 +278,16 @@ mod tests {
         tries.in_transit(generation(1));
         hub.publish(Arc::new(Assignment::new("kv".parse().unwrap(), generation(2))), None);
         assert!(matches!(tries.next().await, Err(GaveUp::NoTask(_))));
+        // Who would rather wait is woken by the task that comes.
+        let (comes, ()) = tokio::join!(tries.anyone(), async { give(&hub, 3, 2) });
+        assert!(comes);
+        assert_eq!(asked(&mut tries).await, (2, 3));
+        let hub = Hub::new();
+        give(&hub, 1, 1);
+        let clerk = self::clerk(&hub).await;
+        hub.publish(Arc::new(Assignment::new("kv".parse().unwrap(), generation(2))), None);
+        clerk.wait_for(generation(2), PATIENCE).await.unwrap();
+        let tries = Tries::new(&clerk, SliceKey(7), Duration::from_millis(20));
+        assert!(!tries.anyone().await, "nobody comes in the caller's time");
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use http::header::HeaderValue;
 
 use super::harness::{Backend, Owners, Stage, generation, status, text};
-use crate::names::{LOAD, SPILL};
+use mandoline::http::names::{LOAD, SPILL};
 
 /// A client that claims that it spills: nobody believes it.
 const GET: &str =

@@ -18,8 +18,11 @@ pub const SPILL: HeaderName = HeaderName::from_static("mandoline-spill");
 /// In an answer: what the task has served since it began, as `requests=5120, units=5120.5`. The proxy keeps it to itself.
 pub const LOAD: HeaderName = HeaderName::from_static("mandoline-load");
 
+/// In a request: how often it may still be forwarded. A task that is sent one with 0, and does not own the key, answers 421.
+pub const HOPS: HeaderName = HeaderName::from_static("mandoline-hops");
+
 /// Why a response is what it is, when the proxy made it (RFC 9209).
-pub(crate) const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
+pub const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
@@ -34,7 +37,7 @@ const END_TO_END: [HeaderName; 5] = [
 ];
 
 /// Takes away what is meant for this hop alone (RFC 9110, 7.6.1), and what `Connection` names besides.
-pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(header::CONNECTION) {
         for named in connection_options(headers) {
             if !END_TO_END.contains(&named) {
@@ -64,7 +67,7 @@ fn connection_options(headers: &HeaderMap) -> Vec<HeaderName> {
 }
 
 /// Tells whether a list-valued field has this member, whatever its case and parameters.
-pub(crate) fn lists<'a>(lines: impl IntoIterator<Item = &'a HeaderValue>, member: &str) -> bool {
+pub fn lists<'a>(lines: impl IntoIterator<Item = &'a HeaderValue>, member: &str) -> bool {
     lines.into_iter().flat_map(|line| line.as_bytes().split(|b| *b == b',')).any(|item| {
         let bare = item.split(|b| *b == b';').next().unwrap_or_default();
         bare.trim_ascii().eq_ignore_ascii_case(member.as_bytes())

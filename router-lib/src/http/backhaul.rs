@@ -1,0 +1,309 @@
+//! Serves what this task owns and forwards the rest to its owner: routing in the application, for clients that go to whatever task is
+//! nearest.
+//!
+//! What is forwarded streams, both ways: bodies of any length, trailers, and after an upgrade (WebSocket) whatever the two sides say. If
+//! either side leaves, so does the other. A request that meets a slice on its way to another task waits for it. A request says in
+//! `mandoline-hops` how often it may still be forwarded: from one task to the owner it travels with 0, so a task that is no owner
+//! answers it 421, and whoever sent it looks again. `Via` names each task that has forwarded it; one that finds itself there has
+//! met a loop, and says so with 502.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use mandoline::http::backhaul::BackhaulLayer;
+//! use mandoline::http::key::KeyFrom;
+//! use mandoline::{Clerk, Slicelet};
+//! use tower::{Layer, service_fn};
+//!
+//! # fn f(slicelet: Arc<Slicelet>, clerk: Clerk) {
+//! # let handler = service_fn(|_: http::Request<http_body_util::Full<bytes::Bytes>>| async { Ok::<_, std::convert::Infallible>(http::Response::new(http_body_util::Full::<bytes::Bytes>::default())) });
+//! let service = BackhaulLayer::new("kv-0", slicelet, clerk, KeyFrom::path(1)).layer(handler);
+//! # }
+//! ```
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{self, HeaderMap, HeaderValue};
+use http::request::Parts;
+use http::{Request, Response, StatusCode, Version};
+use http_body::Body;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Either};
+use hyper::body::Incoming;
+use hyper::upgrade::{self, OnUpgrade};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tonic::Status;
+use tower::{Layer, Service};
+use tracing::debug;
+
+use crate::clerk::Clerk;
+use crate::http::key::KeyFrom;
+use crate::http::names::{HOPS, PROXY_STATUS, lists, strip_hop_by_hop};
+use crate::http::own::{Answer, take};
+use crate::http::refused::{Refused, is_grpc};
+use crate::http::replay::{BoxError, Replay};
+use crate::http::route::{Route, RouteError, RouteLayer};
+use crate::slicelet::Slicelet;
+
+/// How long a task may take to accept a connection.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a connection is kept that nothing is sent on, and how often one of HTTP/2 is looked after.
+const IDLE: Duration = Duration::from_secs(60);
+const PING_EVERY: Duration = Duration::from_secs(10);
+
+type Forwarded = UnsyncBoxBody<Bytes, BoxError>;
+
+/// Serves what a task owns, and forwards the rest.
+#[derive(Clone)]
+pub struct BackhaulLayer(Arc<Backhaul>);
+
+struct Backhaul {
+    name: String,
+    slicelet: Arc<Slicelet>,
+    route: Route<Clients>,
+}
+
+impl BackhaulLayer {
+    /// Serves what `slicelet` owns and forwards the rest by what `clerk` knows, by the key that is where `key` says. `name` is what
+    /// `Via` calls this task: its own, which no other has.
+    pub fn new(name: &str, slicelet: Arc<Slicelet>, clerk: Clerk, key: KeyFrom) -> Self {
+        let route = RouteLayer::new(clerk, key).layer(Clients::new());
+        Self(Arc::new(Backhaul { name: name.to_owned(), slicelet, route }))
+    }
+}
+
+impl<S> Layer<S> for BackhaulLayer {
+    type Service = ServeOrForward<S>;
+
+    fn layer(&self, inner: S) -> ServeOrForward<S> {
+        ServeOrForward { backhaul: Arc::clone(&self.0), inner }
+    }
+}
+
+/// A service that sees what its task owns, while the rest goes to its owner.
+#[derive(Clone)]
+pub struct ServeOrForward<S> {
+    backhaul: Arc<Backhaul>,
+    inner: S,
+}
+
+/// The body of an answer: this task's, or that of the one that owns the key.
+pub type Answered<R> = Either<Answer<R>, Incoming>;
+
+impl<S, B, R> Service<Request<B>> for ServeOrForward<S>
+where
+    S: Service<Request<B>, Response = Response<R>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+    R: Send + 'static,
+{
+    type Response = Response<Answered<R>>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let Backhaul { slicelet, route, .. } = &*self.backhaul;
+        let (mut head, body) = request.into_parts();
+        let is_grpc = is_grpc(&head.headers);
+        let key = route.routing().key().find(&head).map_err(Refused::NoKey);
+        let refused = match key.and_then(|key| take(slicelet, key, &mut head)) {
+            Ok(taken) => {
+                let answer = self.inner.call(Request::from_parts(head, body));
+                let slicelet = Arc::clone(slicelet);
+                return Box::pin(async move {
+                    Ok(taken.answer(&slicelet, answer.await?).map(Either::Left))
+                });
+            }
+            Err(refused) => refused,
+        };
+        if matches!(refused, Refused::NoKey(_)) || hops(&head.headers) == Some(0) {
+            let answer = Answer::refused(&refused, is_grpc).map(Either::Left);
+            return Box::pin(std::future::ready(Ok(answer)));
+        }
+        let backhaul = Arc::clone(&self.backhaul);
+        let request = Request::from_parts(head, body.map_err(Into::into).boxed_unsync());
+        Box::pin(async move {
+            Ok(match backhaul.forward(request).await {
+                Ok(answer) => answer.map(Either::Right),
+                Err(error) => {
+                    debug!(error = %error, "Request was not forwarded");
+                    error.answer(is_grpc, &backhaul.name).map(Answer::said).map(Either::Left)
+                }
+            })
+        })
+    }
+}
+
+/// Why a request was not forwarded.
+#[derive(Debug, thiserror::Error)]
+enum NotForwarded {
+    #[error("the request has been here before: two tasks hold each other for its key's owner")]
+    Loop,
+    #[error(transparent)]
+    Route(#[from] RouteError),
+}
+
+impl NotForwarded {
+    fn answer(self, is_grpc: bool, name: &str) -> Response<Bytes> {
+        let (status, proxy_error) = match &self {
+            Self::Loop => (StatusCode::BAD_GATEWAY, "proxy_loop_detected"),
+            Self::Route(RouteError::Key(_)) => (StatusCode::BAD_REQUEST, "http_request_error"),
+            Self::Route(RouteError::GaveUp(_)) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable")
+            }
+            Self::Route(RouteError::Address(_)) => {
+                (StatusCode::BAD_GATEWAY, "destination_not_found")
+            }
+            Self::Route(RouteError::Task { .. }) => {
+                (StatusCode::BAD_GATEWAY, "connection_terminated")
+            }
+        };
+        let message = self.to_string();
+        let mut answer = match self {
+            Self::Loop if is_grpc => Status::internal(message).into_http(),
+            Self::Route(error) if is_grpc => Status::from(error).into_http(),
+            _ => {
+                let mut answer = Response::new(Bytes::from(format!("{message}\n")));
+                *answer.status_mut() = status;
+                answer
+            }
+        };
+        if let Ok(status) = HeaderValue::try_from(format!("{name}; error={proxy_error}")) {
+            answer.headers_mut().insert(PROXY_STATUS, status);
+        }
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        answer
+    }
+}
+
+impl Backhaul {
+    async fn forward(
+        &self,
+        mut request: Request<Forwarded>,
+    ) -> Result<Response<Incoming>, NotForwarded> {
+        if lists_us(request.headers(), &self.name) {
+            return Err(NotForwarded::Loop);
+        }
+        let upgrade = wants_upgrade(&request).then(|| upgrade::on(&mut request));
+        let (mut head, body) = request.into_parts();
+        self.sign(&mut head, upgrade.is_some());
+        let request = Request::from_parts(head, body);
+        let mut answer = self.route.clone().call(request).await?;
+        match upgrade {
+            Some(client) if answer.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                join(client, upgrade::on(&mut answer));
+            }
+            _ => strip_hop_by_hop(answer.headers_mut()),
+        }
+        Ok(answer)
+    }
+
+    /// Takes away what was meant for this hop, and says that the request came by here and is to go no further.
+    fn sign(&self, head: &mut Parts, is_upgrade: bool) {
+        let headers = &mut head.headers;
+        let trailers = lists(headers.get_all(header::TE), "trailers");
+        let upgrade = headers.get(header::UPGRADE).filter(|_| is_upgrade).cloned();
+        strip_hop_by_hop(headers);
+        if trailers {
+            headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        }
+        if let Some(upgrade) = upgrade {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            headers.insert(header::UPGRADE, upgrade);
+        }
+        let version = if head.version == Version::HTTP_2 { "2" } else { "1.1" };
+        if let Ok(via) = HeaderValue::try_from(format!("{version} {}", self.name)) {
+            headers.append(header::VIA, via);
+        }
+        headers.insert(HOPS, HeaderValue::from_static("0"));
+    }
+}
+
+/// Reads how often a request may still be forwarded. What cannot be read is 0.
+fn hops(headers: &HeaderMap) -> Option<u8> {
+    let text = headers.get(HOPS)?.to_str().ok();
+    Some(text.and_then(|text| text.parse().ok()).unwrap_or(0))
+}
+
+fn lists_us(headers: &HeaderMap, name: &str) -> bool {
+    let entries = headers.get_all(header::VIA).iter().filter_map(|line| line.to_str().ok());
+    let mut entries = entries.flat_map(|line| line.split(','));
+    entries.any(|entry| entry.split_ascii_whitespace().nth(1) == Some(name))
+}
+
+fn wants_upgrade<B>(request: &Request<B>) -> bool {
+    let headers = request.headers();
+    request.version() == Version::HTTP_11
+        && headers.contains_key(header::UPGRADE)
+        && lists(headers.get_all(header::CONNECTION), "upgrade")
+}
+
+/// Carries what two sides say after an upgrade, until either has left.
+fn join(client: OnUpgrade, task: OnUpgrade) {
+    tokio::spawn(async move {
+        match tokio::try_join!(client, task) {
+            Ok((client, task)) => {
+                let (mut client, mut task) = (TokioIo::new(client), TokioIo::new(task));
+                let carried = tokio::io::copy_bidirectional(&mut client, &mut task).await;
+                debug!(?carried, "Upgraded connection is over");
+            }
+            Err(error) => debug!(%error, "Connection was not upgraded"),
+        }
+    });
+}
+
+/// Connections to other tasks: HTTP/2 for what came by HTTP/2, such as gRPC, and HTTP/1.1 for the rest.
+#[derive(Clone)]
+struct Clients {
+    http1: Client<HttpConnector, Replay<Forwarded>>,
+    http2: Client<HttpConnector, Replay<Forwarded>>,
+}
+
+impl Clients {
+    fn new() -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(CONNECT_PATIENCE));
+        let mut builder = Client::builder(TokioExecutor::new());
+        builder.pool_timer(TokioTimer::new()).timer(TokioTimer::new()).pool_idle_timeout(IDLE);
+        // A request is addressed to a task; which host it is for stays as the client said.
+        builder.set_host(false);
+        let http1 = builder.build(connector.clone());
+        let http2 = builder
+            .http2_only(true)
+            .http2_keep_alive_interval(PING_EVERY)
+            .http2_keep_alive_while_idle(false)
+            .build(connector);
+        Self { http1, http2 }
+    }
+}
+
+impl Service<Request<Replay<Forwarded>>> for Clients {
+    type Response = Response<Incoming>;
+    type Error = hyper_util::client::legacy::Error;
+    type Future = hyper_util::client::legacy::ResponseFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Replay<Forwarded>>) -> Self::Future {
+        let client = if request.version() == Version::HTTP_2 { &self.http2 } else { &self.http1 };
+        client.request(request)
+    }
+}

@@ -1,0 +1,189 @@
+//! Where a request says its key, for every way into a program: a header, the path, gRPC metadata, or a typed call.
+
+use std::str::FromStr;
+
+use http::header::{self, HeaderMap, HeaderValue};
+use http::request::Parts;
+use mandoline_core::extract::{self, Extract, ExtractError, Miss};
+use mandoline_core::key::SliceKey;
+
+/// A typed call's key: put it into the request's extensions, for [`KeyFrom::typed`].
+///
+/// ```
+/// use mandoline::http::key::Key;
+///
+/// let mut request = tonic::Request::new(());
+/// request.extensions_mut().insert(Key::of(b"user-42"));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key(pub SliceKey);
+
+impl Key {
+    /// Hashes a key's bytes.
+    pub fn of(key: &[u8]) -> Self {
+        Self(SliceKey::of(key))
+    }
+}
+
+/// Where the key is in a request. A key that is there twice, or is empty, or is too long is refused rather than guessed: two
+/// programs must never take different ones.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyFrom(Source);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    Typed,
+    Part(Extract),
+    Group { group: Extract, member: Extract },
+}
+
+impl KeyFrom {
+    /// The value of a metadata entry of a gRPC call, which is a header of its request.
+    ///
+    /// # Panics
+    ///
+    /// If that is no name of a header. For names that come from elsewhere than source code, parse `header:NAME`.
+    pub fn metadata(name: &'static str) -> Self {
+        Self::header(name)
+    }
+
+    /// The value of a header.
+    ///
+    /// # Panics
+    ///
+    /// If that is no name of a header. For names that come from elsewhere than source code, parse `header:NAME`.
+    pub fn header(name: &'static str) -> Self {
+        format!("header:{name}").parse().expect("the source code names a header")
+    }
+
+    /// A segment of the path, counted from 0: segment 1 of `/kv/apple` is `apple`.
+    ///
+    /// # Panics
+    ///
+    /// Beyond `SEGMENT_MAX`: deeper paths are rare.
+    pub fn path(segment: u8) -> Self {
+        format!("path:{segment}").parse().expect("the source code names a segment that may be")
+    }
+
+    /// What the caller puts into the request's extensions, as a [`Key`]. It does not travel: for stubs, not for servers.
+    pub const fn typed() -> Self {
+        Self(Source::Typed)
+    }
+
+    /// Groups keys: all keys of one group, such as a tenant, lie together and can still be split.
+    ///
+    /// # Panics
+    ///
+    /// If either is no part of a request: typed or grouped itself.
+    #[must_use]
+    pub fn within(self, group: Self) -> Self {
+        match (group.0, self.0) {
+            (Source::Part(group), Source::Part(member)) => Self(Source::Group { group, member }),
+            _ => panic!("a group and its member are parts of the request, such as a header"),
+        }
+    }
+
+    /// Finds a request's key.
+    pub fn find(&self, head: &Parts) -> Result<SliceKey, Miss> {
+        let parts = extract::Parts {
+            path: head.uri.path(),
+            query: head.uri.query(),
+            host: host(head),
+            headers: &Fields(&head.headers),
+        };
+        match &self.0 {
+            Source::Typed => head.extensions.get::<Key>().map(|key| key.0).ok_or(Miss::NoKey),
+            Source::Part(part) => Ok(SliceKey::of(&part.key(&parts)?)),
+            Source::Group { group, member } => {
+                Ok(SliceKey::grouped(&group.key(&parts)?, &member.key(&parts)?))
+            }
+        }
+    }
+}
+
+fn host(head: &Parts) -> Option<&str> {
+    let authority = head.uri.authority().map(http::uri::Authority::as_str);
+    authority.or_else(|| head.headers.get(header::HOST)?.to_str().ok())
+}
+
+impl From<Extract> for KeyFrom {
+    fn from(part: Extract) -> Self {
+        Self(Source::Part(part))
+    }
+}
+
+/// `header:x-shard-key`, `path:1` and so on, as in flags and configuration; `header:tenant/header:user` groups.
+impl FromStr for KeyFrom {
+    type Err = ExtractError;
+
+    fn from_str(text: &str) -> Result<Self, ExtractError> {
+        match text.split_once('/') {
+            Some((group, member)) => {
+                Ok(Self(Source::Group { group: group.parse()?, member: member.parse()? }))
+            }
+            None => Ok(Self(Source::Part(text.parse()?))),
+        }
+    }
+}
+
+/// Lets core's key extraction look into a request's headers.
+#[derive(Debug)]
+pub struct Fields<'a>(pub &'a HeaderMap);
+
+impl extract::Headers for Fields<'_> {
+    fn values<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a [u8]> {
+        self.0.get_all(name).iter().map(HeaderValue::as_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    fn head(request: http::request::Builder) -> Parts {
+        request.body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn a_key_is_found_where_it_is_said_to_be() {
+        let request =
+            Request::get("http://a.example:80/kv/apple?user=bob").header("tenant", "acme");
+        let head = head(request.header("x-shard-key", " k1 ").extension(Key::of(b"t1")));
+        for (from, key) in [
+            (KeyFrom::header("x-shard-key"), "k1"),
+            (KeyFrom::metadata("X-Shard-Key"), "k1"),
+            (KeyFrom::path(1), "apple"),
+            ("query:user".parse().unwrap(), "bob"),
+            ("host".parse().unwrap(), "a.example"),
+            (KeyFrom::typed(), "t1"),
+        ] {
+            assert_eq!(from.find(&head), Ok(SliceKey::of(key.as_bytes())), "{from:?}");
+        }
+        let grouped = KeyFrom::header("x-shard-key").within(KeyFrom::header("tenant"));
+        assert_eq!(grouped, "header:tenant/header:x-shard-key".parse().unwrap());
+        assert_eq!(grouped.find(&head), Ok(SliceKey::grouped(b"acme", b"k1")));
+    }
+
+    #[test]
+    fn a_key_that_two_programs_might_read_differently_is_refused() {
+        let from = KeyFrom::header("k");
+        let find = |request: http::request::Builder| from.find(&head(request));
+        assert_eq!(find(Request::get("/")), Err(Miss::NoKey));
+        assert_eq!(find(Request::get("/").header("k", "")), Err(Miss::Empty));
+        assert_eq!(find(Request::get("/").header("k", "a").header("k", "a")), Err(Miss::Twice));
+        let long = "x".repeat(1 << 20);
+        assert_eq!(find(Request::get("/").header("k", long)), Err(Miss::TooLong(1 << 20)));
+        assert_eq!(KeyFrom::typed().find(&head(Request::get("/"))), Err(Miss::NoKey));
+        for bad in ["", "path:", "header:a b", "header:a/", "header:a/b/c"] {
+            assert!(bad.parse::<KeyFrom>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "the source code names a header")]
+    fn a_name_in_source_code_is_a_name() {
+        let _key = KeyFrom::header("no name");
+    }
+}

@@ -1,0 +1,6 @@
+//! Stubs, layers and backhaul over real sockets, with tasks whose assignments the test sets.
+
+mod backhauls;
+mod kit;
+mod layers;
+mod stubs;
