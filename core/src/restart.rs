@@ -10,8 +10,8 @@
 //! **May it restart?** Not while with it more tasks than the spec allows were unavailable: those that leave, those that went
 //! and are not back, those that are not heard and may have gone, and those that were told yes and are still there.
 //!
-//! All of it is soft. A new leader takes what it finds for the start of a rollout, and says no until whoever was told yes by
-//! the one before has gone or given up.
+//! When things happened is soft. A new leader takes what it finds for the start of a rollout and those that are gone for just
+//! gone, and says no until whoever was told yes by the one before has gone or given up.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -162,6 +162,8 @@ impl Restarts {
             strange_until: has_tasks.then_some(now + TOLD_FOR),
         };
         restarts.sync(now, job);
+        let just_gone = Away { since: now, drained: false };
+        restarts.away = job.gone.iter().map(|name| (name.clone(), just_gone)).collect();
         restarts
     }
 

@@ -47,6 +47,7 @@ impl From<&Job> for pb::Job {
             kept: job.kept.iter().map(kept).collect(),
             confined: job.confined.iter().map(pb::Confined::from).collect(),
             believed: job.believed.iter().map(|session| session.0).collect(),
+            gone: job.gone.iter().map(TaskName::to_string).collect(),
         }
     }
 }
@@ -145,6 +146,7 @@ impl TryFrom<pb::Job> for Job {
                 .collect(),
             confined: confined(job.confined)?,
             believed: sessions(&job.believed)?.into_iter().collect(),
+            gone: job.gone.iter().map(|name| task_name(name)).collect::<Result<_, _>>()?,
         })
     }
 }

@@ -213,6 +213,7 @@ fn state() -> State {
             .map(|slice| Confined { slice, task: "t9".parse().unwrap(), crashes: vec![crash()] })
             .into(),
         believed: [SessionId(1), SessionId(7)].into(),
+        gone: ["t8", "t7"].map(|name| name.parse().unwrap()).into(),
         churn: Churn { moves: 1, keys: 2, load: 3 },
         history: VecDeque::from([(NOW, step())]),
         ..Job::new(spec.clone(), NOW)

@@ -272,6 +272,31 @@ fn a_leader_that_began_lately_does_not_know_who_may_restart() {
 }
 
 #[test]
+fn a_new_leader_knows_who_is_not_back() {
+    let mut scene = Scene::new();
+    let tasks: Vec<SessionId> = (1..=4).map(|id| scene.begin(id, id, "")).collect();
+    scene.pass(20, &[], uneven);
+    scene.propose(Command::Drain { job: kv(), session: tasks[0] });
+    scene.propose(Command::End { job: kv(), session: tasks[0], reason: EndReason::Left });
+    let without = scene.state.clone();
+    scene.leader = Leader::new(scene.now, &scene.state);
+    scene.pass(60, &[], uneven);
+    assert!(scene.refusal("t2").contains("t1 is not back yet"), "{}", scene.refusal("t2"));
+    // It does not know for how long, so it waits as long as ever.
+    scene.pass(60, &[], uneven);
+    assert_eq!(scene.may_restart("t2"), Ok(Ok(())));
+    // One that has come back since is not waited for, whatever its name is.
+    for name in ["t1", "t9"] {
+        let info = TaskInfo::new(name.parse().unwrap(), 9, "h:9".parse().unwrap());
+        scene.state = without.clone();
+        scene.state.apply(Command::Register { job: kv(), info, stopped: None }).unwrap();
+        scene.leader = Leader::new(scene.now, &scene.state);
+        scene.pass(11, &[], uneven);
+        assert_eq!(scene.may_restart("t2"), Ok(Ok(())), "{name}");
+    }
+}
+
+#[test]
 fn the_last_that_could_take_over_may_not_restart() {
     let replicated = JobSpec {
         replicas: crate::spec::ReplicaBounds { min: 2, max: 2 },

@@ -17,8 +17,11 @@ use crate::spec::{Consistency, JobSpec, Ratio};
 use crate::state::{Applied, Outcome, Refused};
 use crate::task::{Phase, SessionId, TASKS_MAX, Task};
 use crate::transit::{Act, HandOffId, Step, Transit};
+
 /// How many moves of a job are remembered, the newest: an hour at a move every four seconds.
 pub const HISTORY_MAX: usize = 1_000;
+/// How many tasks that went are remembered, the newest: more do not restart at once, and those that were taken away stay.
+const GONE_MAX: usize = 100;
 
 /// What the cluster has agreed on about one job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +38,8 @@ pub struct Job {
     pub pins: Vec<Pin>,
     /// What waits for tasks that stopped without drain, by their names.
     pub kept: BTreeMap<TaskName, Kept>,
+    /// Tasks that ended and are not back, by when they ended: a leader that finds them does not know how long ago that was.
+    pub gone: VecDeque<TaskName>,
     /// What crashes tasks and stays with one, in order, without overlap.
     pub confined: Vec<Confined>,
     /// Sessions that an operator says are lost, until they end.
@@ -158,6 +163,7 @@ impl Job {
             frozen: false,
             pins: Vec::new(),
             kept: BTreeMap::new(),
+            gone: VecDeque::new(),
             confined: Vec::new(),
             believed: BTreeSet::new(),
             churn: Churn::default(),
@@ -184,6 +190,9 @@ impl Job {
         let gone = stopped.map(TaskChange::Gone);
         let kept = self.kept.remove(&task.info.name);
         let kept = stopped.and_then(|session| self.kept_of(session)).or(kept);
+        if stopped.is_none() {
+            self.come(&task.info.name);
+        }
         let left = stopped.map_or_else(Vec::new, |session| self.without(session));
         let slices = self.given_back(left, kept.as_ref(), task.session);
         self.step(gone.into_iter().chain([TaskChange::Set(Arc::new(task))]).collect(), slices)
@@ -248,8 +257,17 @@ impl Job {
         self.kept.values().flat_map(|kept| kept.slices.iter().copied()).collect()
     }
 
+    /// Notes that a task is there. Where names are drawn anew, such as by a Kubernetes Deployment, a newcomer stands for who
+    /// has been gone longest.
+    fn come(&mut self, task: &TaskName) {
+        let place = self.gone.iter().position(|gone| gone == task).unwrap_or(0);
+        self.gone.remove(place);
+    }
+
     pub(in crate::state) fn end(&mut self, session: SessionId) -> Delta {
         let left = self.without(session);
+        self.gone.push_back(self.assignment.tasks[&session].info.name.clone());
+        self.gone.drain(..self.gone.len().saturating_sub(GONE_MAX));
         self.step(vec![TaskChange::Gone(session)], left)
     }
 
@@ -331,6 +349,7 @@ impl Job {
         }
         self.assignment = Arc::new(assignment);
         self.kept.clear();
+        self.gone.clear();
     }
 
     /// Moves the assignment one generation on.

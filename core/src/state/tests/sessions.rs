@@ -101,3 +101,38 @@ fn an_ended_session_is_gone_for_good() {
     assert!(matches!(refuse(&mut state, end), Refused::NoSuchSession { .. }));
     assert_eq!(register(&mut state, info("a", 1, 1)), Ok(SessionId(2)));
 }
+
+#[test]
+fn who_went_is_remembered_until_somebody_comes() {
+    let mut state = with_job();
+    let gone = |state: &State| -> Vec<String> {
+        state.jobs[&kv()].gone.iter().map(ToString::to_string).collect()
+    };
+    let names = ["a", "b", "c"];
+    let sessions: Vec<SessionId> = (1..)
+        .zip(names)
+        .map(|(id, name)| register(&mut state, info(name, id, id as u16)).unwrap())
+        .collect();
+    for session in &sessions {
+        let end = Command::End { job: kv(), session: *session, reason: EndReason::Left };
+        state.apply(end).unwrap();
+    }
+    assert_eq!(gone(&state), names);
+    register(&mut state, info("b", 4, 4)).unwrap();
+    assert_eq!(gone(&state), ["a", "c"], "it is back");
+    let other = register(&mut state, info("d", 5, 5)).unwrap();
+    assert_eq!(gone(&state), ["c"], "it stands for the first");
+    // A process that goes on under another session was never gone.
+    let on = info("d", 5, 5);
+    state.apply(Command::Register { job: kv(), info: on, stopped: Some(other) }).unwrap();
+    assert_eq!(gone(&state), ["c"]);
+    let named = |id: u16| info(&format!("t{id}"), id.into(), id);
+    let many: Vec<SessionId> =
+        (100..250).map(|id| register(&mut state, named(id)).unwrap()).collect();
+    for session in many {
+        let end = Command::End { job: kv(), session, reason: EndReason::Lost };
+        state.apply(end).unwrap();
+    }
+    let newest: Vec<String> = (150..250).map(|id| format!("t{id}")).collect();
+    assert_eq!(gone(&state), newest);
+}
