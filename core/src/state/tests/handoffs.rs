@@ -184,6 +184,20 @@ fn whoever_ends_while_its_slice_is_on_its_way_gives_it_at_once() {
 }
 
 #[test]
+fn what_is_on_its_way_does_not_wait_for_who_had_it() {
+    for kind in [Affinity, Exclusive] {
+        let mut scene = Scene::new(kind, "a b+");
+        let grace = Duration::from_secs(30);
+        let spec = JobSpec { grace, consistency: kind, ..JobSpec::new(kv()) };
+        scene.apply(Command::ApplyJob { spec, if_version: None });
+        scene.act("- -> a");
+        scene.act("a -> b");
+        assert_eq!(scene.act("end a"), "b@5 #6", "{kind}");
+        assert_eq!(scene.act("join a"), "b@5 #6", "{kind}: it is another's");
+    }
+}
+
+#[test]
 fn who_leaves_is_given_nothing_by_the_end_of_another() {
     check(
         Exclusive,

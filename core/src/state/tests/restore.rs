@@ -61,6 +61,22 @@ fn nobody_owns_until_the_tasks_of_before_have_surely_lapsed() {
 }
 
 #[test]
+fn what_waited_for_a_task_waits_no_longer_and_is_nobodys() {
+    let mut scene = Scene::new(Consistency::Exclusive, "a");
+    let (grace, consistency) = (Duration::from_secs(30), Consistency::Exclusive);
+    let spec = JobSpec { grace, consistency, ..JobSpec::new(kv()) };
+    scene.apply(Command::ApplyJob { spec, if_version: None });
+    scene.act("- -> a");
+    assert_eq!(scene.act("end a"), "- #4");
+    assert_eq!(scene.state.jobs[&kv()].waiting().len(), 1);
+    let mut scene = restored(scene);
+    let job = &scene.state.jobs[&kv()];
+    assert_eq!((job.waiting().len(), job.gone.len()), (0, 0));
+    // The task may have been back in the cluster before, after the backup was made.
+    assert_eq!(scene.act("join a"), "- #1");
+}
+
+#[test]
 fn an_affinity_job_is_served_at_once() {
     let mut scene = Scene::new(Consistency::Affinity, "a");
     scene.act("- -> a");
