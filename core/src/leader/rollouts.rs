@@ -322,7 +322,10 @@ fn the_last_that_could_take_over_may_not_restart() {
     scene.leader = Leader::new(scene.now, &state);
     scene.state = state;
     scene.begin(1, 1, "");
-    scene.begin(2, 2, "");
+    let other = scene.begin(2, 2, "");
+    scene.happen(Event::Broken { job: kv(), session: other });
+    assert!(scene.refusal("t1").starts_with("no other task could take its slices"));
+    scene.happen(Event::Attached { job: kv(), session: other });
     assert_eq!(scene.may_restart("t1"), Ok(Ok(())));
     assert!(scene.refusal("t2").starts_with("no other task could take its slices"));
 }
