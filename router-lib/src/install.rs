@@ -5,10 +5,9 @@ use std::sync::Arc;
 
 use mandoline_core::assignment::Assignment;
 use mandoline_core::task::SessionId;
-use mandoline_core::transit::HandOffId;
 use tokio::task::JoinHandle;
 
-use crate::owned::Owned;
+use crate::owned::{Aside, Owned};
 
 /// At most one assignment is being installed; the newest waits behind it, and what came between is skipped.
 #[derive(Default)]
@@ -20,13 +19,13 @@ pub(crate) struct Install {
 /// What runs the application's callbacks.
 pub(crate) enum Work {
     /// Of an affinity job: an assignment comes into force when they have run.
-    Install(Option<SessionId>, Arc<Assignment>, Keep),
+    Install(Option<SessionId>, Arc<Assignment>, Settle),
     /// Of an exclusive job: what is held is in force, and what is new waits for them.
-    Welcome(Keep),
+    Welcome(Settle),
 }
 
-/// Takes into use what was set aside for a hand-off.
-pub(crate) type Keep = Arc<dyn Fn(HandOffId) + Send + Sync>;
+/// Takes state that was set aside into use, or lets go of it.
+pub(crate) type Settle = Arc<dyn Fn(Aside) + Send + Sync>;
 
 impl Install {
     /// Says whether the newest is installed.
@@ -47,10 +46,10 @@ impl Install {
         if let Some(work) = self.newest.take() {
             let owned = Arc::clone(owned);
             self.running = Some(tokio::task::spawn_blocking(move || match work {
-                Work::Install(session, assignment, keep) => {
-                    owned.install(session, assignment, &*keep);
+                Work::Install(session, assignment, settle) => {
+                    owned.install(session, assignment, &*settle);
                 }
-                Work::Welcome(keep) => owned.welcome(&*keep),
+                Work::Welcome(settle) => owned.welcome(&*settle),
             }));
         }
     }

@@ -197,8 +197,25 @@ struct Possession {
     ready: Option<SliceMap<Option<Generation>>>,
     /// What it was told of and has to be told that it is gone.
     gone: Vec<Slice>,
-    /// Hand-offs by which slices have come, whose state is still set aside.
-    arrived: Vec<HandOffId>,
+    /// Slices that have come by a hand-off, whose state is still set aside.
+    arrived: Vec<Arrival>,
+}
+
+/// A slice that has come by a hand-off.
+struct Arrival {
+    id: HandOffId,
+    slice: Slice,
+    /// The assignment that said so: an older one does not show it yet.
+    known: Generation,
+}
+
+/// What becomes of state that was set aside for a slice that has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Aside {
+    /// It is used before the slice is served.
+    Keep(HandOffId),
+    /// The slice was lost again before it was served, so what was set aside is of no use.
+    Discard(HandOffId),
 }
 
 impl Owned {
@@ -234,17 +251,17 @@ impl Owned {
         &self,
         session: Option<SessionId>,
         assignment: Arc<Assignment>,
-        keep: impl Fn(HandOffId),
+        settle: impl Fn(Aside),
     ) {
         let old = self.view.load_full();
-        let arrived = std::mem::take(&mut self.lock().arrived);
-        arrived.into_iter().for_each(keep);
         let new = Arc::new(View::new(session, assignment, Arc::clone(&old.hot)));
+        let asides = self.lock().asides(new.assignment().generation, &new.held());
         let change = change(&old, &new);
         // A slice that was lost and came back in between goes before it comes.
         if !change.broken.is_empty() {
             announce(&self.removed, &change.broken, "removed");
         }
+        asides.into_iter().for_each(settle);
         if !change.added.is_empty() {
             announce(&self.added, &change.added, "added");
         }
@@ -312,32 +329,41 @@ impl Owned {
         };
         let gone = without(&told(&before), &told(&ready));
         possession.gone.extend(gone);
+        if !same_term {
+            // They came to a session that is over, by assignments that the next one may not count on from.
+            possession.arrived.iter_mut().for_each(|arrival| arrival.known = Generation::ZERO);
+        }
         (possession.term, possession.held) = (term, held);
         possession.ready = Some(ready);
         self.show(&possession, assignment);
     }
 
-    /// Notes that a slice has come by a hand-off: what was prepared for it is used before it is served.
-    pub(crate) fn arrived(&self, id: HandOffId) {
-        self.lock().arrived.push(id);
+    /// Notes that a slice has come by a hand-off, as an assignment says that is about to be taken in: what was prepared for it is
+    /// used before it is served.
+    pub(crate) fn arrived(&self, id: HandOffId, by: &Assignment) {
+        let (slice, _) = by.get(id.first);
+        self.lock().arrived.push(Arrival { id, slice, known: by.generation });
     }
 
     /// Announces what has gone, then what has come, and serves that. Runs beside the session, since the application may take its
     /// time; what is lost meanwhile is not served afterwards.
-    pub(crate) fn welcome(&self, keep: impl Fn(HandOffId)) {
+    pub(crate) fn welcome(&self, settle: impl Fn(Aside)) {
         loop {
-            let (gone, arrived, coming) = {
+            let (gone, asides, coming) = {
                 let mut possession = self.lock();
                 let gone = std::mem::take(&mut possession.gone);
-                (gone, std::mem::take(&mut possession.arrived), possession.coming())
+                let held = possession.held.iter().map(|held| (held.slice, held.since));
+                let held: Vec<(Slice, Generation)> = held.collect();
+                let known = self.view().assignment().generation;
+                (gone, possession.asides(known, &held), possession.coming())
             };
-            if gone.is_empty() && coming.is_empty() {
+            if gone.is_empty() && asides.is_empty() && coming.is_empty() {
                 return;
             }
             if !gone.is_empty() {
                 announce(&self.removed, &joined(sorted(gone)), "removed");
             }
-            arrived.into_iter().for_each(&keep);
+            asides.into_iter().for_each(&settle);
             if !coming.is_empty() {
                 announce(&self.added, &joined(coming.iter().map(|held| held.slice)), "added");
             }
@@ -419,6 +445,18 @@ impl Possession {
         let is_ready =
             |held: &Held| ready.touching(held.slice).all(|(_, known)| known == &Some(held.since));
         self.held.iter().filter(|held| !is_ready(held)).copied().collect()
+    }
+
+    /// Takes out what has arrived by an assignment, and says what becomes of it by what is held since when. A slice that is not
+    /// here whole any more starts empty where it is: the rest of its state would be left behind here.
+    fn asides(&mut self, known: Generation, held: &[(Slice, Generation)]) -> Vec<Aside> {
+        let arrived = self.arrived.extract_if(.., |arrival| arrival.known <= known);
+        let aside = |Arrival { id, slice, .. }| {
+            let since = held.iter().filter(|(_, since)| *since == id.began);
+            let here = joined(since.map(|(slice, _)| *slice));
+            if without(&[slice], &here).is_empty() { Aside::Keep(id) } else { Aside::Discard(id) }
+        };
+        arrived.map(aside).collect()
     }
 }
 
@@ -751,6 +789,80 @@ mod tests {
         let all = heard.lock().unwrap().join("; ");
         let range = slice(0, 99);
         assert_eq!(all, format!("added {range}; removed {range}"));
+    }
+
+    fn hand_off(began: u64, first: u64) -> HandOffId {
+        HandOffId { began: number(began), first: SliceKey(first) }
+    }
+
+    /// Notes what becomes of state that was set aside beside what the callbacks hear.
+    fn settle(heard: &Mutex<Vec<String>>) -> impl Fn(Aside) + '_ {
+        |aside| {
+            heard.lock().unwrap().push(match aside {
+                Aside::Keep(id) => format!("keep {id}"),
+                Aside::Discard(id) => format!("discard {id}"),
+            });
+        }
+    }
+
+    #[test]
+    fn state_that_came_is_used_after_what_was_lost_is_gone_and_before_what_came_is_served() {
+        let (owned, heard) = owned();
+        owned.install(Some(SessionId(1)), assignment(2, &[(0, 1, 2), (100, 2, 2)]), |_| ());
+        heard.lock().unwrap().clear();
+        // Lost and back by a hand-off, both unseen.
+        let newest = assignment(6, &[(0, 1, 5), (100, 2, 2)]);
+        owned.arrived(hand_off(5, 0), &newest);
+        owned.install(Some(SessionId(1)), assignment(3, &[(0, 1, 2), (100, 2, 2)]), settle(&heard));
+        assert!(heard.lock().unwrap().is_empty(), "an older assignment does not show it");
+        owned.install(Some(SessionId(1)), newest, settle(&heard));
+        let (range, id) = (slice(0, 99), hand_off(5, 0));
+        let all = heard.lock().unwrap().join("; ");
+        assert_eq!(all, format!("removed {range}; keep {id}; added {range}"));
+    }
+
+    #[test]
+    fn state_of_a_slice_that_was_lost_again_is_let_go_of() {
+        let (owned, heard) = owned();
+        let came = assignment(6, &[(0, 1, 5), (100, 2, 2)]);
+        for lost in [
+            assignment(7, &[(0, 2, 7), (100, 2, 2)]),
+            assignment(7, &[(0, 1, 7), (100, 2, 2)]),
+            assignment(7, &[(0, 1, 5), (50, 2, 7), (100, 2, 2)]),
+        ] {
+            owned.arrived(hand_off(5, 0), &came);
+            owned.install(Some(SessionId(1)), lost, settle(&heard));
+        }
+        let told = heard.lock().unwrap();
+        let settled = told.iter().filter(|one| one.contains('/')).collect::<Vec<_>>();
+        assert_eq!(settled, [&format!("discard {}", hand_off(5, 0)); 3]);
+    }
+
+    #[test]
+    fn an_owner_that_lapses_before_it_was_told_of_a_slice_keeps_nothing_of_it() {
+        for lapses in [false, true] {
+            let (owned, heard) = owned();
+            let came = assignment(6, &[(0, 1, 5), (100, 2, 2)]);
+            let term = Arc::new(Term::leased(SessionId(1)));
+            owned.begin(Arc::clone(&term), assignment(4, &[(0, 2, 2)]));
+            owned.arrived(hand_off(5, 0), &came);
+            // Something older is still being told of.
+            owned.welcome(settle(&heard));
+            assert!(heard.lock().unwrap().is_empty());
+            let (slice, since) = (slice(0, 99), number(5));
+            let held = Held { slice, since, token: since, release: None };
+            owned.hold(Arc::clone(&came), vec![held]);
+            if lapses {
+                owned.lapse(came);
+                owned.begin(Arc::new(Term::leased(SessionId(3))), assignment(1, &[(0, 2, 1)]));
+            }
+            owned.welcome(settle(&heard));
+            let told = heard.lock().unwrap().join("; ");
+            let id = hand_off(5, 0);
+            let expected =
+                if lapses { format!("discard {id}") } else { format!("keep {id}; added {slice}") };
+            assert_eq!(told, expected);
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::boot_clock;
 use crate::dialer::{Dialer, Next, PAUSE_MAX};
-use crate::install::{Install, Keep, Work};
+use crate::install::{Install, Settle, Work};
 use crate::life::{Beats, Pulse};
 use crate::link::{Connection, Dialed, Link, Step};
 use crate::moving::Moving;
@@ -169,7 +169,7 @@ pub(crate) struct Session {
     steps: Steps,
     /// Slices that are being released, until their last guard is gone.
     going: BTreeMap<HandOffId, Going>,
-    keep: Keep,
+    settle: Settle,
     // The newest that was heard; `owned` may still be busy with the one before.
     known: Arc<Assignment>,
     assembler: Assembler,
@@ -212,7 +212,7 @@ impl Session {
         let pulse = setup.probe.clone().map(Pulse::new);
         let known = Arc::clone(&setup.start);
         let steps = Steps::new(setup.calls.clone(), setup.moving.clone());
-        let keep = steps.keep(false);
+        let settle = steps.settle(false);
         Self {
             setup,
             dialer,
@@ -223,7 +223,7 @@ impl Session {
             term: None,
             steps,
             going: BTreeMap::new(),
-            keep,
+            settle,
             known,
             assembler: Assembler::default(),
             install: Install::default(),
@@ -344,7 +344,7 @@ impl Session {
         if renewed {
             self.stopped = None;
             self.term = lease.map(|_| Arc::new(Term::leased(session)));
-            self.keep = self.steps.keep(lease.is_some());
+            self.settle = self.steps.settle(lease.is_some());
             if let Some(term) = &self.term {
                 self.setup.owned.begin(Arc::clone(term), Arc::clone(&self.known));
             }
@@ -558,7 +558,7 @@ impl Session {
                 }
                 Action::Fetch(id) => self.steps.fetch(id),
                 Action::Discard(id) => self.steps.discard(id),
-                Action::Arrived(id) => self.setup.owned.arrived(id),
+                Action::Arrived(id) => self.setup.owned.arrived(id, &self.known),
                 Action::Release(going) => drop(self.going.insert(going.id, going)),
                 Action::Resume(id) => {
                     self.going.remove(&id);
@@ -673,13 +673,13 @@ impl Session {
     // --- Taking assignments on.
 
     fn take_on(&mut self) {
-        let work = Work::Install(self.id, Arc::clone(&self.known), Arc::clone(&self.keep));
+        let work = Work::Install(self.id, Arc::clone(&self.known), Arc::clone(&self.settle));
         self.install.begin(&self.setup.owned, work);
     }
 
     /// Of an exclusive job: has the application told of what came and went.
     fn welcome(&mut self) {
-        self.install.begin(&self.setup.owned, Work::Welcome(Arc::clone(&self.keep)));
+        self.install.begin(&self.setup.owned, Work::Welcome(Arc::clone(&self.settle)));
     }
 
     fn installed(&mut self) {

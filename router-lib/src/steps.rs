@@ -10,9 +10,9 @@ use mandoline_core::task::SessionId;
 use mandoline_core::transit::HandOffId;
 use tokio::sync::mpsc;
 
-use crate::install::Keep;
+use crate::install::Settle;
 use crate::moving::Moving;
-use crate::owned::Owned;
+use crate::owned::{Aside, Owned};
 use crate::transfer::pull::Origin;
 
 /// What the application does with one slice.
@@ -58,12 +58,13 @@ impl Steps {
         }
     }
 
-    /// Gives what takes prepared state into use.
-    pub(crate) fn keep(&self, is_owner: bool) -> Keep {
-        match self.moving.clone() {
-            Some(moving) => Arc::new(move |id| moving.keep(id, is_owner)),
-            None => Arc::new(|_| ()),
-        }
+    /// Gives what decides on state that was set aside.
+    pub(crate) fn settle(&self, is_owner: bool) -> Settle {
+        let Some(moving) = self.moving.clone() else { return Arc::new(|_| ()) };
+        Arc::new(move |aside| match aside {
+            Aside::Keep(id) => moving.keep(id, is_owner),
+            Aside::Discard(id) => moving.discard(id),
+        })
     }
 
     /// Whoever has a slice on its way here takes no more work on it.
