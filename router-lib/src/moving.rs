@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
 use mandoline_core::lease::Coming;
 use mandoline_core::name::JobName;
@@ -79,12 +80,20 @@ impl Moving {
         &self.0.exports
     }
 
-    /// Takes in what is in force now. What has come and is not taken into use yet cannot be told of: whoever asks for it waits.
-    pub(crate) fn knows(&self, view: &View) {
-        let Some(session) = view.session else { return };
+    /// Takes in what is in force now, and the newest assignment that is known. What has come and is not taken into use yet cannot be
+    /// told of: whoever asks for it waits. What `newest` calls over is over, for the application may be letting go of it.
+    pub(crate) fn knows(&self, view: &View, newest: &Assignment) {
+        let Some(session) = view.session else {
+            self.0.outgoing.send_replace(Outgoing::default());
+            return;
+        };
         let mut quiet = lock(&self.0.quiet);
         let mut outgoing =
             Outgoing::of(view.assignment(), self.party(session), |id| quiet.contains(&id));
+        outgoing.hand_offs.retain(|id, _| {
+            let (_, assigned) = newest.get(id.first);
+            assigned.transit.as_deref().is_some_and(|transit| transit.id == *id)
+        });
         quiet.retain(|id| outgoing.hand_offs.contains_key(id));
         drop(quiet);
         let mut known = outgoing.known;
@@ -105,17 +114,32 @@ impl Moving {
         Party { session, incarnation: self.0.incarnation }
     }
 
-    /// Begins to pull the state of a slice that is on its way here. Returns when the bulk of it is here, or will not be.
-    pub(crate) async fn prepare(&self, me: SessionId, coming: &Coming, from: Option<Origin>) {
+    /// Pulls the state of a slice that is on its way here, once the application is `ready` for it. What this gives ends when the bulk
+    /// of it is here, or will not be.
+    ///
+    /// The hand-off is known here from now on: it may be over before the application is ready.
+    pub(crate) fn prepare<R: Future<Output = ()> + Send + 'static>(
+        &self,
+        me: SessionId,
+        coming: &Coming,
+        from: Option<Origin>,
+        ready: R,
+    ) -> impl Future<Output = ()> + Send + use<R> {
         let (id, slice) = (coming.id, coming.slice);
         let mut import = self.0.puller.begin(self.party(me), from, HandOff { id, slice });
         let (goal, mut wanted) = watch::channel(Goal::Bulk);
         let (told, prepared) = tokio::sync::oneshot::channel();
         let task = tokio::spawn(async move {
+            let bulk = async {
+                ready.await;
+                import.bulk(Instant::now() + PASS_WITHIN).await
+            };
             let bulk = tokio::select! {
-                moved = import.bulk(Instant::now() + PASS_WITHIN) => moved,
-                // It is too late for it.
-                _ = wanted.wait_for(|goal| *goal != Goal::Bulk) => return None,
+                moved = bulk => moved,
+                _ = wanted.wait_for(|goal| *goal != Goal::Bulk) => {
+                    tracing::warn!(%id, %slice, "a slice went on before the bulk of its state had come; it starts empty");
+                    return None;
+                }
             };
             let _gone = told.send(());
             if let Err(error) = bulk {
@@ -132,8 +156,10 @@ impl Moving {
             Some(import)
         });
         lock(&self.0.pulls).insert(id, Pull { goal, task });
-        // An error says that it ended without it.
-        let _ended = prepared.await;
+        async move {
+            // An error says that it ended without it.
+            let _ended = prepared.await;
+        }
     }
 
     /// Brings what has changed.
@@ -182,7 +208,9 @@ impl Moving {
     /// take it.
     pub(crate) async fn send(&self, owned: &Owned, id: HandOffId) {
         lock(&self.0.quiet).insert(id);
-        self.knows(&owned.view());
+        let view = owned.view();
+        self.knows(&view, view.assignment());
+        drop(view);
         match timeout(SEND_WITHIN, self.0.exports.sent(id)).await {
             Ok(Ok(moved)) => tracing::debug!(%id, bytes = moved.bytes, "a slice's state has moved"),
             Ok(Err(why)) => tracing::info!(%id, %why, "a slice moves on without its state"),
@@ -195,4 +223,103 @@ impl Moving {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+    use std::io;
+
+    use mandoline_core::assignment::{Assigned, Replica, Replicas};
+    use mandoline_core::key::SliceKey;
+    use mandoline_core::slice::Slice;
+    use mandoline_core::task::{Task, TaskInfo};
+    use mandoline_core::transit::{Step, Transit};
+
+    use super::*;
+    use crate::transfer::{Pass, Sink, Source};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+    const A: SessionId = SessionId(1);
+    const B: SessionId = SessionId(2);
+
+    /// Has nothing.
+    struct Empty;
+
+    impl State for Empty {
+        fn export(&self, _: &HandOff, _: Pass, _: &mut Sink) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn import(&self, _: &HandOff, _: Pass, _: &mut Source) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn keep(&self, _: &HandOff) {}
+
+        fn discard(&self, _: &HandOff) {}
+    }
+
+    fn moving() -> Moving {
+        let state: Arc<dyn State> = Arc::new(Empty);
+        Moving::new(&"kv".parse().unwrap(), 1, &state, Connector::default())
+    }
+
+    fn number(number: u64) -> Generation {
+        Generation { incarnation: 1, number }
+    }
+
+    fn id() -> HandOffId {
+        HandOffId { began: number(7), first: SliceKey::MIN }
+    }
+
+    /// All keys are A's, and on their way to B or not.
+    fn assignment(generation: u64, is_leaving: bool) -> Arc<Assignment> {
+        let mut made = Assignment::new("kv".parse().unwrap(), number(generation));
+        for session in [A, B] {
+            let (name, address) = (format!("t{}", session.0), format!("h:{}", session.0));
+            let info = TaskInfo::new(name.parse().unwrap(), 1, address.parse().unwrap());
+            made.tasks.insert(session, Arc::new(Task::new(session, info)));
+        }
+        let transit = Transit { id: id(), from: Some(A), to: B, step: Step::Preparing };
+        let assigned = Assigned {
+            replicas: Replicas::One(Replica { session: A, since: number(2) }),
+            transit: is_leaving.then(|| Arc::new(transit)),
+            ..Assigned::default()
+        };
+        made.slices.set(Slice::FULL, assigned);
+        Arc::new(made)
+    }
+
+    #[tokio::test]
+    async fn a_hand_off_may_be_over_or_go_on_before_the_application_is_ready_for_it() {
+        let coming = Coming { id: id(), slice: Slice::FULL, from: Some(A) };
+        for what in [Moving::discard, Moving::fetch] {
+            let moving = moving();
+            let prepared = moving.prepare(B, &coming, None, pending());
+            what(&moving, id());
+            timeout(PATIENCE, prepared).await.expect("nothing is pulled any more");
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_exported_that_the_application_may_be_letting_go_of() {
+        let start = Assignment::new("kv".parse().unwrap(), Generation::ZERO);
+        let owned = Owned::new(start, Box::new(|_| ()), Box::new(|_| ()));
+        let leaving = assignment(7, true);
+        owned.install(Some(A), Arc::clone(&leaving), |_| ());
+        let moving = moving();
+        let told = || moving.0.outgoing.borrow().hand_offs.len();
+        moving.knows(&owned.view(), &leaving);
+        assert_eq!(told(), 1);
+        // It is over by what is known, though not in force yet.
+        moving.knows(&owned.view(), &assignment(8, false));
+        assert_eq!(told(), 0);
+        moving.knows(&owned.view(), &leaving);
+        assert_eq!(told(), 1);
+        // The session has ended.
+        owned.install(None, leaving, |_| ());
+        moving.knows(&owned.view(), owned.view().assignment());
+        assert_eq!(*moving.0.outgoing.borrow(), Outgoing::default());
+    }
 }

@@ -350,14 +350,6 @@ impl Session {
             }
         }
         self.happen(Event::Attached { session, lease });
-        if renewed && self.known.generation > Generation::ZERO {
-            // The leader tells only what is newer.
-            self.happen(Event::Assigned(Arc::clone(&self.known)));
-        }
-        if renewed && self.known.tasks.contains_key(&session) {
-            // Registered before, by a process that lost the answer on its way: what is known holds already.
-            self.take_on();
-        }
         if lease.is_some() {
             // Nothing is served before the first grant.
             self.next_beat = Instant::now();
@@ -424,16 +416,18 @@ impl Session {
     fn forget(&mut self) {
         self.id = None;
         self.going.clear();
-        match self.term.take() {
-            Some(_) => {
-                self.setup.owned.lapse(Arc::clone(&self.known));
-                self.welcome();
-            }
-            None => self.take_on(),
-        }
         // A leader that does not know the session may lead another cluster in the place of the one before, whose
         // generations begin anew: what it says next counts, whatever was known.
-        self.known = Arc::clone(&self.setup.start);
+        let known = std::mem::replace(&mut self.known, Arc::clone(&self.setup.start));
+        // Before the application lets go of what peers may be reading.
+        self.steps.knows(&self.setup.owned, &self.known);
+        match self.term.take() {
+            Some(_) => {
+                self.setup.owned.lapse(known);
+                self.welcome();
+            }
+            None => self.take_on(known),
+        }
     }
 
     /// The lease has run out: nothing is served any more, and a new session has to begin with nothing.
@@ -563,7 +557,7 @@ impl Session {
                 Action::Resume(id) => {
                     self.going.remove(&id);
                     let (slice, _) = self.known.get(id.first);
-                    self.steps.resume(slice);
+                    self.steps.resume(id, slice);
                 }
                 Action::Ready(id) => self.send(Request::Ready(id.into())),
                 Action::Acknowledge(id) => self.send(Request::Acknowledge(id.into())),
@@ -658,10 +652,12 @@ impl Session {
         }
         self.setup.hub.publish(Arc::clone(&next), delta.as_ref());
         self.known = Arc::clone(&next);
-        self.happen(Event::Assigned(next));
-        self.steps.knows(&self.setup.owned);
+        // What is over, before the application lets go of it; and below what has begun, once it is in force.
+        self.steps.knows(&self.setup.owned, &next);
+        self.happen(Event::Assigned(Arc::clone(&next)));
+        self.steps.knows(&self.setup.owned, &next);
         if self.term.is_none() {
-            self.take_on();
+            self.take_on(next);
         }
     }
 
@@ -672,8 +668,8 @@ impl Session {
 
     // --- Taking assignments on.
 
-    fn take_on(&mut self) {
-        let work = Work::Install(self.id, Arc::clone(&self.known), Arc::clone(&self.settle));
+    fn take_on(&mut self, assignment: Arc<Assignment>) {
+        let work = Work::Install(self.id, assignment, Arc::clone(&self.settle));
         self.install.begin(&self.setup.owned, work);
     }
 
@@ -684,7 +680,7 @@ impl Session {
 
     fn installed(&mut self) {
         self.install.next(&self.setup.owned);
-        self.steps.knows(&self.setup.owned);
+        self.steps.knows(&self.setup.owned, &self.known);
         // Whoever waits to be ready looks again.
         self.setup.state.send_modify(|_| ());
     }
