@@ -18,8 +18,8 @@ use tracing::{info, warn};
 
 use crate::access::{Guard, connector, transport};
 use crate::api::admin::AdminService;
-use crate::api::gate;
 use crate::api::task::TaskService;
+use crate::api::{feed, gate};
 use crate::config::{Config, ConfigError, Seat, Start};
 use crate::http::{self, Check, Pages};
 use crate::metrics::{JobLabels, Metrics, render};
@@ -122,6 +122,7 @@ impl Assigner {
         let (connector, counted) = (connector(&access), metrics.clone());
         let admin = AdminService::new(consensus.clone(), node.clone(), connector, counted);
         let watch = WatchService::new(hub.clone(), closing.clone());
+        let feed = feed::routes(consensus.clone(), hub.clone(), guard.clone(), closing.clone());
         let pages = Arc::new(NodePages {
             consensus: consensus.clone(),
             hub: hub.clone(),
@@ -134,8 +135,8 @@ impl Assigner {
             .add_service(InterceptedService::new(admin.clone().server(), guard.clone()))
             .add_service(InterceptedService::new(watch, guard.clone()));
         let router = std::mem::take(routes.axum_router_mut());
-        *routes.axum_router_mut() =
-            router.merge(http::routes(pages)).merge(gate::routes(admin, guard.clone()));
+        let gate = gate::routes(admin, guard.clone());
+        *routes.axum_router_mut() = router.merge(http::routes(pages)).merge(gate).merge(feed);
         let peers = Routes::new(InterceptedService::new(consensus.service(), guard));
         let run = |socket, routes| {
             let (access, closing) = (Arc::clone(&access), closing.clone());

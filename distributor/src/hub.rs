@@ -293,6 +293,15 @@ pub struct Subscription {
     _place: Place,
 }
 
+/// What a watcher is told next, where everything is not encoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// Everything.
+    Everything(Arc<Assignment>),
+    /// A step, or that the job is not known.
+    Frame(Frame),
+}
+
 /// The rest of a full assignment, which may not be broken off.
 #[derive(Debug)]
 enum Pending {
@@ -319,13 +328,31 @@ impl Subscription {
                     self.told = Some(edition.assignment.generation);
                     self.pending = Pending::Parts { frames, next: 0 };
                 }
-                // The topic holds the sender, so this ends only with news.
-                Ready::Nothing => {
-                    if self.changed.changed().await.is_err() {
-                        std::future::pending::<()>().await;
-                    }
-                }
+                Ready::Nothing => self.news().await,
             }
+        }
+    }
+
+    /// Gives what there is to say next to whoever says it in another form than gRPC's. For one watcher either this or `next`.
+    /// Safe to cancel, as `next` is.
+    pub async fn tell(&mut self) -> Told {
+        loop {
+            self.changed.borrow_and_update();
+            match self.ready() {
+                Ready::Now(frame) => return Told::Frame(frame),
+                Ready::Everything(edition) => {
+                    self.told = Some(edition.assignment.generation);
+                    return Told::Everything(Arc::clone(&edition.assignment));
+                }
+                Ready::Nothing => self.news().await,
+            }
+        }
+    }
+
+    /// The topic holds the sender, so this ends only with news.
+    async fn news(&mut self) {
+        if self.changed.changed().await.is_err() {
+            std::future::pending::<()>().await;
         }
     }
 
@@ -417,6 +444,24 @@ mod tests {
         assert_eq!(told(&mut early), ["delta 1.1 1.2", "delta 1.2 1.3"]);
         let mut late = hub.subscribe(&job(), None).unwrap();
         assert_eq!(told(&mut late), ["full 1.3"]);
+    }
+
+    #[test]
+    fn another_form_is_told_the_same() {
+        let hub = Hub::new();
+        hub.publish(empty("kv", 1), None);
+        let mut watcher = hub.subscribe(&job(), None).unwrap();
+        let mut tell = || watcher.tell().now_or_never();
+        assert_eq!(tell(), Some(Told::Everything(empty("kv", 1))));
+        assert_eq!(tell(), None);
+        advance(&hub, "kv");
+        hub.forget(&job());
+        let Some(Told::Frame(unknown)) = tell() else { panic!("it is told that the job is gone") };
+        assert_eq!(unknown.message(), encode_unknown(&job()));
+        hub.publish(empty("kv", 5), None);
+        assert_eq!(tell(), Some(Told::Everything(empty("kv", 5))));
+        advance(&hub, "kv");
+        assert!(matches!(tell(), Some(Told::Frame(_))));
     }
 
     #[test]

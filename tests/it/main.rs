@@ -19,6 +19,7 @@ mod outage;
 mod wiped;
 mod bad_calls;
 mod hand;
+mod langs;
 mod brakes;
 mod fate;
 mod secure;

@@ -3,3 +3,4 @@
 pub mod task;
 pub mod admin;
 pub mod gate;
+pub mod feed;
