@@ -221,6 +221,10 @@ async fn exchange_messages(
                 if let Some(load) = load(&mut response) {
                     worker.lookup.heard(target, load);
                 }
+                if let Some(setback) = refused(&response) {
+                    worker.pool.give_back_unread(response.into_body(), lease);
+                    return Err(setback);
+                }
                 return accept(response, lease);
             }
             Err(error) => error,
@@ -283,17 +287,21 @@ async fn within<T>(
     }
 }
 
-/// Takes an answer over: 421, and 503 in a hand-off, lead to another try, and what belongs to this hop ends here.
+/// Finds in an answer that the task took no part in the request: 421, and 503 in a hand-off, lead to another try.
+fn refused(response: &Response<Incoming>) -> Option<Setback> {
+    let headers = response.headers();
+    match response.status() {
+        StatusCode::MISDIRECTED_REQUEST => Some(Setback::Misdirected(named(headers, &GENERATION))),
+        StatusCode::SERVICE_UNAVAILABLE => {
+            let id: HandOffId = named(headers, &TRANSIT)?;
+            Some(Setback::InTransit(named(headers, &GENERATION).unwrap_or(id.began)))
+        }
+        _ => None,
+    }
+}
+
+/// Takes an answer over: what belongs to this hop ends here.
 fn accept(mut response: Response<Incoming>, lease: Lease) -> Result<Answer, Setback> {
-    if response.status() == StatusCode::MISDIRECTED_REQUEST {
-        return Err(Setback::Misdirected(named(response.headers(), &GENERATION)));
-    }
-    if response.status() == StatusCode::SERVICE_UNAVAILABLE
-        && let Some(id) = named::<HandOffId>(response.headers(), &TRANSIT)
-    {
-        let told: Option<Generation> = named(response.headers(), &GENERATION);
-        return Err(Setback::InTransit(told.unwrap_or(id.began)));
-    }
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return Err(Setback::Final(Refusal::Garbled(
             "it switched protocols though nobody had asked",

@@ -8,6 +8,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use http_body::Body;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
 use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
 use mandoline_core::task::{Address, SessionId};
@@ -66,8 +70,11 @@ pub(crate) enum ConnectError {
 const FORGET_AFTER: Duration = Duration::from_secs(600);
 
 /// How long a connection may take to become ready for its next request before it is closed. It waits only for a request
-/// body that the task did not want to the end.
+/// body that the task did not want to the end, or for the end of a refusal.
 const READY_WAIT: Duration = Duration::from_secs(1);
+
+/// What is read of an answer that nobody wants: more costs more than a new connection.
+const UNREAD_MAX_BYTES: usize = 16 << 10;
 
 impl Pool {
     pub(crate) fn new(timeouts: Timeouts, limits: Limits, counters: Arc<Counters>) -> Self {
@@ -145,6 +152,28 @@ impl Pool {
                 }
             });
         }
+    }
+
+    /// Keeps a connection whose answer nobody reads to the end, once that has come: a task that gives slices away refuses many
+    /// requests, and each with a sentence.
+    pub(crate) fn give_back_unread(&self, mut answer: Incoming, lease: Lease) {
+        if answer.is_end_stream() {
+            return self.give_back(lease);
+        }
+        let Lease { mut sender, upstream, .. } = lease;
+        self.drivers.spawn_local(async move {
+            let mut left = UNREAD_MAX_BYTES;
+            let read = async {
+                while let Some(frame) = answer.frame().await {
+                    let length = frame.ok()?.data_ref().map_or(0, Bytes::len);
+                    left = left.checked_sub(length)?;
+                }
+                sender.ready().await.ok()
+            };
+            if let Ok(Some(())) = timeout(READY_WAIT, read).await {
+                upstream.keep(sender);
+            }
+        });
     }
 
     /// Runs something beside the requests, for as long as the worker lives.

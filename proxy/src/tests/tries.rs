@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
+use http::StatusCode;
 use mandoline_core::task::SessionId;
 use tokio::sync::{Notify, mpsc};
 
@@ -94,6 +95,24 @@ async fn a_task_that_lags_behind_is_asked_again() {
     stage.owners.give(5, &[(0, 1, backend.address)]).await;
     assert!(stage.talk(GET).await.ends_with("mine now"));
     assert_eq!(asked.load(SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_refusal_keeps_its_connection_unless_it_is_long() {
+    // What is said, and how many connections eight tries need.
+    for (said, connects) in [(0, 1), (1_000, 1), (1 << 20, 8)] {
+        let backend = Backend::serve(move |_| async move {
+            let mut refusal = text("x".repeat(said));
+            *refusal.status_mut() = StatusCode::MISDIRECTED_REQUEST;
+            refusal.headers_mut().insert("mandoline-generation", "1.1".parse().unwrap());
+            refusal
+        })
+        .await;
+        let stage = Stage::new(Owners::none());
+        stage.owners.give(5, &[(0, 1, backend.address)]).await;
+        assert!(stage.talk(GET).await.starts_with("HTTP/1.1 503"));
+        assert_eq!(stage.stats().connects, connects, "{said} bytes");
+    }
 }
 
 #[tokio::test]
