@@ -8,7 +8,8 @@
 //! |---|---|---|
 //! | Linux, Android | `CLOCK_BOOTTIME` | yes |
 //! | macOS and its kin | `CLOCK_MONOTONIC` | yes, by its manual |
-//! | others | `CLOCK_MONOTONIC` | do not count on it: an owner may wake with its lease, and only fencing protects |
+//! | other Unixes | `CLOCK_MONOTONIC` | do not count on it: an owner may wake with its lease, and only fencing protects |
+//! | Windows | none yet: the crate does not build there | |
 //!
 //! No clock in a guest counts what a hypervisor hides from it: see docs/fencing.md.
 

@@ -487,20 +487,23 @@ impl Builder {
     }
 
     /// Moves the application's state with its slices: see [`crate::transfer`]. Other tasks pull it from where peers watch, so
-    /// give a [`Builder::watch_address`]; without one, slices that leave here start empty elsewhere.
+    /// give a [`Builder::watch_address`]; without one, slices that leave here start empty elsewhere. In an affinity job what is
+    /// written to a slice while it moves stays behind: see [`crate::transfer`].
     pub fn state(mut self, state: impl Movable) -> Self {
         self.movable = Some(Arc::new(state));
         self
     }
 
     /// Calls this with a slice that is on its way elsewhere, once nothing is under way on it any more: write down what has to
-    /// be. Nobody serves the slice meanwhile. Of exclusive jobs.
+    /// be. Nobody serves the slice meanwhile, unless the hand-off is called off: then requests come again at once, though this has
+    /// not returned. Of exclusive jobs.
     pub fn on_release(mut self, call: impl Fn(Slice) + Send + Sync + 'static) -> Self {
         self.calls.release = Some(Arc::new(call));
         self
     }
 
-    /// Calls this with a slice that was being released and stays, since its hand-off was called off.
+    /// Calls this with a slice that was being released and stays, since its hand-off was called off: after
+    /// [`Builder::on_release`] has returned, or without it, where guards were still held.
     pub fn on_resume(mut self, call: impl Fn(Slice) + Send + Sync + 'static) -> Self {
         self.calls.resume = Some(Arc::new(call));
         self

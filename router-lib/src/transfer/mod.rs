@@ -4,6 +4,9 @@
 //! serve a slice pulls: a *bulk* pass while the other one serves on, and a *last* pass with what has changed since, once
 //! that one serves no longer. Memory is bounded by [`AHEAD_MAX_BYTES`] a transfer on either side, however large the state is.
 //!
+//! A slice of an affinity job never stops being served, so there is no last pass: what is written between the bulk pass and the switch
+//! stays behind. Whoever cannot bear that makes the job exclusive.
+//!
 //! ```
 //! use std::io::{self, Write};
 //!
