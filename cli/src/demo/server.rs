@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
+use http::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
@@ -19,10 +19,10 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use mandoline::Utilisation;
-use mandoline::http::names::{GENERATION, LOAD, OWNER, SPILL, TRANSIT};
-use mandoline::slicelet::{Claim, CostError, Guard, NotOwner, Owner, Slicelet};
+use mandoline::http::names::{LOAD, SPILL};
+use mandoline::http::refused::Refused;
+use mandoline::slicelet::{Claim, CostError, Guard, NotOwner, Slicelet};
 use mandoline_core::extract::{Extract, Headers, Miss, Parts};
-use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::TaskName;
 use tokio::net::{TcpListener, TcpStream};
@@ -208,15 +208,15 @@ impl<S: Shard> Task<S> {
                             self.store.write(&key, &value);
                             Ok(empty(StatusCode::NO_CONTENT))
                         }
-                        Err(why) => not_owner(&why),
+                        Err(why) => not_owner(why),
                     }
                 }
-                Err(why) => not_owner(&why),
+                Err(why) => not_owner(why),
             };
         }
         match self.shard.acquire(&key, cost) {
             Ok(_guard) => self.act(&key, parts.method, body).await,
-            Err(why) => not_owner(&why),
+            Err(why) => not_owner(why),
         }
     }
 
@@ -246,43 +246,11 @@ impl<S: Shard> Task<S> {
 }
 
 /// Says why a request was not taken, so that its caller knows where to go and when.
-fn not_owner(why: &NotOwner) -> Result<Reply, Refusal> {
+fn not_owner(why: NotOwner) -> Result<Reply, Refusal> {
     match why {
-        NotOwner::Elsewhere { owner, generation } => {
-            let (address, generation) = (owner.clone(), *generation);
-            Ok(misdirected(&Owner { address, generation }))
-        }
-        NotOwner::InTransit { id, generation } => {
-            let mut reply = unavailable(&why.to_string(), *generation);
-            let id = HeaderValue::try_from(id.to_string());
-            reply.headers_mut().insert(TRANSIT, id.expect("an id is numbers and signs"));
-            Ok(reply)
-        }
-        NotOwner::NoLease { generation } => Ok(unavailable(&why.to_string(), *generation)),
-        NotOwner::Cost(error) => Err((*error).into()),
+        NotOwner::Cost(error) => Err(error.into()),
+        why => Ok(Refused::from(why).answer(false).map(Full::new)),
     }
-}
-
-fn unavailable(why: &str, generation: Generation) -> Reply {
-    let mut reply = text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n"));
-    let generation = HeaderValue::try_from(generation.to_string());
-    let generation = generation.expect("a generation is two numbers and a dot");
-    reply.headers_mut().insert(GENERATION, generation);
-    reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-    reply
-}
-
-/// Says who has the key, as far as this task knows.
-fn misdirected(owner: &Owner) -> Reply {
-    let mut reply = text(StatusCode::MISDIRECTED_REQUEST, "this task does not own the key\n");
-    let headers = reply.headers_mut();
-    let generation = HeaderValue::try_from(owner.generation.to_string());
-    headers.insert(GENERATION, generation.expect("a generation is two numbers and a dot"));
-    if let Some(address) = &owner.address {
-        let address = HeaderValue::try_from(address.as_str());
-        headers.insert(OWNER, address.expect("an address is visible ASCII"));
-    }
-    reply
 }
 
 /// Why a request was not looked at any further: a status, and a sentence for the caller.
