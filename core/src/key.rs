@@ -20,6 +20,7 @@ impl SliceKey {
     pub const MAX: Self = Self(u64::MAX);
 
     /// Hashes a key's bytes.
+    #[inline]
     pub fn of(key: &[u8]) -> Self {
         Self(xxh3_64(key))
     }

@@ -45,7 +45,7 @@ pub enum NoTask {
 pub struct Snapshot {
     assignment: Arc<Assignment>,
     spill: Option<Ratio>,
-    /// Where slices begin and who serves them, in order.
+    /// Where slices begin and who serves them, in order; and one that nobody looks up, so that each has a next.
     entries: Box<[Entry]>,
     /// The slice that holds the first key of each bucket; one more than there are buckets, for the last one's end.
     table: Box<[u32]>,
@@ -87,10 +87,12 @@ impl Snapshot {
             };
             Entry { first: slice.first().0, at, replicas: replicas.len() as u32 }
         };
-        let entries: Box<[Entry]> = assignment.slices.iter().map(&mut entry).collect();
+        let mut entries: Vec<Entry> = assignment.slices.iter().map(&mut entry).collect();
         let (table, shift) = table(&entries);
+        entries.push(Entry { first: u64::MAX, at: 0, replicas: 0 });
         let spill = assignment.spill;
-        Self { assignment, spill, entries, table, shift, tasks, many: many.into() }
+        let (entries, many) = (entries.into(), many.into());
+        Self { assignment, spill, entries, table, shift, tasks, many }
     }
 
     /// Gives the assignment that it was built from. Its generation is zero before anything is known.
@@ -99,9 +101,21 @@ impl Snapshot {
     }
 
     /// Finds the slice of a key by its place in the list.
+    #[inline]
     pub fn index_of(&self, key: SliceKey) -> usize {
         let bucket = (key.0 >> self.shift) as usize;
-        let (mut low, high) = (self.table[bucket] as usize, self.table[bucket + 1] as usize);
+        let (low, high) = (self.table[bucket] as usize, self.table[bucket + 1] as usize);
+        if high - low > 1 {
+            return self.index_among(low, high, key);
+        }
+        // One slice begins in the bucket, or none. Which side of it a key lies on is anybody's guess, the processor's too: so it is
+        // computed, and nothing is guessed.
+        low + (usize::from(low < high) & usize::from(self.entries[low + 1].first <= key.0))
+    }
+
+    /// Finds the slice of a key among several that begin in its bucket.
+    #[inline(never)]
+    fn index_among(&self, mut low: usize, high: usize, key: SliceKey) -> usize {
         if high - low > SCAN_MAX {
             let candidates = &self.entries[low..=high];
             return low + candidates.partition_point(|entry| entry.first <= key.0) - 1;
@@ -113,6 +127,7 @@ impl Snapshot {
     }
 
     /// Finds who serves a key. `turn` says whose turn it is where several do.
+    #[inline]
     pub(crate) fn find(
         &self,
         key: SliceKey,
@@ -149,6 +164,7 @@ impl Snapshot {
     }
 
     /// Says above which load in relation to the mean keys spill, if they do.
+    #[inline]
     pub(crate) fn spill(&self) -> Option<Ratio> {
         self.spill
     }
@@ -205,6 +221,7 @@ pub struct Sent {
 }
 
 impl<H: Deref<Target = Snapshot>> Target<H> {
+    #[inline]
     pub(crate) fn new(held: H, (slice, task): (u32, u32)) -> Self {
         Self { held, slice, task, ticket: None, lane: 0, is_spilled: false }
     }
@@ -227,11 +244,13 @@ impl<H: Deref<Target = Snapshot>> Target<H> {
     }
 
     /// Gives all that is known of the task.
+    #[inline]
     pub fn task(&self) -> &Arc<Task> {
         &self.held.tasks[self.task as usize]
     }
 
     /// Names the task's life.
+    #[inline]
     pub fn session(&self) -> SessionId {
         self.task().session
     }
