@@ -5,6 +5,7 @@ mod processes;
 mod failover;
 mod handoff;
 mod reaction;
+mod route;
 
 use std::process::ExitCode;
 
@@ -18,6 +19,7 @@ pub(crate) enum BenchCommand {
     Failover(failover::FailoverArgs),
     Handoff(handoff::HandoffArgs),
     Reaction(reaction::ReactionArgs),
+    Route(route::RouteArgs),
 }
 
 /// Answers `bench`.
@@ -26,5 +28,6 @@ pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
         BenchCommand::Failover(args) => failover::run(args).await,
         BenchCommand::Handoff(args) => handoff::run(args).await,
         BenchCommand::Reaction(args) => reaction::run(args).await,
+        BenchCommand::Route(args) => route::run(args).await,
     }
 }
