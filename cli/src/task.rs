@@ -177,6 +177,10 @@ impl Shard for Frail {
         Ok(guard)
     }
 
+    fn still_owned(guard: &Guard) -> bool {
+        guard.still_owned()
+    }
+
     fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
         let claim = Shard::claim_spilled(self.slicelet.as_ref(), key, cost)?;
         if claim == Claim::Mine {

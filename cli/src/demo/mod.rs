@@ -24,11 +24,29 @@ pub(crate) mod testing {
     pub(crate) struct Part {
         slice: Slice,
         counted: Mutex<f64>,
+        stay: Mutex<Stay>,
+    }
+
+    /// Whether the slice goes while a request is under way.
+    struct Stay {
+        entries_left: usize,
+        comes_back: bool,
     }
 
     impl Part {
         pub(crate) fn new(slice: Slice) -> Self {
-            Self { slice, counted: Mutex::default() }
+            let stay = Mutex::new(Stay { entries_left: usize::MAX, comes_back: false });
+            Self { slice, counted: Mutex::default(), stay }
+        }
+
+        /// The slice goes once so many more requests have been taken in, the last of them under way.
+        pub(crate) fn goes_after(&self, entries: usize) {
+            self.stay.lock().unwrap().entries_left = entries;
+        }
+
+        /// When it goes, it is back at once.
+        pub(crate) fn comes_back(&self) {
+            self.stay.lock().unwrap().comes_back = true;
         }
 
         pub(crate) fn counted(&self) -> f64 {
@@ -37,24 +55,32 @@ pub(crate) mod testing {
     }
 
     impl Shard for Part {
-        type Guard = ();
+        /// Whether the slice stays.
+        type Guard = bool;
 
-        fn acquire(&self, key: &[u8], cost: f64) -> Result<(), NotOwner> {
+        fn acquire(&self, key: &[u8], cost: f64) -> Result<bool, NotOwner> {
             if !(0.0..=1e6).contains(&cost) {
                 return Err(CostError(cost).into());
             }
             *self.counted.lock().unwrap() += cost;
-            if self.slice.contains(SliceKey::of(key)) {
-                return Ok(());
+            let mut stay = self.stay.lock().unwrap();
+            let is_here = stay.entries_left > 0 || stay.comes_back;
+            if is_here && self.slice.contains(SliceKey::of(key)) {
+                stay.entries_left = stay.entries_left.saturating_sub(1);
+                return Ok(stay.entries_left > 0);
             }
             let owner = Some("10.0.0.7:9000".parse().unwrap());
             let generation = Generation { incarnation: 1, number: 42 };
             Err(NotOwner::Elsewhere { owner, generation })
         }
 
+        fn still_owned(stays: &bool) -> bool {
+            *stays
+        }
+
         fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
             match self.acquire(key, cost) {
-                Ok(()) => Ok(Claim::Mine),
+                Ok(_) => Ok(Claim::Mine),
                 Err(NotOwner::Elsewhere { owner: address, generation }) => {
                     Ok(Claim::Elsewhere(Owner { address, generation }))
                 }

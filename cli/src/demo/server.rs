@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue};
+use http::header::{ALLOW, CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
@@ -43,7 +43,10 @@ pub(crate) trait Shard: Send + Sync + 'static {
     /// Takes a request in, and counts its cost as load on the key's slice.
     fn acquire(&self, key: &[u8], cost: f64) -> Result<Self::Guard, NotOwner>;
 
-    /// Does the same with a request that its caller has spilled here.
+    /// Says whether the key is this task's still, without a break: for the moment before an answer.
+    fn still_owned(guard: &Self::Guard) -> bool;
+
+    /// Does the same as `acquire` with a request that its caller has spilled here.
     fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError>;
 
     /// Gives what this task has served.
@@ -55,6 +58,10 @@ impl Shard for Slicelet {
 
     fn acquire(&self, key: &[u8], cost: f64) -> Result<Guard, NotOwner> {
         self.acquire_at(SliceKey::of(key), cost)
+    }
+
+    fn still_owned(guard: &Guard) -> bool {
+        guard.still_owned()
     }
 
     fn claim_spilled(&self, key: &[u8], cost: f64) -> Result<Claim, CostError> {
@@ -204,9 +211,9 @@ impl<S: Shard> Task<S> {
                 Ok(_) => {
                     let value = read_value(body).await?;
                     match self.shard.acquire(&key, 0.0) {
-                        Ok(_guard) => {
+                        Ok(guard) => {
                             self.store.write(&key, &value);
-                            Ok(empty(StatusCode::NO_CONTENT))
+                            self.reply(&key, &guard, empty(StatusCode::NO_CONTENT))
                         }
                         Err(why) => not_owner(why),
                     }
@@ -215,8 +222,28 @@ impl<S: Shard> Task<S> {
             };
         }
         match self.shard.acquire(&key, cost) {
-            Ok(_guard) => self.act(&key, parts.method, body).await,
+            Ok(guard) => {
+                let reply = self.act(&key, parts.method, body).await?;
+                self.reply(&key, &guard, reply)
+            }
             Err(why) => not_owner(why),
+        }
+    }
+
+    /// Answers, if the key has been this task's to the end. Else what was read may be old, and what was written stays behind with
+    /// the slice: whoever has it now is to be asked.
+    fn reply(&self, key: &[u8], guard: &S::Guard, reply: Reply) -> Result<Reply, Refusal> {
+        if S::still_owned(guard) {
+            return Ok(reply);
+        }
+        match self.shard.acquire(key, 0.0) {
+            Err(why) => not_owner(why),
+            Ok(_) => {
+                let why = "the key went and came back while the request was under way: ask again\n";
+                let mut reply = text(StatusCode::SERVICE_UNAVAILABLE, why);
+                reply.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+                Ok(reply)
+            }
         }
     }
 
@@ -411,6 +438,25 @@ mod tests {
         );
         assert!(say(&server, "GET /kv/abc\n\r\n").await.starts_with("HTTP/1.1 404"));
         assert_eq!(part.counted(), 3.0, "what came to the wrong task costs it too");
+    }
+
+    #[tokio::test]
+    async fn a_key_that_goes_while_a_request_is_under_way_is_not_answered_for() {
+        for request in ["GET /kv/a\n\r\n", "PUT /kv/a\ncontent-length: 1\r\n\r\nx"] {
+            let (server, part, _stop) = serve(Slice::FULL).await;
+            let entries = if request.starts_with("PUT") { 2 } else { 1 };
+            part.goes_after(entries);
+            let reply = say(&server, request).await;
+            assert!(reply.starts_with("HTTP/1.1 421"), "{reply}");
+            // It is back, but nobody knows what has been in between.
+            part.goes_after(entries);
+            part.comes_back();
+            let reply = say(&server, request).await;
+            assert!(
+                reply.starts_with("HTTP/1.1 503") && reply.contains("retry-after: 1"),
+                "{reply}"
+            );
+        }
     }
 
     #[tokio::test]
