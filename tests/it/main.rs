@@ -27,6 +27,7 @@ mod failover;
 mod task_loss;
 mod rolling;
 mod exclusive;
+mod moving;
 mod spill;
 mod away;
 mod durability;

@@ -2,8 +2,12 @@
 
 #[allow(dead_code)] // the integration tests use the rest of it
 mod processes;
+mod plain;
 mod failover;
 mod handoff;
+mod moving;
+mod rolling;
+mod crash;
 mod reaction;
 mod route;
 
@@ -18,6 +22,9 @@ use crate::failure::Failure;
 pub(crate) enum BenchCommand {
     Failover(failover::FailoverArgs),
     Handoff(handoff::HandoffArgs),
+    Moving(moving::MovingArgs),
+    Rolling(rolling::RollingArgs),
+    Crash(crash::CrashArgs),
     Reaction(reaction::ReactionArgs),
     Route(route::RouteArgs),
 }
@@ -27,6 +34,9 @@ pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
     match command {
         BenchCommand::Failover(args) => failover::run(args).await,
         BenchCommand::Handoff(args) => handoff::run(args).await,
+        BenchCommand::Moving(args) => moving::run(args).await,
+        BenchCommand::Rolling(args) => rolling::run(args).await,
+        BenchCommand::Crash(args) => crash::run(args).await,
         BenchCommand::Reaction(args) => reaction::run(args).await,
         BenchCommand::Route(args) => route::run(args).await,
     }

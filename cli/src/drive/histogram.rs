@@ -30,6 +30,20 @@ impl Histogram {
         self.max = self.max.max(took);
     }
 
+    /// Adds what another one counted.
+    pub(crate) fn add(&mut self, other: &Self) {
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count += more;
+        }
+        self.total += other.total;
+        self.max = self.max.max(other.max);
+    }
+
+    /// Counts how many there were.
+    pub(crate) const fn count(&self) -> u64 {
+        self.total
+    }
+
     /// Gives how long `share` of them took at most, rounded up to the end of a bucket; zero if there were none.
     pub(crate) fn quantile(&self, share: f64) -> Duration {
         let rank = ((share * self.total as f64).ceil() as u64).clamp(1, self.total.max(1));
@@ -100,6 +114,9 @@ mod tests {
             assert!((expected..=expected * 1.07).contains(&got), "{share}: {got}");
         }
         histogram.record(Duration::from_secs(5));
-        assert_eq!((histogram.total, histogram.max()), (1_001, Duration::from_secs(5)));
+        assert_eq!((histogram.count(), histogram.max()), (1_001, Duration::from_secs(5)));
+        let mut both = histogram.clone();
+        both.add(&histogram);
+        assert_eq!((both.count(), both.quantile(0.5)), (2_002, histogram.quantile(0.5)));
     }
 }

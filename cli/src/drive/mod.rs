@@ -8,7 +8,7 @@
 //! `PUT /kv/KEY` with a value of the event's size, as a cache is. A fill's cost is zero, so that the load that a run
 //! brings is exactly the recording's.
 
-mod histogram;
+pub(crate) mod histogram;
 mod client;
 pub(crate) mod ledger;
 mod feed;
