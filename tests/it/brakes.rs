@@ -168,11 +168,6 @@ fn a_key_that_crashes_tasks_is_confined_to_one_and_shown() {
         })
         .collect();
     serving(&scene, 4);
-    // Tasks that have served well for a while: what crashes one just after it started may be anything.
-    let began = tokio::time::Instant::now();
-    until("tasks to have served for a while", || {
-        (began.elapsed() > std::time::Duration::from_secs(4)).then_some(())
-    });
     // A caller that asks whoever serves the key, again and again, as long as it takes.
     let ask_all = || {
         for port in &ports {
