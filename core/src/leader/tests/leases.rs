@@ -44,6 +44,12 @@ fn a_session_that_is_no_more_is_granted_nothing() {
     assert_eq!((stage.confirms, stage.granted.len()), (0, 0));
     assert_eq!(stage.leader.ledger.over_at(A), None, "it is not remembered for ever");
     assert!(stage.leader.ledger.over_at(B).is_some());
+    // Its end is applied, and the leader has not heard of that yet.
+    stage.renew(B);
+    let end = Command::End { job: kv(), session: B, reason: EndReason::Left };
+    stage.state.apply(end).unwrap();
+    stage.confirm(true);
+    assert_eq!(stage.granted, []);
 }
 
 #[test]

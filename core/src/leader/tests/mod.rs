@@ -336,6 +336,18 @@ fn most_tasks_gone_at_once_are_waited_for_and_are_well_when_they_return() {
 }
 
 #[test]
+fn nothing_is_evened_out_while_the_brake_holds() {
+    let (mut scene, tasks) = three_of_five_fall_silent(JobSpec::new(kv()));
+    let before = scene.state.jobs[&kv()].churn.moves;
+    let hot: Vec<Slice> =
+        scene.state.jobs[&kv()].assignment.of(tasks[4]).map(|(slice, _)| slice).collect();
+    let is_hot = |slice: Slice| hot.iter().any(|hot| hot.overlap(slice).is_some());
+    scene.pass(120, &tasks[..3], |slice| even(slice) * if is_hot(slice) { 10 } else { 1 });
+    assert!(scene.load_of(tasks[4]) > 5.0 * scene.load_of(tasks[3]), "it has far too much");
+    assert_eq!(scene.state.jobs[&kv()].churn.moves, before);
+}
+
+#[test]
 fn an_exclusive_job_is_held_likewise() {
     // A session's task has its lease from when it registered.
     let mut scene = Scene::new();
@@ -535,8 +547,12 @@ fn confined_keys_are_released_by_word_or_after_an_hour_and_move_on_from_a_task_t
     scene.propose(confine("t1", &slices));
     let refused = scene.state.apply(confine("t1", &[wide])).unwrap_err();
     assert_eq!(refused, Refused::Confined(wide));
-    // After an hour.
-    scene.pass(3_620, &[], even);
+    // An hour after the last crash.
+    scene.pass(1_800, &[], even);
+    assert_eq!(poison(&mut scene, key, 1), [1]);
+    scene.pass(1_900, &[], even);
+    assert_eq!(scene.state.jobs[&kv()].confined.len(), 1);
+    scene.pass(1_720, &[], even);
     assert!(scene.state.jobs[&kv()].confined.is_empty());
 }
 
