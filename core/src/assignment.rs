@@ -190,6 +190,14 @@ impl Assignment {
             .filter_map(move |(slice, assigned)| Some((slice, assigned.replicas.of(session)?)))
     }
 
+    /// Says whether `session` serves nothing, and nothing is on its way there.
+    pub fn has_nothing_for(&self, session: SessionId) -> bool {
+        self.slices.iter().all(|(_, assigned)| {
+            let comes = assigned.transit.as_deref().is_some_and(|transit| transit.to == session);
+            !comes && assigned.replicas.of(session).is_none()
+        })
+    }
+
     /// Says whether each slice has one owner at most.
     pub fn is_exclusive(&self) -> bool {
         self.slices.value_at(0).replicas.is_exclusive()

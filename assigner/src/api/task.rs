@@ -548,15 +548,13 @@ impl Session {
             self.attached = attached;
             self.say(Reply::Attached(attached));
         }
-        let leaves = job
-            .assignment
-            .tasks
-            .get(&self.who.session)
-            .is_some_and(|task| task.phase == Phase::Draining);
-        let mut tasks = job.assignment.tasks.values();
-        let alone = tasks.all(|task| task.phase == Phase::Draining);
-        let has_none = job.assignment.of(self.who.session).next().is_none();
-        if leaves && (has_none || alone) {
+        let task = job.assignment.tasks.get(&self.who.session);
+        if task.is_none_or(|task| task.phase != Phase::Draining) {
+            return;
+        }
+        let alone = job.assignment.tasks.values().all(|task| task.phase == Phase::Draining);
+        let has_none = job.assignment.has_nothing_for(self.who.session);
+        if has_none || alone {
             self.say(Reply::Drained(pb::Drained { alone: !has_none }));
         }
     }

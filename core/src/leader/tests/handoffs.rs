@@ -230,9 +230,10 @@ fn who_leaves_and_has_nothing_yet_is_not_done_while_something_comes() {
     assert!(stage.transits().iter().all(|transit| transit.to == new));
     assert!(!stage.transits().is_empty());
     stage.drain(new);
-    assert_eq!(stage.drained, []);
+    assert_eq!((stage.drained.len(), stage.assignment().has_nothing_for(new)), (0, false));
     stage.agree_next();
     assert_eq!((stage.transits().len(), stage.drained.as_slice()), (0, [new].as_slice()));
+    assert!(stage.assignment().has_nothing_for(new) && !stage.assignment().has_nothing_for(A));
 }
 
 #[test]
