@@ -430,8 +430,9 @@ mod tests {
         // "a" lies at e6c632b61e964e1f, "abc" at 78af5f94892f3950.
         let lower = Slice::new("0".parse().unwrap(), "7fffffffffffffff".parse().unwrap()).unwrap();
         let (server, part, _stop) = serve(lower).await;
-        let reply = "HTTP/1.1 421 Misdirected Request|content-type: text/plain; charset=utf-8|mandoline-generation: 1.42|\
-                     mandoline-owner: 10.0.0.7:9000|mandoline-task: task-1|content-length: 31||this task does not own the key";
+        let reply = "HTTP/1.1 421 Misdirected Request|mandoline-generation: 1.42|mandoline-owner: 10.0.0.7:9000|\
+                     content-type: text/plain; charset=utf-8|mandoline-task: task-1|content-length: 71||\
+                     this task does not own the key: 10.0.0.7:9000 does, as far as it knows";
         check(&server, "GET /kv/a\n\r\n", reply).await;
         assert!(
             say(&server, "PUT /kv/a\ncontent-length: 1\r\n\r\nx").await.starts_with("HTTP/1.1 421")
