@@ -7,12 +7,15 @@
 //! tasks count as their callers do, within a quarter: then what they offered counts where it exceeds what was served
 //! beyond chance, and a task whose load is out of all proportion is believed only as far as its callers bear it out.
 //! Nothing is gained by the larger of two noisy figures, so within chance the task's word stands.
+//!
+//! A task that counts nothing though requests are sent to it is silent: a server that links nothing, registered by an
+//! agent. It says nothing of how tasks count, and on its slices the callers' word is all there is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Add;
 use std::time::Duration;
 
-use crate::assignment::{Assignment, Replica};
+use crate::assignment::Assignment;
 use crate::brake::Word;
 use crate::load::Load;
 use crate::report::{
@@ -160,13 +163,13 @@ impl Offers {
         if !self.callers.is_empty() {
             let sums = Sums::of(assignment, self.callers.values().map(|(_, offer)| offer));
             (totals.load, totals.failed) = (sums.load, sums.failed);
-            let offered = sums.known(assignment).map(|(offered, _)| offered).collect();
+            let offered = sums.known(assignment).collect();
             let tasks = sums.counted(assignment, table);
             if count_alike(&tasks) {
                 let hot = self.hot();
-                let suspects = suspects(&tasks);
+                let (suspects, silent) = (suspects(&tasks), silent(&tasks));
                 totals.suspects.clone_from(&suspects);
-                table.weigh(Second { offered, hot, suspects });
+                table.weigh(Second { offered, hot, suspects, silent });
             }
         }
         self.totals = totals;
@@ -256,30 +259,32 @@ impl Sums {
         sums
     }
 
-    /// What each slice whose load is known was offered, and whose it is.
-    fn known<'a>(
-        &'a self,
-        assignment: &'a Assignment,
-    ) -> impl Iterator<Item = (Offered, &'a [Replica])> {
+    /// What each slice whose load is known was offered.
+    fn known<'a>(&'a self, assignment: &'a Assignment) -> impl Iterator<Item = Offered> {
         let known = assignment.slices.iter().zip(&self.slices).filter(|(_, sum)| !sum.blurred);
         known.map(|((slice, assigned), sum)| {
             let replicas = assigned.replicas.as_slice();
             let each = sum.load.share(1, replicas.len().max(1) as u128);
-            (Offered { slice, load: sum.load, each, window: self.window }, replicas)
+            Offered { slice, load: sum.load, each, window: self.window }
         })
     }
 
     fn counted(&self, assignment: &Assignment, table: &LoadTable) -> BTreeMap<SessionId, Counted> {
         let mut tasks: BTreeMap<SessionId, Counted> = BTreeMap::new();
         let millis = u64::try_from(self.window.as_millis()).unwrap_or(u64::MAX);
-        for (offered, replicas) in self.known(assignment) {
+        for ((slice, assigned), sum) in assignment.slices.iter().zip(&self.slices) {
+            let replicas = assigned.replicas.as_slice();
+            let each = sum.load.share(1, replicas.len().max(1) as u128);
             for replica in replicas {
-                let served = table.served(replica.session, replica.since, offered.slice);
+                let served = table.served(replica.session, replica.since, slice);
                 let Some((_, served)) = served else { continue };
                 let task = tasks.entry(replica.session).or_default();
-                task.served += served;
-                task.offered += offered.each;
-                task.requests += offered.each.milli().saturating_mul(millis) / 1_000_000;
+                task.counts |= served > Load::ZERO;
+                if !sum.blurred {
+                    task.served += served;
+                    task.offered += each;
+                    task.requests += each.milli().saturating_mul(millis) / 1_000_000;
+                }
             }
         }
         tasks
@@ -293,17 +298,27 @@ struct Counted {
     offered: Load,
     /// Requests that it was offered.
     requests: u64,
+    /// It counted something on any of its slices.
+    counts: bool,
 }
 
-/// Says whether at least half of the tasks that had anything to count came to what their callers say, within a quarter.
+/// Says whether at least half of the tasks that had anything to count came to what their callers say, within a quarter; or
+/// whether no task counts at all, so that there is no word against the callers'.
 fn count_alike(tasks: &BTreeMap<SessionId, Counted>) -> bool {
-    let telling = || tasks.values().filter(|task| task.requests >= TELLING);
+    if tasks.values().all(|task| !task.counts) {
+        return tasks.values().map(|task| task.requests).sum::<u64>() >= TELLING;
+    }
+    let telling = || tasks.values().filter(|task| task.counts && task.requests >= TELLING);
     let alike = telling().filter(|task| {
         let (served, offered) = (u128::from(task.served.milli()), u128::from(task.offered.milli()));
         served * 5 >= offered * 4 && served * 4 <= offered * 5
     });
     let alike = alike.count();
     alike > 0 && alike * 2 >= telling().count()
+}
+
+fn silent(tasks: &BTreeMap<SessionId, Counted>) -> BTreeSet<SessionId> {
+    tasks.iter().filter(|(_, task)| !task.counts).map(|(session, _)| *session).collect()
 }
 
 fn suspects(tasks: &BTreeMap<SessionId, Counted>) -> BTreeSet<SessionId> {
@@ -321,7 +336,7 @@ fn suspects(tasks: &BTreeMap<SessionId, Counted>) -> BTreeSet<SessionId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::assignment::{Assigned, Replicas};
+    use crate::assignment::{Assigned, Replica, Replicas};
     use crate::generation::Generation;
     use crate::key::SliceKey;
     use crate::report::{HOT_MAX, Report};
@@ -423,6 +438,43 @@ mod tests {
             let mut offers = offered(&assignment, &[100, 400, 100]);
             assert_eq!(weighed(&assignment, &mut table, &mut offers), served);
         }
+    }
+
+    #[test]
+    fn where_no_task_counts_what_callers_offered_is_the_load() {
+        let assignment = assignment(4);
+        let mut table = table(&assignment, &[0, 0, 0, 0]);
+        // The last is too little for chance to be ruled out, were there a task's word to weigh it against.
+        let mut offers = offered(&assignment, &[100, 400, 0, 1]);
+        assert_eq!(weighed(&assignment, &mut table, &mut offers), [100, 400, 0, 1]);
+        let mut next = offered(&assignment, &[1, 0, 0, 0]);
+        table.clear();
+        assert_eq!(weighed(&assignment, &mut table, &mut next), [0, 0, 0, 0], "five are chance");
+    }
+
+    #[test]
+    fn tasks_that_count_stand_beside_some_that_do_not() {
+        let assignment = assignment(4);
+        let mut table = table(&assignment, &[100, 0, 0, 0]);
+        let mut offers = offered(&assignment, &[100, 400, 300, 2]);
+        assert_eq!(weighed(&assignment, &mut table, &mut offers), [100, 400, 300, 2]);
+        assert_eq!(offers.totals().suspects.len(), 0, "who counts is no liar");
+    }
+
+    #[test]
+    fn a_silent_tasks_slice_that_callers_knew_as_part_of_another_is_not_taken_for_idle() {
+        let assignment = assignment(4);
+        let mut table = table(&assignment, &[0, 0, 0, 0]);
+        let mut offers = Offers::default();
+        let spoken = [(slice(0, 99), 100), (slice(100, 199), 50), (slice(200, 399), 900)];
+        offers.receive(Time::ZERO, offer(1, &spoken)).unwrap();
+        offers.weigh(Time::ZERO, &assignment, &mut table);
+        let load = |nth: u64| {
+            let (first, last) = (nth * 100, nth * 100 + 99);
+            table.measured(SessionId(nth + 1), Generation::ZERO, slice(first, last))
+        };
+        assert_eq!(load(1), Some((FIVE, units(50))));
+        assert_eq!(load(2), None, "its last known load stands");
     }
 
     #[test]

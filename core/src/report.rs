@@ -202,6 +202,8 @@ pub struct Second {
     pub hot: Vec<HotKey>,
     /// Tasks whose word counts only as far as their callers bear it out.
     pub suspects: BTreeSet<SessionId>,
+    /// Tasks that counted nothing at all, such as servers that link nothing: on their slices the callers' word is all there is.
+    pub silent: BTreeSet<SessionId>,
 }
 
 /// What callers offered a slice.
@@ -266,9 +268,13 @@ impl LoadTable {
     ) -> Option<(Duration, Load)> {
         let served = self.served(session, since, slice);
         let suspect = self.second.suspects.contains(&session);
-        let Some(offered) = self.second.of(slice) else { return served.filter(|_| !suspect) };
+        let silent = self.second.silent.contains(&session);
+        let Some(offered) = self.second.of(slice) else {
+            return served.filter(|_| !suspect && !silent);
+        };
         match served {
             Some((window, load)) if suspect => Some((window, load.min(offered.each))),
+            Some(_) if silent => Some((offered.window, offered.each)),
             Some((window, load)) if !offered.is_beyond(load, window) => Some((window, load)),
             // Callers name their heaviest slices: of one that they do not name they know nothing.
             None if offered.each == Load::ZERO => None,
