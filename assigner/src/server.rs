@@ -70,8 +70,23 @@ pub async fn serve_watch(
     access: &Access,
     stop: CancellationToken,
 ) -> Result<(), ServeError> {
+    serve_watch_and_pages(listener, hub, axum::Router::new(), access, stop).await
+}
+
+/// Serves watches from a hub with pages of plain HTTP beside them, until `stop`: what a distributor does. The pages ask for no
+/// token.
+pub async fn serve_watch_and_pages(
+    listener: TcpListener,
+    hub: Hub,
+    pages: axum::Router,
+    access: &Access,
+    stop: CancellationToken,
+) -> Result<(), ServeError> {
     let watch = InterceptedService::new(WatchService::new(hub, stop.clone()), Guard::new(access));
-    serve(listener, Routes::new(watch), access, stop).await
+    let mut routes = Routes::new(watch);
+    let router = std::mem::take(routes.axum_router_mut());
+    *routes.axum_router_mut() = router.merge(pages);
+    serve(listener, routes, access, stop).await
 }
 
 /// How long calls under way may take once the server was told to stop: streams end at once, other calls are short.
