@@ -22,6 +22,8 @@ mod drive;
 mod node;
 mod task;
 mod proxy;
+mod agent;
+mod distributor;
 mod dev;
 mod bench;
 mod sim;
@@ -62,6 +64,8 @@ enum Command {
     Cluster(operate::ClusterCommand),
     Assigner(Box<node::NodeArgs>),
     Proxy(Box<proxy::ProxyArgs>),
+    Agent(Box<agent::AgentArgs>),
+    Distributor(Box<distributor::DistributorArgs>),
     #[command(subcommand)]
     Demo(DemoCommand),
     #[command(subcommand)]
@@ -80,7 +84,11 @@ impl Command {
     /// How much is logged unless asked for: a server says what it does, a command only what it cannot do.
     fn usual_log(&self) -> String {
         let (ours, raft) = match self {
-            Self::Assigner(_) | Self::Proxy(_) | Self::Demo(_) => ("info", "warn"),
+            Self::Assigner(_)
+            | Self::Proxy(_)
+            | Self::Agent(_)
+            | Self::Distributor(_)
+            | Self::Demo(_) => ("info", "warn"),
             // In one process all nodes stop at once, which Raft laments.
             _ => ("warn", "off"),
         };
@@ -118,6 +126,8 @@ fn start(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Cluster(command) => Box::pin(operate::cluster(command)).await,
             Command::Assigner(args) => Box::pin(node::run(*args)).await,
             Command::Proxy(args) => Box::pin(proxy::run(*args)).await,
+            Command::Agent(args) => Box::pin(agent::run(*args)).await,
+            Command::Distributor(args) => Box::pin(distributor::run(*args)).await,
             Command::Demo(DemoCommand::Task(args)) => Box::pin(task::run(*args)).await,
             Command::Bench(command) => Box::pin(bench::run(command)).await,
             Command::Sim(command) => Box::pin(sim::run(command)).await,

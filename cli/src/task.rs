@@ -90,8 +90,8 @@ pub(crate) struct TaskArgs {
 /// What placement may look at: `zone=a`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Label {
-    key: String,
-    value: String,
+    pub(crate) key: String,
+    pub(crate) value: String,
 }
 
 impl FromStr for Label {
@@ -357,6 +357,6 @@ pub(crate) fn default_assigners() -> Vec<Address> {
 /// Enough for a demonstration, and little enough for a laptop.
 const MEMORY: Size = Size(256 << 20);
 /// How long a drained task still answers: many times what an assignment takes to spread.
-const LINGER: std::time::Duration = std::time::Duration::from_millis(500);
+pub(crate) const LINGER: std::time::Duration = std::time::Duration::from_millis(500);
 /// Kubernetes kills after 30 s.
-const GRACE: Span = Span(std::time::Duration::from_secs(25));
+pub(crate) const GRACE: Span = Span(std::time::Duration::from_secs(25));

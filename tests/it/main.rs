@@ -33,6 +33,8 @@ mod away;
 mod durability;
 mod disk_full;
 mod reaction;
+mod agent;
+mod distributor;
 mod agree;
 mod sim_cluster;
 mod sim_chaos;
