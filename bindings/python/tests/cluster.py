@@ -9,10 +9,8 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -55,9 +53,13 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """One assigner node. Everything that was started is killed with it."""
+    """One assigner node. Everything that was started is killed with it.
 
-    def __init__(self) -> None:
+    `node` is what the node is started with beside the usual, `caller` what the command line needs to reach it.
+    """
+
+    def __init__(self, node: Sequence[str] = (), caller: Sequence[str] = ()) -> None:
+        self._node, self._caller = node, caller
         self._program = binary("MANDOLINE_BIN", "mandoline")
         self._data = tempfile.TemporaryDirectory()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -70,16 +72,13 @@ class Cluster:
         peer = f"127.0.0.1:{self._peer}"
         known = ["--init"] if not any(Path(self._data.name).iterdir()) else []
         where = ["--data-dir", self._data.name, "--listen", self.assigner, "--peer-listen", peer]
-        self.node = self.start("assigner", *known, *where)
+        self.node = self.start("assigner", *known, *where, *self._node)
         until("the node to be ready", self._is_ready)
         return self.node
 
     def _is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.assigner}/readyz", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+        command = [self._program, "status", "--assigners", self.assigner, *self._caller]
+        return subprocess.run(command, capture_output=True, timeout=PATIENCE).returncode == 0
 
     def start(self, *args: str) -> subprocess.Popen[bytes]:
         usual = {name: value for name, value in os.environ.items() if not name.startswith("MANDOLINE_")}
@@ -90,7 +89,7 @@ class Cluster:
 
     def run(self, *args: str, text: Optional[str] = None) -> str:
         """Runs a command to its good end, and gives what it printed."""
-        command = [self._program, *args, "--assigners", self.assigner]
+        command = [self._program, *args, "--assigners", self.assigner, *self._caller]
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=PATIENCE)
         if done.returncode != 0:
             raise AssertionError(f"{command}: {done.stderr}")

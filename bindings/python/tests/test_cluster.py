@@ -18,7 +18,7 @@ from typing import Any, Callable, Optional
 import mandoline
 from mandoline import Clerk, Generation, Slice, Slicelet, aio, slice_key
 
-from cluster import Cluster, binary, until
+from cluster import REPOSITORY, Cluster, binary, until
 
 #: How many keys Rust and Python are asked for.
 KEYS = int(os.environ.get("MANDOLINE_PYTHON_KEYS", 1_000_000))
@@ -215,6 +215,29 @@ class Exclusive(Cases):
         self.assertFalse(guard.still_owned())
         with self.assertRaises(mandoline.NotOwner):
             task.acquire("x")
+
+
+class Access(unittest.TestCase):
+    def test_a_cluster_asks_for_its_token_over_tls(self) -> None:
+        folder = REPOSITORY / "tests/it/tls"
+        authority, certificate, key = (str(folder / name) for name in ["authority.pem", "node.pem", "node.key"])
+        token = "0123456789abcdef0123456789abcdef"
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(token)
+            file.flush()
+            caller = ["--tls-ca", authority, "--token-file", file.name]
+            cluster = Cluster(["--tls-cert", certificate, "--tls-key", key, *caller], caller)
+            self.addCleanup(cluster.close)
+            cluster.make_job("kv")
+            ca = Path(authority).read_bytes()
+            task = Slicelet("kv", "a", "127.0.0.1:1", [cluster.assigner], token=token, ca=ca)
+            task.ready(timeout=60)
+            clerk = Clerk("kv", [cluster.assigner], token=token, ca=ca)
+            clerk.wait_for(task.generation, timeout=60)
+            stranger = Clerk("kv", [cluster.assigner], token=token[::-1], ca=ca)
+            until("a refusal", lambda: "the token is not this cluster's" in str(stranger.state.why))
+            with self.assertRaisesRegex(mandoline.TimedOut, "the token is not this cluster's"):
+                stranger.ready(timeout=0.1)
 
 
 class Outage(Cases):

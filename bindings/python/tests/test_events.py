@@ -22,7 +22,8 @@ class Events:
         self._connection = http.client.HTTPConnection(assigner, timeout=PATIENCE)
         self._connection.request("GET", f"/api/v1/jobs/{job}/watch")
         self._stream = self._connection.getresponse()
-        assert self._stream.status == 200, self._stream.read()
+        kind = self._stream.getheader("content-type")
+        assert kind == "text/event-stream", (self._stream.status, kind)
         self.generation = Generation(0, 0)
         self._tasks: dict[int, str] = {}
         #: Where slices begin, in order, and who serves each.
