@@ -135,6 +135,15 @@ async fn a_server_is_a_task_while_it_is_healthy() {
     b.well.store(true, Ordering::Relaxed);
     answered_by(&cluster, &proxy, &["a", "b"]).await;
 
+    // Both at once: one of them stays all the same.
+    [&a, &b].iter().for_each(|server| server.well.store(false, Ordering::Relaxed));
+    until("one of both to be kept", || {
+        let said = agent.stderr();
+        (said.matches("is kept though it is not healthy").count() == 2).then_some(())
+    });
+    [&a, &b].iter().for_each(|server| server.well.store(true, Ordering::Relaxed));
+    answered_by(&cluster, &proxy, &["a", "b"]).await;
+
     // It dies, and comes back.
     let address = a.address;
     drop(a);

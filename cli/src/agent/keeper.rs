@@ -40,9 +40,9 @@ pub(crate) struct Setup {
     pub(crate) labels: Vec<Label>,
     pub(crate) revision: String,
     pub(crate) grace: Duration,
-    /// How many of the servers are tasks, and whether there are several.
+    /// How many servers are listed, and how many of them are tasks that are not leaving.
+    pub(crate) listed: AtomicUsize,
     pub(crate) serving: AtomicUsize,
-    pub(crate) several: bool,
 }
 
 impl Setup {
@@ -86,19 +86,33 @@ impl Setup {
 struct Serving {
     setup: Arc<Setup>,
     slicelet: Slicelet,
+    /// It is not leaving, and counts among those that serve.
+    counts: bool,
 }
 
 impl Serving {
     fn begin(setup: &Arc<Setup>, entry: &Entry) -> Result<Self, Failure> {
         let slicelet = setup.start(entry)?;
         setup.serving.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { setup: Arc::clone(setup), slicelet })
+        Ok(Self { setup: Arc::clone(setup), slicelet, counts: true })
+    }
+
+    /// Asks to leave while another stays. Of two that ask at the same time one is refused.
+    fn may_leave(&mut self) -> bool {
+        let alone = self.setup.listed.load(Ordering::Relaxed) == 1;
+        let leave = |serving: usize| (alone || serving > 1).then(|| serving - 1);
+        let serving = &self.setup.serving;
+        let left = serving.fetch_update(Ordering::Relaxed, Ordering::Relaxed, leave).is_ok();
+        self.counts = !left;
+        left
     }
 }
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        self.setup.serving.fetch_sub(1, Ordering::Relaxed);
+        if self.counts {
+            self.setup.serving.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -161,13 +175,18 @@ impl Keeper {
             Err(_) => {}
         }
         self.was_healthy |= healthy;
-        match (healthy, self.serving.is_some()) {
-            (true, false) => {
+        match (healthy, &mut self.serving) {
+            (true, None) => {
                 self.serving = Some(Serving::begin(&self.setup, &self.entry)?);
                 eprintln!("task {task} is healthy: asking for slices for {address}");
             }
-            (false, true) if self.is_last() => self.hold(),
-            (false, true) => self.drain("not healthy").await,
+            (false, Some(serving)) => {
+                if serving.may_leave() {
+                    self.drain("not healthy").await;
+                } else {
+                    self.hold();
+                }
+            }
             _ => {}
         }
         self.held &= !healthy;
@@ -180,10 +199,6 @@ impl Keeper {
             let task = &self.entry.name;
             eprintln!("task {task} is kept though it is not healthy: no other is either");
         }
-    }
-
-    fn is_last(&self) -> bool {
-        self.setup.several && self.setup.serving.load(Ordering::Relaxed) == 1
     }
 
     fn check_patience(&self, outcome: &Result<(), String>) -> Result<(), Failure> {

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clap::Args;
@@ -81,13 +81,13 @@ pub(crate) struct AgentArgs {
     #[arg(long, env = "MANDOLINE_WITHIN", default_value = "1s", value_name = "DURATION")]
     within: Span,
     /// After so many good checks in a row a server is healthy
-    #[arg(long, default_value_t = 1, value_name = "CHECKS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, env = "MANDOLINE_HEALTHY_AFTER", default_value_t = 1, value_name = "CHECKS", value_parser = clap::value_parser!(u32).range(1..))]
     healthy_after: u32,
     /// After so many bad checks in a row it no longer is
-    #[arg(long, default_value_t = 3, value_name = "CHECKS", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, env = "MANDOLINE_UNHEALTHY_AFTER", default_value_t = 3, value_name = "CHECKS", value_parser = clap::value_parser!(u32).range(1..))]
     unhealthy_after: u32,
     /// Fail if a server is not healthy so long after it was listed [default: wait for ever]
-    #[arg(long, value_name = "DURATION")]
+    #[arg(long, env = "MANDOLINE_HEALTHY_WITHIN", value_name = "DURATION")]
     healthy_within: Option<Span>,
     /// How often the file or the DNS name is looked at again
     #[arg(long, env = "MANDOLINE_LIST_EVERY", default_value = "2s", value_name = "DURATION")]
@@ -122,7 +122,7 @@ pub(crate) struct AgentArgs {
     #[arg(long, value_name = "PID", conflicts_with = "command")]
     then_stop: Option<u32>,
     /// How long the command of `--` may take to stop before it is killed
-    #[arg(long, default_value = "10s", value_name = "DURATION")]
+    #[arg(long, env = "MANDOLINE_STOP_WITHIN", default_value = "10s", value_name = "DURATION")]
     stop_within: Span,
     #[command(flatten)]
     access: AccessArgs,
@@ -136,7 +136,7 @@ pub(crate) struct AgentArgs {
 #[group(required = true, multiple = false)]
 struct Servers {
     /// One server: http://HOST:PORT, https://HOST:PORT, grpc://HOST:PORT or HOST:PORT
-    #[arg(long = "for", value_name = "URL")]
+    #[arg(long = "for", env = "MANDOLINE_FOR", value_name = "URL")]
     server: Option<Server>,
     /// A list of servers
     #[arg(long, env = "MANDOLINE_TASKS", value_name = "NAME=HOST:PORT,..", value_delimiter = ',')]
@@ -145,7 +145,7 @@ struct Servers {
     #[arg(long, env = "MANDOLINE_DNS", value_name = "HOST:PORT")]
     dns: Option<Text<Address>>,
     /// A file of servers, a line each: NAME=HOST:PORT, then labels such as zone=a; read again when it changes
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, env = "MANDOLINE_FILE", value_name = "FILE")]
     file: Option<PathBuf>,
 }
 
@@ -219,8 +219,8 @@ pub(crate) async fn run(args: AgentArgs) -> Result<ExitCode, Failure> {
         labels: text::plain(args.labels),
         revision: args.revision,
         grace: args.grace.0,
+        listed: AtomicUsize::new(0),
         serving: AtomicUsize::new(0),
-        several: args.servers.server.is_none(),
     };
     let then_stop = args.then_stop.map(Other::find).transpose()?;
     let list = List::open(args.servers, args.name.map(|Text(name)| name))?;
@@ -395,6 +395,7 @@ impl Kept {
         self.leaving.retain(|handle| !handle.is_finished());
         let listed: BTreeMap<TaskName, Entry> =
             entries.into_iter().map(|entry| (entry.name.clone(), entry)).collect();
+        self.setup.listed.store(listed.len(), Ordering::Relaxed);
         let gone = self.kept.extract_if(.., |name, place| listed.get(name) != Some(&place.entry));
         let mut gone: BTreeMap<TaskName, Place> = gone.collect();
         for place in gone.values() {
