@@ -79,7 +79,10 @@ fn crates_use_only_what_stands_left_of_them() {
         let manifest = read(&root().join(folder).join("Cargo.toml"));
         for line in manifest.lines() {
             let used = line.split(['.', ' ', '=']).next().unwrap_or_default();
-            if let Some(used) = packages.get(used).filter(|used| !allowed.contains(used)) {
+            // A crate's own tests may switch on a feature of it.
+            let is_own = |used: &&&str| **used == folder;
+            let used = packages.get(used).filter(|used| !is_own(used));
+            if let Some(used) = used.filter(|used| !allowed.contains(used)) {
                 broken.push(format!("{folder}/Cargo.toml: {folder} may not use {used}"));
             }
         }

@@ -281,6 +281,11 @@ impl Leader {
         }
     }
 
+    /// Has a job's round of balancing due now; `tick` begins it.
+    pub fn hasten(&mut self, now: Time, job: &JobName) {
+        self.with(job, |lead| lead.next_round = now);
+    }
+
     /// Says when to tick next.
     pub fn deadline(&self) -> Option<Time> {
         self.jobs.values().map(Lead::deadline).chain(self.settles).min()

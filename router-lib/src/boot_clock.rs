@@ -13,6 +13,11 @@
 //!
 //! No clock in a guest counts what a hypervisor hides from it: see docs/fencing.md.
 
+#[cfg(feature = "testing")]
+use std::sync::Arc;
+#[cfg(feature = "testing")]
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use mandoline_core::time::Time;
 use rustix::time::Timespec;
 
@@ -22,6 +27,31 @@ pub(crate) fn now() -> Time {
     let Timespec { tv_sec, tv_nsec } = read();
     // Both are counted from the start of the machine, so neither is negative, and the sum lasts for five centuries.
     Time::from_nanos(tv_sec as u64 * 1_000_000_000 + tv_nsec as u64)
+}
+
+/// The clock that one slicelet's leases are counted by: this machine's, but in the test kit, whose time is told by the test.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Clock {
+    #[cfg(feature = "testing")]
+    told: Option<Arc<AtomicU64>>,
+}
+
+impl Clock {
+    /// Goes by nanoseconds that someone else counts.
+    #[cfg(feature = "testing")]
+    pub(crate) const fn told(nanos: Arc<AtomicU64>) -> Self {
+        Self { told: Some(nanos) }
+    }
+
+    /// Reads it.
+    #[inline]
+    pub(crate) fn now(&self) -> Time {
+        #[cfg(feature = "testing")]
+        if let Some(nanos) = &self.told {
+            return Time::from_nanos(nanos.load(Ordering::SeqCst));
+        }
+        now()
+    }
 }
 
 #[cfg(any(target_os = "linux", target_os = "android"))]

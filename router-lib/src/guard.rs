@@ -13,7 +13,6 @@ use mandoline_core::task::{Address, SessionId};
 use mandoline_core::time::Time;
 use mandoline_core::transit::HandOffId;
 
-use crate::boot_clock;
 use crate::counters::CostError;
 use crate::gate::{Closed, Gate};
 use crate::owned::{Owned, View};
@@ -169,7 +168,7 @@ impl Guard {
                 changed.await;
                 continue;
             };
-            let left = ends.since(boot_clock::now()).min(LOOK_AGAIN);
+            let left = ends.min(LOOK_AGAIN);
             tokio::select! {
                 () = changed => {}
                 () = tokio::time::sleep(left) => {}
@@ -177,11 +176,11 @@ impl Guard {
         }
     }
 
-    /// When the right to the key ends, as far as is known now. Nothing in an affinity job.
-    fn ends(&self) -> Option<Time> {
+    /// How long until the right to the key ends, as far as is known now. Nothing in an affinity job.
+    fn ends(&self) -> Option<Duration> {
         let view = self.owned.view();
         let (term, tenure) = view.tenure(self.key)?;
-        Some(term.ends().min(Time::from_nanos(tenure.limit())))
+        Some(term.ends().min(Time::from_nanos(tenure.limit())).since(term.now()))
     }
 
     /// Gives the key's fencing token, for storage to refuse whoever owned the key before: see `docs/fencing.md`.

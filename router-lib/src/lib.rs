@@ -83,6 +83,8 @@ mod steps;
 mod session;
 pub mod slicelet;
 pub mod http;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use clerk::{Clerk, Router};
 pub use mandoline_core::assignment::Assignment;

@@ -23,6 +23,44 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 /// What may wait to be sent. The queue fills only when the leader does not read; the connection is then given up.
 const REQUESTS_MAX: usize = 64;
 
+/// How assigners are reached.
+#[derive(Clone)]
+pub(crate) enum Way {
+    /// Over the network.
+    Network(Connector),
+    /// Within the process, as the test kit does.
+    #[cfg(feature = "testing")]
+    InProcess(mpsc::Sender<Caller>),
+}
+
+/// A task that wants to speak with the leader of the same process.
+#[cfg(feature = "testing")]
+pub(crate) struct Caller {
+    pub(crate) requests: mpsc::Receiver<pb::SessionRequest>,
+    pub(crate) replies: mpsc::Sender<Reply>,
+}
+
+/// What the leader says, however it comes.
+pub(crate) enum Replies {
+    Network(Box<Streaming<pb::SessionReply>>),
+    #[cfg(feature = "testing")]
+    InProcess(mpsc::Receiver<Reply>),
+}
+
+impl Replies {
+    /// Waits for the next; none when the stream is closed. Safe to cancel.
+    pub(crate) async fn message(&mut self) -> Result<Option<pb::SessionReply>, tonic::Status> {
+        match self {
+            Self::Network(replies) => replies.message().await,
+            #[cfg(feature = "testing")]
+            Self::InProcess(replies) => {
+                let reply = replies.recv().await;
+                Ok(reply.map(|reply| pb::SessionReply { reply: Some(reply) }))
+            }
+        }
+    }
+}
+
 /// Where the session stands on its way to the leader.
 pub(crate) enum Link {
     Waiting(Pin<Box<Sleep>>),
@@ -44,8 +82,8 @@ pub(crate) enum Step {
 
 impl Link {
     /// Asks an assigner to take the session on.
-    pub(crate) fn dial(connector: Connector, address: Address, first: Request) -> Self {
-        Self::Dialing(Box::pin(dial(connector, address, first)))
+    pub(crate) fn dial(way: Way, address: Address, first: Request) -> Self {
+        Self::Dialing(Box::pin(dial(way, address, first)))
     }
 
     /// Waits before it is asked again what to do.
@@ -74,7 +112,7 @@ impl Link {
 pub(crate) struct Connection {
     pub(crate) leader: Address,
     pub(crate) requests: mpsc::Sender<pb::SessionRequest>,
-    pub(crate) replies: Streaming<pb::SessionReply>,
+    pub(crate) replies: Replies,
     pub(crate) beats: Beats,
 }
 
@@ -90,8 +128,8 @@ pub(crate) enum Dialed {
     Failed(Address, String),
 }
 
-async fn dial(connector: Connector, address: Address, first: Request) -> Dialed {
-    match timeout(DIAL_PATIENCE, ask(&connector, &address, first)).await {
+async fn dial(way: Way, address: Address, first: Request) -> Dialed {
+    match timeout(DIAL_PATIENCE, ask(&way, &address, first)).await {
         Ok(Ok(Asked::On(connection, attached))) => Dialed::On(connection, attached),
         Ok(Ok(Asked::Elsewhere(leader))) => Dialed::Elsewhere(address, leader),
         Ok(Ok(Asked::Refused(refused))) => Dialed::Refused(address, refused),
@@ -106,19 +144,22 @@ enum Asked {
     Refused(pb::Refused),
 }
 
-async fn ask(connector: &Connector, address: &Address, first: Request) -> Result<Asked, String> {
-    let endpoint = connector.endpoint(address).map_err(|error| chain(&error))?;
-    let channel = endpoint.connect_timeout(CONNECT_PATIENCE).connect().await;
-    let channel = channel.map_err(|error| chain(&error))?;
+async fn ask(way: &Way, address: &Address, first: Request) -> Result<Asked, String> {
     let (requests, queue) = mpsc::channel(REQUESTS_MAX);
     let first = pb::SessionRequest { request: Some(first) };
     requests.try_send(first).expect("a new queue has room");
-    let mut client =
-        pb::tasks_client::TasksClient::with_interceptor(channel, connector.authorize());
-    let stream = tokio_stream::wrappers::ReceiverStream::new(queue);
-    let mut replies = match client.session(stream).await {
-        Ok(response) => response.into_inner(),
-        Err(status) => return refusal(&status),
+    let mut replies = match way {
+        Way::Network(connector) => match call(connector, address, queue).await? {
+            Ok(replies) => Replies::Network(Box::new(replies)),
+            Err(status) => return refusal(&status),
+        },
+        #[cfg(feature = "testing")]
+        Way::InProcess(door) => {
+            let (said, replies) = mpsc::channel(REQUESTS_MAX);
+            let called = door.send(Caller { requests: queue, replies: said }).await;
+            called.map_err(|_| "the service has stopped".to_owned())?;
+            Replies::InProcess(replies)
+        }
     };
     let reply = match replies.message().await {
         Ok(reply) => reply.and_then(|reply| reply.reply),
@@ -135,6 +176,21 @@ async fn ask(connector: &Connector, address: &Address, first: Request) -> Result
         Some(_) => Err("it began with something else than attaching".to_owned()),
         None => Err("it closed the stream".to_owned()),
     }
+}
+
+/// Opens the stream, or says what the assigner answered instead.
+async fn call(
+    connector: &Connector,
+    address: &Address,
+    queue: mpsc::Receiver<pb::SessionRequest>,
+) -> Result<Result<Streaming<pb::SessionReply>, tonic::Status>, String> {
+    let endpoint = connector.endpoint(address).map_err(|error| chain(&error))?;
+    let channel = endpoint.connect_timeout(CONNECT_PATIENCE).connect().await;
+    let channel = channel.map_err(|error| chain(&error))?;
+    let mut client =
+        pb::tasks_client::TasksClient::with_interceptor(channel, connector.authorize());
+    let stream = tokio_stream::wrappers::ReceiverStream::new(queue);
+    Ok(client.session(stream).await.map(tonic::Response::into_inner))
 }
 
 /// A status says less than a `Refused`, but this much: what is invalid stays so.

@@ -19,7 +19,6 @@ use mandoline_core::name::JobName;
 use mandoline_core::task::{Address, SessionId, TaskInfo};
 use mandoline_core::time::Time;
 use mandoline_core::transit::HandOffId;
-use mandoline_distributor::connect::Connector;
 use mandoline_distributor::hub::Hub;
 use mandoline_proto::pb;
 use mandoline_proto::pb::session_reply::Reply;
@@ -30,11 +29,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::boot_clock;
+use crate::boot_clock::Clock;
 use crate::dialer::{Dialer, Next, PAUSE_MAX};
 use crate::install::{Install, Settle, Work};
 use crate::life::{Beats, Pulse};
-use crate::link::{Connection, Dialed, Link, Step};
+use crate::link::{Connection, Dialed, Link, Step, Way};
 use crate::moving::Moving;
 use crate::owned::{Owned, Window};
 use crate::steps::{Calls, Done, Steps};
@@ -137,7 +136,9 @@ pub(crate) struct Setup {
     pub(crate) job: JobName,
     pub(crate) info: TaskInfo,
     pub(crate) assigners: Vec<Address>,
-    pub(crate) connector: Connector,
+    pub(crate) way: Way,
+    /// What leases are counted by.
+    pub(crate) clock: Clock,
     pub(crate) owned: Arc<Owned>,
     pub(crate) start: Arc<Assignment>,
     /// The application's runtime, if it is to be watched.
@@ -243,7 +244,7 @@ impl Session {
             let heard = tokio::select! {
                 biased;
                 () = self.setup.stop.cancelled() => Heard::Stop,
-                () = lease_ends(&self.holder) => Heard::Lease,
+                () = lease_ends(&self.holder, &self.setup.clock) => Heard::Lease,
                 () = self.setup.owned.drained.notified() => Heard::Drained,
                 done = self.steps.next() => Heard::Done(done),
                 Some(order) = self.setup.orders.recv() => Heard::Order(order),
@@ -294,8 +295,8 @@ impl Session {
         self.link = match self.dialer.next() {
             Next::Wait(pause) => Link::wait(pause),
             Next::Dial(address) => {
-                let connector = self.setup.connector.clone();
-                Link::dial(connector, address, self.first_request())
+                let way = self.setup.way.clone();
+                Link::dial(way, address, self.first_request())
             }
         };
     }
@@ -343,7 +344,7 @@ impl Session {
         let lease = (attached.lease_ms > 0).then(|| Duration::from_millis(attached.lease_ms));
         if renewed {
             self.stopped = None;
-            self.term = lease.map(|_| Arc::new(Term::leased(session)));
+            self.term = lease.map(|_| Arc::new(Term::leased_by(self.setup.clock.clone(), session)));
             self.settle = self.steps.settle(lease.is_some());
             if let Some(term) = &self.term {
                 self.setup.owned.begin(Arc::clone(term), Arc::clone(&self.known));
@@ -524,7 +525,7 @@ impl Session {
     /// Asks the holder, and does what it says.
     fn hold(&mut self, ask: impl FnOnce(&mut Holder, Time, &mut Vec<Action>)) {
         let mut out = Vec::new();
-        ask(&mut self.holder, boot_clock::now(), &mut out);
+        ask(&mut self.holder, self.setup.clock.now(), &mut out);
         for action in out {
             match action {
                 Action::Renew(request) => {
@@ -725,9 +726,9 @@ impl Session {
 
 /// Waits until the lease runs out, if there is one. The clock that it runs by counts suspend, which timers do not, so the
 /// checks themselves do not rely on this.
-async fn lease_ends(holder: &Holder) {
+async fn lease_ends(holder: &Holder, clock: &Clock) {
     match holder.deadline() {
-        Some(ends) => sleep(ends.since(boot_clock::now())).await,
+        Some(ends) => sleep(ends.since(clock.now())).await,
         None => std::future::pending().await,
     }
 }

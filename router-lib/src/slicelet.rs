@@ -44,10 +44,12 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
 
+use crate::boot_clock::Clock;
 pub use crate::counters::{COST_MAX_UNITS, CostError};
 use crate::counters::{ONE_UNIT, Totals, thousandths};
 use crate::dialer::drawn;
 pub use crate::guard::{Guard, NotOwner};
+use crate::link::Way;
 use crate::moving::Moving;
 use crate::owned::{Callback, Meter, Owned, View};
 use crate::session::{Order, Session, Setup};
@@ -206,6 +208,24 @@ impl Slicelet {
             self.owned.own(session, assignment);
         } else {
             self.owned.install(Some(session), assignment, |_| ());
+        }
+    }
+
+    /// Asks the session to have the slices moved away, and returns at once.
+    #[cfg(feature = "testing")]
+    pub(crate) fn ask_to_drain(&self) {
+        // The queue is full only if it was asked before.
+        let _queued = self.orders.try_send(Order::Drain);
+    }
+
+    /// Owns nothing any more, as a process that was killed.
+    #[cfg(feature = "testing")]
+    pub(crate) fn die(&self) {
+        let known = self.assignment();
+        if known.is_exclusive() {
+            self.owned.lapse(known);
+        } else {
+            self.owned.install(None, known, |_| ());
         }
     }
 
@@ -544,6 +564,23 @@ impl Builder {
 
     /// Starts the session on a thread of its own. Returns at once: see [`Slicelet::ready`].
     pub fn start(self) -> Result<Slicelet, StartError> {
+        let (slicelet, setup, peers) = self.prepare()?;
+        spawn(setup, peers).map_err(StartError::Thread)?;
+        Ok(slicelet)
+    }
+
+    /// Makes a slicelet whose session is the caller's to run, reaches the leader this way and counts leases by this clock.
+    #[cfg(feature = "testing")]
+    pub(crate) fn start_by(
+        self,
+        way: Way,
+        clock: Clock,
+    ) -> Result<(Slicelet, impl Future<Output = ()> + Send), StartError> {
+        let (slicelet, setup, peers) = self.prepare()?;
+        Ok((slicelet, run(Setup { way, clock, ..setup }, peers)))
+    }
+
+    fn prepare(self) -> Result<(Slicelet, Setup, Option<Peers>), StartError> {
         let job = JobName::new(&self.job).map_err(|error| StartError::Job(self.job, error))?;
         let task = TaskName::new(&self.task).map_err(|error| StartError::Task(self.task, error))?;
         let assigners = self.assigners.iter().map(|text| address(text, "an assigner's address"));
@@ -582,7 +619,8 @@ impl Builder {
             job,
             info,
             assigners,
-            connector: self.connector,
+            way: Way::Network(self.connector),
+            clock: Clock::default(),
             owned: Arc::clone(&owned),
             start: Arc::new(start),
             probe: self.probe,
@@ -594,11 +632,11 @@ impl Builder {
             moving,
             stop: stop.clone(),
         };
-        spawn(setup, peers).map_err(StartError::Thread)?;
         let grace = self.grace;
         let totals = Totals::new();
         let state = watched;
-        Ok(Slicelet { owned, totals, state, orders, stop, left, grace, watch_address })
+        let slicelet = Slicelet { owned, totals, state, orders, stop, left, grace, watch_address };
+        Ok((slicelet, setup, peers))
     }
 }
 
@@ -612,17 +650,18 @@ struct Peers {
 /// Starts the session's thread. Its handle is let go: the thread ends with the session, and the state says when.
 fn spawn(setup: Setup, peers: Option<Peers>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let stop = setup.stop.clone();
-    let run = async move {
-        let session = async {
-            Session::new(setup).run().await;
-            // After a drain nobody has said so yet.
-            stop.cancel();
-        };
-        tokio::join!(session, serve(peers, stop.clone()));
-    };
     let thread = std::thread::Builder::new().name("mandoline-slicelet".to_owned());
-    thread.spawn(move || runtime.block_on(run)).map(drop)
+    thread.spawn(move || runtime.block_on(run(setup, peers))).map(drop)
+}
+
+async fn run(setup: Setup, peers: Option<Peers>) {
+    let stop = setup.stop.clone();
+    let session = async {
+        Session::new(setup).run().await;
+        // After a drain nobody has said so yet.
+        stop.cancel();
+    };
+    tokio::join!(session, serve(peers, stop.clone()));
 }
 
 async fn serve(peers: Option<Peers>, stop: CancellationToken) {

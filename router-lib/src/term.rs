@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mandoline_core::task::SessionId;
 use mandoline_core::time::Time;
 
-use crate::boot_clock;
+use crate::boot_clock::Clock;
 
 /// A time that has passed on every machine.
 const ENDED: u64 = 1;
@@ -16,12 +16,23 @@ pub(crate) struct Term {
     pub(crate) session: SessionId,
     /// Nanoseconds of the boot clock; 0 before the first grant.
     until: AtomicU64,
+    clock: Clock,
 }
 
 impl Term {
     /// Begins a session that needs grants.
     pub(crate) fn leased(session: SessionId) -> Self {
-        Self { session, until: AtomicU64::new(0) }
+        Self::leased_by(Clock::default(), session)
+    }
+
+    /// Begins one whose time is counted by this clock.
+    pub(crate) const fn leased_by(clock: Clock, session: SessionId) -> Self {
+        Self { session, until: AtomicU64::new(0), clock }
+    }
+
+    /// Reads the clock that it is counted by.
+    pub(crate) fn now(&self) -> Time {
+        self.clock.now()
     }
 
     /// Moves the end on. Says whether it could: not once it was passed and someone has noticed.
@@ -41,7 +52,7 @@ impl Term {
     pub(crate) fn holds(&self, limit: u64) -> bool {
         let mut until = self.until.load(Ordering::Acquire);
         loop {
-            let now = boot_clock::now().as_nanos();
+            let now = self.clock.now().as_nanos();
             if now < until {
                 return now < limit;
             }
@@ -67,6 +78,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::boot_clock;
 
     #[test]
     fn it_holds_from_the_first_grant_to_its_end_and_no_limit_lies_beyond() {

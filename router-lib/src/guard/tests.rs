@@ -9,6 +9,7 @@ use mandoline_core::task::{Task, TaskInfo};
 use mandoline_core::transit::{Step, Transit};
 
 use super::*;
+use crate::boot_clock;
 use crate::term::Term;
 
 const A: SessionId = SessionId(1);
