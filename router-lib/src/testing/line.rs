@@ -164,7 +164,7 @@ impl Line {
         let assignment = self.desk.assignment();
         let leaves = assignment.tasks.get(&self.session)?.phase == Phase::Draining;
         let alone = assignment.tasks.values().all(|task| task.phase == Phase::Draining);
-        let has_none = assignment.of(self.session).next().is_none();
+        let has_none = assignment.has_nothing_for(self.session);
         (leaves && (has_none || alone)).then_some(Reply::Drained(pb::Drained { alone: !has_none }))
     }
 }
