@@ -267,13 +267,16 @@ impl TestService {
         Ok(())
     }
 
-    /// Has a task leave in good order, as [`Slicelet::shutdown`] does, and waits until it is gone.
+    /// Has a task leave in good order, as [`Slicelet::shutdown`] does, and waits until it is gone and others serve what it had.
     pub async fn drain(&self, name: &str) -> Result<(), Error> {
         let slicelet = self.slicelet(name)?;
         slicelet.ask_to_drain();
         self.until(&format!("that task {name} has left"), || slicelet.state() == State::Stopped)
             .await?;
-        self.living_mut(name, |member| member.is_dead = true)
+        self.living_mut(name, |member| member.is_dead = true)?;
+        // The last task leaves its keys to nobody.
+        let is_empty = || self.desk.assignment().tasks.is_empty();
+        self.until("that others serve what it had", || is_empty() || self.is_settled()).await
     }
 
     /// Gives ranges to tasks by name, for good: no balancing until [`TestService::unfreeze`]. Waits until they serve them. What
