@@ -26,8 +26,9 @@ use crate::kit::{Process, json};
 
 const TASKS: usize = 5;
 const RATE: f64 = 500.0;
-/// Real runs at the same time: the mean of two is off by chance less than one is.
-const RUNS: usize = 2;
+/// Real runs at the same time. The middle one of three counts: on a busy machine a heartbeat comes late now and then, which moves more
+/// than the simulator would.
+const RUNS: usize = 3;
 /// A task joins and one drains, both before anything of balance is measured: with what the start moves that is churn enough for
 /// chance to be small beside it.
 const JOIN_AT: Duration = Duration::from_secs(8);
@@ -47,7 +48,12 @@ fn a_trace_does_to_the_simulator_what_it_does_to_the_real_thing() {
         Replay::open(&path, None).unwrap().take(sent).map(Result::unwrap).collect();
     let simulated: Vec<Rehearsed> =
         runs.iter().flat_map(|(_, start)| simulated(&events, start)).collect();
-    let of_real = |figure: &str| mean(runs.iter().map(|(sums, _)| sums[figure].as_f64().unwrap()));
+    let of_real = |figure: &str| {
+        let figures = runs.iter().map(|(sums, _)| sums[figure].as_f64().unwrap());
+        let mut figures: Vec<f64> = figures.collect();
+        figures.sort_unstable_by(f64::total_cmp);
+        figures[RUNS / 2]
+    };
     for (what, real, simulated) in [
         ("imbalance", of_real("imbalance_p50"), mean(simulated.iter().map(|s| s.imbalance_p50))),
         ("load churn", of_real("load_churn"), mean(simulated.iter().map(|s| s.load_churn))),

@@ -100,7 +100,7 @@ async fn an_owner_that_slept_answers_for_nothing_that_went_meanwhile() {
     assert!(serves(other.address, key).await);
 }
 
-/// The job, and the slices of one of its tasks, once nothing is on its way.
+/// The job, and the slices of one of its tasks, once it has some and nothing is on its way.
 async fn slices_of(cluster: &Cluster, task: &str) -> (pb::JobStatus, Vec<String>) {
     let assigner = cluster.nodes[0].client.to_string();
     let args = ["assignment", "show", "kv", "--task", task, "-o", "json"];
@@ -109,7 +109,7 @@ async fn slices_of(cluster: &Cluster, task: &str) -> (pb::JobStatus, Vec<String>
         let output = run(&[&args[..], &["--assigners", &assigner]].concat());
         let page: Value = serde_json::from_slice(&output.stdout).ok()?;
         let slices = page["slices"].as_array()?;
-        let stays = slices.iter().all(|slice| slice["transit"].is_null());
+        let stays = !slices.is_empty() && slices.iter().all(|slice| slice["transit"].is_null());
         stays.then(|| (job, slices.iter().map(|slice| slice["slice"].to_string()).collect()))
     };
     cluster.until("nothing to be on its way", PATIENCE, look).await.unwrap()
@@ -123,7 +123,6 @@ async fn a_task_that_was_killed_has_its_slices_back_within_its_grace() {
         let spec = pb::JobSpec { grace_ms, ..job(consistency) };
         let (cluster, mut crashes, other) = two_tasks(&spec).await;
         let (before, had) = slices_of(&cluster, &crashes.name).await;
-        assert!(!had.is_empty());
         let key = key_of(&crashes).await;
         crashes.process.kill();
         let unserved = async |cluster: &Cluster| {
