@@ -8,7 +8,7 @@
 //! | this task has no lease | 503 | `UNAVAILABLE` | `NO_LEASE` |
 //! | the request has no usable key | 400, or 431 for one too long | `INVALID_ARGUMENT` | `NO_KEY` |
 //!
-//! The first two promise that nothing was done, so whoever hears them asks again: see [`crate::tries::Tries`].
+//! The first three promise that nothing was done, so whoever hears them asks again: see [`crate::tries::Tries`].
 
 use std::collections::HashMap;
 use std::str::FromStr;
@@ -104,8 +104,13 @@ impl Refused {
             return Some(tries::Refusal::NotOwner(told?));
         }
         if is(StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable) {
-            let id = named::<HandOffId>(headers, &TRANSIT)?;
-            return Some(tries::Refusal::InTransit(told.unwrap_or(id.began)));
+            let transit = named::<HandOffId>(headers, &TRANSIT);
+            return match (transit, told) {
+                (Some(id), told) => Some(tries::Refusal::InTransit(told.unwrap_or(id.began))),
+                // It has no lease: it gets one in a moment, or another task gets the key.
+                (None, Some(_)) => Some(tries::Refusal::Unreached),
+                (None, None) => None,
+            };
         }
         None
     }
@@ -246,12 +251,12 @@ mod tests {
 
     #[test]
     fn callers_read_what_tasks_say_in_either_language() {
-        use tries::Refusal::{InTransit, NotOwner};
+        use tries::Refusal::{InTransit, NotOwner, Unreached};
         let told = [
             Some(NotOwner(GENERATION_7)),
             Some(NotOwner(GENERATION_7)),
             Some(InTransit(GENERATION_7)),
-            None,
+            Some(Unreached),
             None,
         ];
         for (refused, told) in all().iter().zip(told) {
