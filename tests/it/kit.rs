@@ -11,6 +11,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::time::Instant;
 
+use crate::processes::free_port;
+
 /// Far beyond what anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -184,28 +186,16 @@ pub(crate) fn ask(address: SocketAddr, method: &str, target: &str, body: &str) -
     Some(Answer { status, body: body.to_owned() })
 }
 
-/// Ports that were free a moment ago. Each is given once in this process.
+/// Ports that were free a moment ago, of those that no outgoing connection is given. Each is given once in this process.
 pub(crate) fn free_ports(count: usize) -> Vec<u16> {
-    static GIVEN: Mutex<Vec<u16>> = Mutex::new(vec![]);
-    let mut given = GIVEN.lock().expect("nobody panics with it");
-    let mut held = vec![];
-    let mut ports = vec![];
-    while ports.len() < count {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("there are free ports");
-        let port = listener.local_addr().expect("it is bound").port();
-        held.push(listener);
-        if !given.contains(&port) {
-            given.push(port);
-            ports.push(port);
-        }
-    }
-    ports
+    let port = || free_port().expect("there are free ports").port();
+    std::iter::repeat_with(port).take(count).collect()
 }
 
 /// The first of `count` ports in a row that were free a moment ago. Each is given once in this process.
 pub(crate) fn free_row(count: u16) -> u16 {
-    // Below where the system hands out ports by itself, and not the same for two runs at the same time.
-    let first = 20_000 + (std::process::id() % 1_000) as u16 * 10;
+    // Below those of `free_port`, and not the same for two runs at the same time.
+    let first = 10_000 + (std::process::id() % 700) as u16 * 10;
     static GIVEN: AtomicU16 = AtomicU16::new(0);
     let free =
         |base: &u16| (*base..base + count).all(|port| TcpListener::bind(local(port)).is_ok());

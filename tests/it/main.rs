@@ -4,10 +4,10 @@
 
 #[path = "../tidy.rs"]
 mod tidy;
-mod kit;
 #[allow(dead_code)] // `bench` uses the rest of it
 #[path = "../../cli/src/bench/processes.rs"]
 mod processes;
+mod kit;
 mod callers;
 mod slips;
 mod slicelet;
