@@ -9,6 +9,7 @@
 //! has no key with more than one request in three hundred: with `nasa_http`, whose hottest has one in fourteen, it depends on the
 //! phase of a round whether that key moves at the start, and single runs differ by a quarter.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -22,7 +23,7 @@ use mandoline_sim::rehearsal::{Rehearsal, Rehearsed};
 use mandoline_sim::replay::Replay;
 use serde_json::Value;
 
-use crate::kit::{Process, json};
+use crate::kit::{Process, json, until};
 
 const TASKS: usize = 5;
 const RATE: f64 = 500.0;
@@ -127,7 +128,13 @@ fn real(path: &Path) -> (Value, Start) {
         &format!("{}s", DRAIN_AT.as_secs()),
     ]);
     let node = dev.line("assigners ").split_whitespace().next().unwrap().to_owned();
-    let shown = json(&["assignment", "show", "kv", "-o", "json", "--assigners", &node]);
+    // On a busy machine the last of them may join a moment later.
+    let shown = until("every task to have slices", || {
+        let shown = json(&["assignment", "show", "kv", "-o", "json", "--assigners", &node]);
+        let slices = shown["slices"].as_array().unwrap();
+        let tasks = slices.iter().filter_map(|slice| slice["replicas"][0]["task"].as_str());
+        (tasks.collect::<BTreeSet<_>>().len() == TASKS).then_some(shown)
+    });
     let slices = shown["slices"].as_array().unwrap();
     let run = |slice: &Value| {
         assert_eq!(slice["load"], 0.0, "the load began before the layout was asked for");
