@@ -51,9 +51,9 @@ enum Setback {
 }
 
 /// How long a task that lags behind the proxy is given to hear that it owns the key, before it is asked again, and again.
-/// News reach tasks and proxies at the same moment, so the first pause does nearly always; the sum is longer than a busy
-/// machine keeps a thread waiting, and still no hang.
-const LAG_PAUSES_MS: [u64; 7] = [5, 10, 20, 40, 80, 160, 320];
+/// News reach tasks and proxies at the same moment, so the first pause does nearly always. The sum is longer than the election after
+/// a leader that died when it had told its last change to proxies alone.
+const LAG_PAUSES_MS: [u64; 9] = [5, 10, 20, 40, 80, 160, 320, 640, 1280];
 
 /// How often a request is sent in all. A move costs two or three tries, so this is a slice that moves again and again as the
 /// request looks for it, or tasks that contradict each other.

@@ -80,6 +80,7 @@ mod link;
 pub mod transfer;
 mod moving;
 mod steps;
+mod overheard;
 mod session;
 pub mod slicelet;
 pub mod http;

@@ -33,6 +33,17 @@ pub(crate) enum Way {
     InProcess(mpsc::Sender<Caller>),
 }
 
+impl Way {
+    /// How others are reached over the network, if they are.
+    pub(crate) const fn connector(&self) -> Option<&Connector> {
+        match self {
+            Self::Network(connector) => Some(connector),
+            #[cfg(feature = "testing")]
+            Self::InProcess(_) => None,
+        }
+    }
+}
+
 /// A task that wants to speak with the leader of the same process.
 #[cfg(feature = "testing")]
 pub(crate) struct Caller {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mandoline_core::assignment::Assignment;
+use mandoline_core::delta::Delta;
 use mandoline_core::generation::Generation;
 use mandoline_core::lease::{Action, Event, Going, Holder, Margin};
 use mandoline_core::name::JobName;
@@ -35,6 +36,7 @@ use crate::install::{Install, Settle, Work};
 use crate::life::{Beats, Pulse};
 use crate::link::{Connection, Dialed, Link, Step, Way};
 use crate::moving::Moving;
+use crate::overheard::Overheard;
 use crate::owned::{Owned, Window};
 use crate::steps::{Calls, Done, Steps};
 use crate::term::Term;
@@ -174,6 +176,8 @@ pub(crate) struct Session {
     // The newest that was heard; `owned` may still be busy with the one before.
     known: Arc<Assignment>,
     assembler: Assembler,
+    /// While out of touch, of a job whose slices have no owners.
+    overheard: Option<Overheard>,
     install: Install,
     window: Window,
     heartbeat: Duration,
@@ -200,6 +204,7 @@ enum Heard {
     Beat,
     Report,
     Step(Step),
+    Overheard(Arc<Assignment>),
     Done(Done),
     Drained,
     Lease,
@@ -227,6 +232,7 @@ impl Session {
             settle,
             known,
             assembler: Assembler::default(),
+            overheard: None,
             install: Install::default(),
             window,
             heartbeat: FIRST_HEARTBEAT,
@@ -252,6 +258,7 @@ impl Session {
                 () = sleep_until(self.next_beat) => Heard::Beat,
                 () = sleep_until(self.next_report) => Heard::Report,
                 step = self.link.next() => Heard::Step(step),
+                Some(news) = overheard(&mut self.overheard) => Heard::Overheard(news),
             };
             match heard {
                 Heard::Stop => break,
@@ -267,6 +274,7 @@ impl Session {
                 Heard::Step(Step::Dialed(dialed)) => self.dialed(dialed),
                 Heard::Step(Step::Reply(reply)) => self.reply(reply),
                 Heard::Step(Step::Broke(problem)) => self.broke(problem),
+                Heard::Overheard(assignment) => self.learn(assignment, None),
             }
             if self.is_drained() {
                 break;
@@ -340,6 +348,7 @@ impl Session {
         self.keep_pace(attached);
         connection.beats = Beats::after(self.holder.asked(), Instant::now());
         self.link = Link::Attached(connection);
+        self.overheard = None;
         self.setup.state.send_replace(State::Attached { session, leader });
         let lease = (attached.lease_ms > 0).then(|| Duration::from_millis(attached.lease_ms));
         if renewed {
@@ -416,6 +425,7 @@ impl Session {
     /// Owns nothing from now on.
     fn forget(&mut self) {
         self.id = None;
+        self.overheard = None;
         self.going.clear();
         // A leader that does not know the session may lead another cluster in the place of the one before, whose
         // generations begin anew: what it says next counts, whatever was known.
@@ -454,8 +464,13 @@ impl Session {
         self.dial();
     }
 
-    /// Says what stands in the way; since when stays.
-    fn alone(&self, why: Why) {
+    /// Says what stands in the way; since when stays. Where slices have no owners, others are listened to meanwhile.
+    fn alone(&mut self, why: Why) {
+        let listens = self.id.is_some() && self.term.is_none() && why != Why::Hung;
+        if listens && self.overheard.is_none() {
+            let Setup { job, info, way, assigners, .. } = &self.setup;
+            self.overheard = Overheard::begin(job, &info.name, way, assigners, &self.known);
+        }
         self.setup.state.send_modify(|state| {
             let since = match state {
                 State::Alone { since, .. } => *since,
@@ -647,11 +662,16 @@ impl Session {
                 return self.resync(&error);
             }
         };
+        self.learn(next, delta.as_ref());
+    }
+
+    /// Works with an assignment from now on, and with the step that led to it if it was one.
+    fn learn(&mut self, next: Arc<Assignment>, delta: Option<&Delta>) {
         // What is known never goes back: a leader that has not caught up yet soon will.
         if next.job != self.setup.job || next.generation < self.known.generation {
             return;
         }
-        self.setup.hub.publish(Arc::clone(&next), delta.as_ref());
+        self.setup.hub.publish(Arc::clone(&next), delta);
         self.known = Arc::clone(&next);
         // What is over, before the application lets go of it; and below what has begun, once it is in force.
         self.steps.knows(&self.setup.owned, &next);
@@ -731,6 +751,11 @@ async fn lease_ends(holder: &Holder, clock: &Clock) {
         Some(ends) => sleep(ends.since(clock.now())).await,
         None => std::future::pending().await,
     }
+}
+
+/// What others say, if they are listened to.
+async fn overheard(overheard: &mut Option<Overheard>) -> Option<Arc<Assignment>> {
+    Some(overheard.as_mut()?.next().await)
 }
 
 fn millis(millis: u64, otherwise: Duration) -> Duration {

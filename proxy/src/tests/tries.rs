@@ -99,8 +99,8 @@ async fn a_task_that_lags_behind_is_asked_again() {
 
 #[tokio::test]
 async fn a_refusal_keeps_its_connection_unless_it_is_long() {
-    // What is said, and how many connections eight tries need.
-    for (said, connects) in [(0, 1), (1_000, 1), (1 << 20, 8)] {
+    // What is said, and how many connections ten tries need.
+    for (said, connects) in [(0, 1), (1_000, 1), (1 << 20, 10)] {
         let backend = Backend::serve(move |_| async move {
             let mut refusal = text("x".repeat(said));
             *refusal.status_mut() = StatusCode::MISDIRECTED_REQUEST;
@@ -122,8 +122,8 @@ async fn a_task_that_never_catches_up_ends_in_a_503() {
     stage.owners.give(5, &[(0, 1, backend.address)]).await;
     let answer = stage.talk(GET).await;
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("moving"), "{answer}");
-    // Once, and once more after each of seven pauses.
-    assert_eq!(asked.load(SeqCst), 8);
+    // Once, and once more after each of nine pauses.
+    assert_eq!(asked.load(SeqCst), 10);
     let stats = stage.stats();
     assert_eq!((stats.requests, stats.failed, stats.retried), (1, 1, 1));
 }

@@ -14,6 +14,7 @@ use mandoline_core::spec::{JobSpec, Ratio};
 use mandoline_core::state::{Outcome, Refused, State};
 use mandoline_core::task::{SessionId, Task};
 use mandoline_distributor::hub::Hub;
+use mandoline_distributor::serve::WatchService;
 use mandoline_proto::pb;
 use mandoline_proto::pb::session_reply::Reply;
 use mandoline_proto::pb::session_request::Request as Asked;
@@ -88,9 +89,11 @@ impl Leader {
     fn serve(&self, listener: TcpListener) {
         let stop = self.inner.stop.lock().unwrap().clone();
         let service = TasksServer::new(self.clone());
+        let watch = WatchService::new(self.inner.hub.clone(), stop.clone());
         tokio::spawn(async move {
             tonic::transport::Server::builder()
                 .add_service(service)
+                .add_service(watch)
                 .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled())
                 .await
                 .unwrap();
@@ -164,9 +167,20 @@ impl Leader {
         self.inner.state.lock().unwrap().jobs[&kv()].assignment.generation
     }
 
+    /// How many watch what this one knows, tasks that hold a session here among them.
+    pub(crate) fn watchers(&self) -> usize {
+        self.inner.hub.watchers()
+    }
+
     /// The sessions of the job, oldest first.
     pub(crate) fn sessions(&self) -> Vec<SessionId> {
         self.inner.state.lock().unwrap().jobs[&kv()].assignment.tasks.keys().copied().collect()
+    }
+
+    fn lease_ms(&self) -> u64 {
+        let state = self.inner.state.lock().unwrap();
+        let lease = state.jobs.get(&kv()).and_then(|job| job.spec.owner_lease());
+        lease.map_or(0, |lease| lease.as_millis().try_into().unwrap())
     }
 
     pub(crate) fn end(&self, session: SessionId) {
@@ -213,6 +227,10 @@ impl Leader {
         tokio::time::timeout(Duration::from_secs(10), found)
             .await
             .unwrap_or_else(|_| panic!("the leader never heard {what}"))
+    }
+
+    pub(crate) fn has_heard(&self, what: impl Fn(&Asked) -> bool) -> bool {
+        self.inner.heard.borrow().iter().any(what)
     }
 
     pub(crate) fn forget_heard(&self) {
@@ -331,7 +349,7 @@ impl Tasks for Leader {
                 session: session.0,
                 heartbeat_ms: 100,
                 report_every_ms: 200,
-                lease_ms: 0,
+                lease_ms: self.lease_ms(),
             }),
             Err(turned_away) => turned_away.clone(),
         };

@@ -12,6 +12,7 @@ use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
 use mandoline_core::report::Size;
 use mandoline_core::slice::Slice;
+use mandoline_core::spec::{Consistency, JobSpec};
 use mandoline_core::task::{SessionId, TaskInfo};
 use mandoline_proto::pb::session_request::Request as Asked;
 use tokio::time::timeout;
@@ -54,6 +55,10 @@ async fn comes_to(slicelet: &Slicelet, what: &str, is: impl Fn(&Slicelet) -> boo
     timeout(Duration::from_secs(10), wait)
         .await
         .unwrap_or_else(|_| panic!("never {what}: {slicelet:?}"));
+}
+
+fn is_alone(slicelet: &Slicelet) -> bool {
+    matches!(slicelet.state(), State::Alone { .. })
 }
 
 fn half() -> (Slice, Slice) {
@@ -214,6 +219,55 @@ async fn with_every_assigner_gone_a_task_goes_on_and_says_so() {
     leader.restart().await;
     assert_eq!(ready(&slicelet).await, session);
     assert_eq!(heard.lock().unwrap().len(), 1, "nothing came and nothing went");
+}
+
+#[tokio::test]
+async fn a_task_without_a_leader_hears_from_others_what_is_its_own() {
+    let (leader, follower) = (Leader::start().await, Leader::start().await);
+    follower.point_at("");
+    let (slicelet, heard) = noting(&[&leader, &follower]);
+    let session = ready(&slicelet).await;
+    leader.stop();
+    comes_to(&slicelet, "alone", is_alone).await;
+    // What the leader decided last has reached its followers, and not the task.
+    leader.give(Slice::FULL, session);
+    follower.learn(&leader);
+    comes_to(&slicelet, "given everything", |task| task.owns(b"x")).await;
+    assert!(is_alone(&slicelet), "{slicelet:?}");
+    assert_eq!(slicelet.generation(), leader.generation());
+    leader.restart().await;
+    assert_eq!(ready(&slicelet).await, session);
+    assert_eq!(heard.lock().unwrap().len(), 1, "it came once");
+    let left = timeout(Duration::from_secs(10), async {
+        while follower.watchers() > 0 {
+            tokio::task::yield_now().await;
+        }
+    });
+    left.await.expect("whoever is in touch listens to nobody else");
+}
+
+#[tokio::test]
+async fn what_has_one_owner_is_taken_from_the_leader_alone() {
+    let (leader, follower) = (Leader::start_empty().await, Leader::start_empty().await);
+    follower.point_at("");
+    let (consistency, lease) = (Consistency::Exclusive, Duration::from_secs(2));
+    let spec = JobSpec { consistency, lease, ..quick() };
+    leader.apply(Command::ApplyJob { spec, if_version: None }).unwrap();
+    let slicelet = task(&[&leader, &follower]).start().unwrap();
+    let session = ready(&slicelet).await;
+    let (low, high) = half();
+    leader.give(low, session);
+    comes_to(&slicelet, "given one half", |task| task.owned() == 1).await;
+    leader.stop();
+    comes_to(&slicelet, "alone", is_alone).await;
+    leader.give(high, session);
+    follower.learn(&leader);
+    let stopped = |asked: &Asked| matches!(asked, Asked::Register(new) if new.stopped == session.0);
+    comes_to(&slicelet, "out of its lease", |task| {
+        assert!(task.owned() <= 1 && follower.watchers() == 0, "{task:?}");
+        follower.has_heard(stopped)
+    })
+    .await;
 }
 
 #[tokio::test]
