@@ -79,6 +79,16 @@ impl Owners {
         owners
     }
 
+    /// One task serves everything, at an address that need not be a socket's.
+    pub(super) async fn all_at(address: &str) -> Self {
+        let owners = Self::none();
+        let mut assignment = made(1, &[(0, 1, SocketAddr::from(([127, 0, 0, 1], 1)))]);
+        let info = TaskInfo::new("t1".parse().unwrap(), 1, address.parse().unwrap());
+        assignment.tasks.insert(SessionId(1), Arc::new(Task::new(SessionId(1), info)));
+        owners.tell(assignment).await;
+        owners
+    }
+
     /// From each place on, up to the next, a session at an address serves.
     pub(super) async fn give(&self, number: u64, runs: &[(u64, u64, SocketAddr)]) {
         self.publish(number, runs, None).await;

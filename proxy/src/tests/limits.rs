@@ -27,6 +27,11 @@ async fn a_head_that_is_too_large_is_refused() {
             "431",
         ),
         (
+            "far too long a key",
+            format!("GET /kv/{} HTTP/1.1\r\nhost: a\r\n\r\n", "x".repeat(1 << 20)),
+            "431",
+        ),
+        (
             "many lines",
             format!("GET /kv/a HTTP/1.1\r\nhost: a\r\n{}\r\n", "x: 1\r\n".repeat(101)),
             "431",

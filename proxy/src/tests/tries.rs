@@ -220,6 +220,19 @@ async fn a_task_that_cannot_be_reached_and_has_no_successor_gets_a_503() {
 }
 
 #[tokio::test]
+async fn a_task_whose_address_does_not_resolve_gets_a_503() {
+    // Longer than a label of a host name may be, so that nobody has to be asked for it.
+    let stage = Stage::new(Owners::all_at(&format!("{}.example:80", "x".repeat(64))).await);
+    for request in [GET.to_owned(), post("hello")] {
+        let answer = stage.talk(&request).await;
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        assert!(answer.contains("\r\nretry-after: 1\r\n"), "{answer}");
+        assert!(answer.contains("proxy-status: mandoline; error=connection_refused"), "{answer}");
+    }
+    assert_eq!((stage.stats().failed, stage.stats().retried), (2, 0));
+}
+
+#[tokio::test]
 async fn a_task_that_leaves_without_a_successor_gets_a_503() {
     let (old, _, told) = misdirecting(2).await;
     let stage = Stage::new(Owners::all(old.address).await);

@@ -49,7 +49,7 @@ use crate::http::names::{HOPS, PROXY_STATUS, lists, strip_hop_by_hop};
 use crate::http::own::{Answer, take};
 use crate::http::refused::{Refused, is_grpc};
 use crate::http::replay::{BoxError, Replay};
-use crate::http::route::{Route, RouteError, RouteLayer};
+use crate::http::route::{Route, RouteError, RouteLayer, Routing};
 use crate::slicelet::Slicelet;
 
 /// How long a task may take to accept a connection.
@@ -74,7 +74,12 @@ impl BackhaulLayer {
     /// Serves what `slicelet` owns and forwards the rest by what `clerk` knows, by the key that is where `key` says. `name` is what
     /// `Via` calls this task: its own, which no other has.
     pub fn new(name: &str, slicelet: Arc<Slicelet>, clerk: Clerk, key: KeyFrom) -> Self {
-        let route = RouteLayer::new(clerk, key).layer(Clients::new());
+        Self::routed(name, slicelet, Routing::new(clerk, key))
+    }
+
+    /// Does the same by a routing of the caller's, such as one with another patience.
+    pub fn routed(name: &str, slicelet: Arc<Slicelet>, routing: Routing) -> Self {
+        let route = RouteLayer::from(routing).layer(Clients::new());
         Self(Arc::new(Backhaul { name: name.to_owned(), slicelet, route }))
     }
 }

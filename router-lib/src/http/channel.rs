@@ -139,8 +139,12 @@ impl From<RouteError> for Status {
         match error {
             // What tonic makes of a connection's end says what may be done about it.
             RouteError::Task { source, .. } => {
-                let known = Self::from_error(source);
-                Self::new(known.code(), message)
+                let code = match Self::from_error(source).code() {
+                    // Whatever it was, it was the connection: what a task answers is no error here.
+                    Code::Unknown => Code::Unavailable,
+                    known => known,
+                };
+                Self::new(code, message)
             }
             _ => Self::new(code, message),
         }

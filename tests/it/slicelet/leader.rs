@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use mandoline_core::assignment::Assignment;
 use mandoline_core::command::{Command, EndReason};
 use mandoline_core::generation::Generation;
 use mandoline_core::load::Load;
@@ -42,6 +43,8 @@ struct Inner {
     mute: AtomicBool,
     /// This many updates are lost on their way.
     lose: AtomicU64,
+    /// Told once to whoever sends the next heartbeat, of whatever job it is.
+    impostor: Mutex<Option<Arc<Assignment>>>,
     cut: Mutex<CancellationToken>,
     stop: Mutex<CancellationToken>,
 }
@@ -78,6 +81,7 @@ impl Leader {
             elsewhere: Mutex::default(),
             mute: AtomicBool::new(false),
             lose: AtomicU64::new(0),
+            impostor: Mutex::default(),
             cut: Mutex::default(),
             stop: Mutex::default(),
         });
@@ -134,6 +138,16 @@ impl Leader {
 
     pub(crate) fn mute(&self, mute: bool) {
         self.inner.mute.store(mute, Ordering::Relaxed);
+    }
+
+    /// Answers the next heartbeat by an assignment that nobody asked for.
+    pub(crate) fn tell(&self, assignment: Assignment) {
+        *self.inner.impostor.lock().unwrap() = Some(Arc::new(assignment));
+    }
+
+    /// Whether that has been told.
+    pub(crate) fn has_told(&self) -> bool {
+        self.inner.impostor.lock().unwrap().is_none()
     }
 
     pub(crate) fn lose_updates(&self, count: u64) {
@@ -290,22 +304,30 @@ impl Leader {
                     let Ok(Some(message)) = message else { return };
                     let asked = message.request.unwrap();
                     self.inner.heard.send_modify(|heard| heard.push(asked.clone()));
-                    match asked {
-                        Asked::Heartbeat(beat) if !self.inner.mute.load(Ordering::Relaxed) => {
+                    let beats = matches!(asked, Asked::Heartbeat(_));
+                    let impostor = self.inner.impostor.lock().unwrap().take_if(|_| beats);
+                    match (asked, impostor) {
+                        (Asked::Heartbeat(_), Some(impostor)) => {
+                            let (hub, job) = (Hub::new(), impostor.job.clone());
+                            hub.publish(impostor, None);
+                            let mut told = hub.subscribe(&job, None).unwrap();
+                            Some(Reply::Update(told.next().await.message()))
+                        }
+                        (Asked::Heartbeat(beat), None) if !self.inner.mute.load(Ordering::Relaxed) => {
                             let generation = Some(self.generation().into());
                             Some(Reply::Grant(pb::Grant { request: beat.request, generation }))
                         }
-                        Asked::Drain(_) => {
+                        (Asked::Drain(_), _) => {
                             self.apply(Command::Drain { job: job.clone(), session }).unwrap();
                             draining = true;
                             None
                         }
-                        Asked::Leave(_) => {
+                        (Asked::Leave(_), _) => {
                             let (job, reason) = (job.clone(), EndReason::Left);
                             self.apply(Command::End { job, session, reason }).unwrap();
                             return;
                         }
-                        Asked::Resync(_) => {
+                        (Asked::Resync(_), _) => {
                             subscription = self.inner.hub.subscribe(&job, None).unwrap();
                             None
                         }

@@ -7,13 +7,16 @@ use std::time::Duration;
 
 use self::leader::{Leader, kv, quick};
 use mandoline::slicelet::{Claim, NotReady, Shutdown, Slicelet, StartError, State, Why};
+use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
 use mandoline_core::command::Command;
+use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
 use mandoline_core::report::Size;
 use mandoline_core::slice::Slice;
+use mandoline_core::slice_map::SliceMap;
 use mandoline_core::spec::{Consistency, JobSpec};
-use mandoline_core::task::{SessionId, TaskInfo};
+use mandoline_core::task::{SessionId, Task, TaskInfo};
 use mandoline_proto::pb::session_request::Request as Asked;
 use tokio::time::timeout;
 
@@ -339,6 +342,28 @@ async fn a_gap_in_what_is_told_is_filled() {
         .hears("a call for everything", |asked| matches!(asked, Asked::Resync(_)).then_some(()))
         .await;
     comes_to(&slicelet, "given both", |task| task.owned() == 2).await;
+}
+
+#[tokio::test]
+async fn an_assignment_of_another_job_is_not_believed() {
+    let leader = Leader::start().await;
+    let (slicelet, _heard) = noting(&[&leader]);
+    let session = ready(&slicelet).await;
+    // Newer than anything of the job's own, and everything is this session's by it.
+    let generation = Generation { number: 1 << 40, ..leader.generation() };
+    let mut impostor = Assignment::new("impostor".parse().unwrap(), generation);
+    let info = TaskInfo::new("kv-0".parse().unwrap(), 7, "127.0.0.1:9000".parse().unwrap());
+    impostor.tasks.insert(session, Arc::new(Task::new(session, info)));
+    let replicas = Replicas::One(Replica { session, since: generation });
+    impostor.slices = SliceMap::uniform(Assigned { replicas, ..Assigned::default() });
+    leader.tell(impostor);
+    comes_to(&slicelet, "told of another job", |_| leader.has_told()).await;
+    // What the leader says next comes after it on the same stream.
+    let (low, _) = half();
+    leader.give(low, session);
+    comes_to(&slicelet, "given half", |task| task.owns_at(SliceKey::MIN)).await;
+    assert!(!slicelet.owns_at(SliceKey::MAX));
+    assert_eq!(slicelet.generation(), leader.generation());
 }
 
 #[tokio::test]
