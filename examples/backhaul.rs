@@ -2,8 +2,8 @@
 //!
 //! With `cargo run -- assigner --init --data-dir a` running and a job made by `echo 'name: carts' | cargo run -- job apply -`:
 //!
-//!     cargo run -p mandoline --example backhaul -- carts-0 127.0.0.1:9000
-//!     cargo run -p mandoline --example backhaul -- carts-1 127.0.0.1:9001
+//!     cargo run -p examples --example backhaul -- carts-0 127.0.0.1:9000
+//!     cargo run -p examples --example backhaul -- carts-1 127.0.0.1:9001
 //!     curl -i -d apples http://127.0.0.1:9000/carts/ann
 //!     curl -i http://127.0.0.1:9001/carts/ann
 
@@ -48,7 +48,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .layer(backhaul);
     let serving = tokio::spawn(async { axum::serve(listener, app).await });
     slicelet.ready().await?;
-    println!("{name} serves {} slices at {address}", slicelet.owned());
+    println!("{name} serves at {address}");
 
     // Ctrl-C gives the slices away before the task goes; requests are answered until then.
     tokio::signal::ctrl_c().await?;

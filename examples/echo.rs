@@ -2,8 +2,8 @@
 //!
 //! With `cargo run -- assigner --init --data-dir a` running and a job made by `echo 'name: echo' | cargo run -- job apply -`:
 //!
-//!     cargo run -p mandoline --example echo -- serve echo-0 127.0.0.1:9000
-//!     cargo run -p mandoline --example echo -- ask user-42
+//!     cargo run -p examples --example echo -- serve echo-0 127.0.0.1:9070
+//!     cargo run -p examples --example echo -- ask user-42
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
@@ -36,7 +36,7 @@ async fn serve(name: &str, address: &str, assigners: &[&str]) -> Result<(), Box<
     let slicelet =
         Slicelet::builder("echo", name, &address).assigners(assigners.iter().copied()).start()?;
     slicelet.ready().await?;
-    println!("{name} serves {} slices at {address}", slicelet.owned());
+    println!("{name} serves at {address}");
     for stream in listener.incoming() {
         let mut stream = stream?;
         let mut key = String::new();

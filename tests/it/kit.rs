@@ -165,6 +165,7 @@ fn pause() {
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
+    pub(crate) head: String,
     pub(crate) body: String,
 }
 
@@ -183,7 +184,7 @@ pub(crate) fn ask(address: SocketAddr, method: &str, target: &str, body: &str) -
     let answer = text(&answer);
     let (head, body) = answer.split_once("\r\n\r\n")?;
     let status = head.split(' ').nth(1)?.parse().ok()?;
-    Some(Answer { status, body: body.to_owned() })
+    Some(Answer { status, head: head.to_owned(), body: body.to_owned() })
 }
 
 /// Ports that were free a moment ago, of those that no outgoing connection is given. Each is given once in this process.

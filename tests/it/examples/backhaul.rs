@@ -1,0 +1,27 @@
+//! A web application whose tasks forward.
+
+use super::{Scene, built};
+use crate::kit::ask;
+
+#[test]
+fn a_web_application_that_forwards_answers_the_same_wherever_it_is_asked() {
+    if built("backhaul").is_none() {
+        return;
+    }
+    let scene = Scene::start("name: carts\n");
+    let start = |name| scene.task("backhaul", &[name, "127.0.0.1:0"], name);
+    let tasks = ["carts-0", "carts-1"].map(start);
+    let ask = |at: usize, user: &str, item: Option<&str>| {
+        let (method, body) = item.map_or(("GET", ""), |item| ("POST", item));
+        let answer = ask(tasks[at].1, method, &format!("/carts/{user}"), body).unwrap();
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.body
+    };
+    for user in (0..20).map(|n| format!("user-{n}")) {
+        ask(0, &user, Some("apples"));
+        ask(1, &user, Some("pears"));
+        for at in [0, 1] {
+            assert!(ask(at, &user, None).contains("apples, pears"), "{user} at {at}");
+        }
+    }
+}
