@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use clap::Args;
 use mandoline::Hub;
 use mandoline::clerk::Clerk;
+use mandoline::http::key::KeyFrom;
 use mandoline_assigner::access::connector;
-use mandoline_core::extract::Extract;
 use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
 use mandoline_proxy::config::Config;
@@ -54,9 +54,10 @@ pub(crate) struct ProxyArgs {
     /// The job whose tasks serve [default: kv]
     #[arg(long, env = "MANDOLINE_JOB")]
     job: Option<Text<JobName>>,
-    /// Where a request has its key: path:N (from 0), header:NAME, cookie:NAME, query:NAME or host [default: path:1]
+    /// Where a request has its key: path:N (from 0), header:NAME, cookie:NAME, query:NAME or host; GROUP/KEY keeps a group
+    /// together, such as header:tenant/header:user [default: path:1]
     #[arg(long, env = "MANDOLINE_KEY", value_name = "WHERE")]
-    key: Option<Text<Extract>>,
+    key: Option<Text<KeyFrom>>,
     /// Where assigners answer [default: 127.0.0.1:7400]
     #[arg(long, env = "MANDOLINE_ASSIGNERS", value_name = "HOST:PORT,..", value_delimiter = ',')]
     assigners: Option<Vec<Text<Address>>>,
@@ -104,7 +105,7 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     drop(ports::bind(listen, "requests to the proxy")?);
     let access = args.access.load()?;
     let job = args.job.map_or_else(demo_job, |Text(job)| job);
-    let key = args.key.map_or(Extract::Path(1), |Text(key)| key);
+    let key = args.key.map_or_else(|| KeyFrom::path(1), |Text(key)| key);
     let stop = stop::on_signal()?;
 
     let hub = Hub::new();

@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::time::Duration;
 
-use mandoline_core::extract::Extract;
+use mandoline::http::key::KeyFrom;
 
 use crate::record::Observer;
 
@@ -22,7 +22,7 @@ pub struct Config {
     /// Where `/metrics`, `/livez` and `/readyz` are served, if anywhere.
     pub admin: Option<SocketAddr>,
     /// Where the key is in a request.
-    pub key: Extract,
+    pub key: KeyFrom,
     /// How many cores to use: each gets a thread, a runtime, a listening socket and a connection pool of its own.
     pub workers: NonZeroUsize,
     /// What the proxy calls itself in `Via`; two proxies in a row need different names.
@@ -37,7 +37,7 @@ pub struct Config {
 
 impl Config {
     /// Takes what has no good default, and defaults for the rest.
-    pub fn new(listen: SocketAddr, key: Extract) -> Self {
+    pub fn new(listen: SocketAddr, key: KeyFrom) -> Self {
         Self {
             listen,
             admin: None,
@@ -266,7 +266,7 @@ mod tests {
 
     #[test]
     fn values_that_cannot_work_are_refused_by_name() {
-        let good = Config::new("127.0.0.1:0".parse().unwrap(), Extract::Host);
+        let good = Config::new("127.0.0.1:0".parse().unwrap(), "host".parse().unwrap());
         assert_eq!(good.check(), Ok(()));
         let mut bad = good.clone();
         bad.timeouts.connect = Duration::ZERO;

@@ -10,7 +10,6 @@ use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Method, Uri, Version};
-use mandoline_core::extract;
 
 use crate::refusal::Refusal;
 use crate::worker::Worker;
@@ -25,21 +24,12 @@ impl Host {
     }
 }
 
-/// Lets core's key extraction look into a request's headers.
-pub(crate) struct Fields<'a>(pub(crate) &'a HeaderMap);
-
-impl extract::Headers for Fields<'_> {
-    fn values<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a [u8]> {
-        self.0.get_all(name).iter().map(HeaderValue::as_bytes)
-    }
-}
-
 /// Refuses what cannot be passed on safely, and finds out which host is meant.
-pub(crate) fn identify(worker: &Worker, head: &mut Parts) -> Result<Host, Refusal> {
+pub(crate) fn identify(pseudonym: &str, head: &mut Parts) -> Result<Host, Refusal> {
     method(&head.method)?;
     framing(head)?;
     no_upgrade(&head.headers)?;
-    no_loop(&head.headers, &worker.pseudonym)?;
+    no_loop(&head.headers, pseudonym)?;
     let host = host(head)?;
     origin_form(head)?;
     Ok(host)

@@ -22,6 +22,7 @@ mod download;
 mod identify;
 mod forward;
 mod serve;
+pub mod dry_run;
 mod listen;
 mod admin;
 pub mod proxy;

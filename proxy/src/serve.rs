@@ -10,14 +10,14 @@ use http::request::Parts;
 use http::{Request, Response};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use mandoline_core::extract::Parts as KeyParts;
 use mandoline_core::key::SliceKey;
 use tokio::time::timeout;
 
+use crate::config::Config;
 use crate::download::{Download, Stream};
 use crate::exchange::Exchange;
 use crate::forward::{Answer, forward};
-use crate::identify::{Client, Fields, Host, identify, sign};
+use crate::identify::{Client, Host, identify, sign};
 use crate::metrics::Count;
 use crate::pause::Held;
 use crate::record::Outcome;
@@ -66,8 +66,8 @@ async fn stages(
     line: &Line,
     exchange: &mut Exchange,
 ) -> Result<Answer, Refusal> {
-    let host = identify(worker, head)?;
-    let key = key(worker, head, &host)?;
+    let host = identify(&worker.pseudonym, head)?;
+    let key = key(&worker.config, head, &host)?;
     exchange.has_key(key);
     let mut held = Held::new(&worker.hold, key, tape, line);
     if held.in_turn(head).await? {
@@ -78,18 +78,10 @@ async fn stages(
     forward(worker, key, target, head, tape, &mut held, exchange).await
 }
 
-fn key(worker: &Worker, head: &Parts, host: &Host) -> Result<SliceKey, Refusal> {
-    let extract = &worker.config.key;
-    let parts = KeyParts {
-        path: head.uri.path(),
-        query: head.uri.query(),
-        host: host.as_str(),
-        headers: &Fields(&head.headers),
-    };
-    let key = extract.key(&parts);
-    let key =
-        key.map_err(|miss| Refusal::Key(format!("{miss}; the key is {}", extract.describe())))?;
-    Ok(SliceKey::of(&key))
+/// Finds the key where the configuration says that it is.
+pub(crate) fn key(config: &Config, head: &Parts, host: &Host) -> Result<SliceKey, Refusal> {
+    let key = config.key.find_of(head, host.as_str());
+    key.map_err(|miss| Refusal::Key(format!("{miss}; the key is {}", config.key.describe())))
 }
 
 /// Passes a task's answer on.

@@ -18,6 +18,7 @@ mod cluster;
 mod outage;
 mod wiped;
 mod bad_calls;
+mod same_answer;
 mod hand;
 mod langs;
 mod brakes;

@@ -10,6 +10,8 @@ mod rolling;
 mod crash;
 mod reaction;
 mod route;
+mod echo;
+mod same;
 
 use std::process::ExitCode;
 
@@ -27,6 +29,9 @@ pub(crate) enum BenchCommand {
     Crash(crash::CrashArgs),
     Reaction(reaction::ReactionArgs),
     Route(route::RouteArgs),
+    Same(same::SameArgs),
+    #[command(hide = true)]
+    Echo(echo::EchoArgs),
 }
 
 /// Answers `bench`.
@@ -39,5 +44,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
         BenchCommand::Crash(args) => crash::run(args).await,
         BenchCommand::Reaction(args) => reaction::run(args).await,
         BenchCommand::Route(args) => route::run(args).await,
+        BenchCommand::Same(args) => same::run(args).await,
+        BenchCommand::Echo(args) => echo::run(args).await,
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline::clerk::Clerk;
+use mandoline::http::key::KeyFrom;
 use mandoline_core::assignment::Assignment;
-use mandoline_core::extract::Extract;
 use mandoline_core::generation::Generation;
 use mandoline_core::name::JobName;
 use mandoline_core::spec::JobSpec;
@@ -101,7 +101,7 @@ impl Town {
         let tally = Arc::new(Tally::default());
         let config = ProxyConfig {
             observer: Some(tally.observer(&newest)),
-            ..ProxyConfig::new(listen, Extract::Path(1))
+            ..ProxyConfig::new(listen, KeyFrom::path(1))
         };
         let proxy = crate::proxy::start(config, &clerk, &CancellationToken::new())?;
         let next_task = tasks.len();

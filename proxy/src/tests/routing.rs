@@ -149,6 +149,7 @@ async fn the_key_is_taken_from_where_the_configuration_says() {
         ("cookie:session", "cookie: a=b; session=7"),
         ("query:user", "x: y"),
         ("host", "x: y"),
+        ("header:x-tenant/query:user", "x-tenant: 1"),
     ];
     for (key, line) in cases {
         let stage = Stage::with(Owners::all(backend.address).await, |config| {

@@ -1,5 +1,6 @@
 //! Where a request says its key, for every way into a program: a header, the path, gRPC metadata, or a typed call.
 
+use std::fmt;
 use std::str::FromStr;
 
 use http::header::{self, HeaderMap, HeaderValue};
@@ -85,10 +86,15 @@ impl KeyFrom {
 
     /// Finds a request's key.
     pub fn find(&self, head: &Parts) -> Result<SliceKey, Miss> {
+        self.find_of(head, host(head))
+    }
+
+    /// Does the same where the host that is asked for is known otherwise, such as from a target that was absolute once.
+    pub fn find_of(&self, head: &Parts, host: Option<&str>) -> Result<SliceKey, Miss> {
         let parts = extract::Parts {
             path: head.uri.path(),
             query: head.uri.query(),
-            host: host(head),
+            host,
             headers: &Fields(&head.headers),
         };
         match &self.0 {
@@ -96,6 +102,19 @@ impl KeyFrom {
             Source::Part(part) => Ok(SliceKey::of(&part.key(&parts)?)),
             Source::Group { group, member } => {
                 Ok(SliceKey::grouped(&group.key(&parts)?, &member.key(&parts)?))
+            }
+        }
+    }
+}
+
+impl KeyFrom {
+    /// Says in words where the key is expected, to finish the sentence "the key is".
+    pub fn describe(&self) -> String {
+        match &self.0 {
+            Source::Typed => "what the caller puts into the request's extensions".to_owned(),
+            Source::Part(part) => part.describe(),
+            Source::Group { group, member } => {
+                format!("{}, in the group that is {}", member.describe(), group.describe())
             }
         }
     }
@@ -122,6 +141,17 @@ impl FromStr for KeyFrom {
                 Ok(Self(Source::Group { group: group.parse()?, member: member.parse()? }))
             }
             None => Ok(Self(Source::Part(text.parse()?))),
+        }
+    }
+}
+
+/// What is parsed, and `typed` for keys that do not travel.
+impl fmt::Display for KeyFrom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Source::Typed => f.write_str("typed"),
+            Source::Part(part) => part.fmt(f),
+            Source::Group { group, member } => write!(f, "{group}/{member}"),
         }
     }
 }
@@ -163,6 +193,7 @@ mod tests {
         }
         let grouped = KeyFrom::header("x-shard-key").within(KeyFrom::header("tenant"));
         assert_eq!(grouped, "header:tenant/header:x-shard-key".parse().unwrap());
+        assert_eq!(grouped.to_string(), "header:tenant/header:x-shard-key");
         assert_eq!(grouped.find(&head), Ok(SliceKey::grouped(b"acme", b"k1")));
     }
 

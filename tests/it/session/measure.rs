@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use mandoline::clerk::Clerk;
-use mandoline_core::extract::Extract;
+use mandoline::http::key::KeyFrom;
 use mandoline_core::prng::Prng;
 use mandoline_proto::pb;
 use mandoline_proto::pb::admin_client::AdminClient;
@@ -209,7 +209,7 @@ async fn a_proxy_tells_what_it_could_not_deliver() {
     let clerk = clerk.start().unwrap();
     clerk.ready().await;
     let (stop, any) = (CancellationToken::new(), "127.0.0.1:0".parse().unwrap());
-    let config = Config::new(any, Extract::Path(1));
+    let config = Config::new(any, KeyFrom::path(1));
     let proxy = Proxy::start(config, Router::new(clerk), &stop).unwrap();
     let local = proxy.local_addr();
     let told = async || {
