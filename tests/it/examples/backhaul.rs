@@ -11,6 +11,7 @@ fn a_web_application_that_forwards_answers_the_same_wherever_it_is_asked() {
     let scene = Scene::start("name: carts\n");
     let start = |name| scene.task("backhaul", &[name, "127.0.0.1:0"], name);
     let tasks = ["carts-0", "carts-1"].map(start);
+    scene.settle("carts", 2);
     let ask = |at: usize, user: &str, item: Option<&str>| {
         let (method, body) = item.map_or(("GET", ""), |item| ("POST", item));
         let answer = ask(tasks[at].1, method, &format!("/carts/{user}"), body).unwrap();

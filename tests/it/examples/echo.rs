@@ -11,6 +11,7 @@ fn a_sharded_echo_server_answers_from_whoever_owns_the_key() {
     let scene = Scene::start("name: echo\n");
     let serve = |name| scene.task("echo", &["serve", name, "127.0.0.1:0"], name);
     let _servers = ["echo-0", "echo-1"].map(serve);
+    scene.settle("echo", 2);
     let keys: Vec<String> = (0..20).map(|key| format!("user-{key}")).collect();
     let asked: Vec<&str> = ["ask"].into_iter().chain(keys.iter().map(String::as_str)).collect();
     let answers = scene.says("echo", &asked);

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::kit::{Process, free_ports, local, run, run_with, text, until};
 
@@ -42,6 +43,20 @@ impl Scene {
     /// Says something to the assigner, as an operator does.
     fn operator(&self, args: &[&str]) -> Output {
         run(&[args, &["--assigners", &self.assigner]].concat())
+    }
+
+    /// Waits until this many tasks serve the job, and has its keys stay where they are from then on: what a task keeps in memory is gone
+    /// when they move. Tasks that leave are replaced all the same.
+    fn settle(&self, job: &str, tasks: usize) {
+        until("every task to have slices", || {
+            let listed = self.operator(&["task", "list", "-o", "json"]);
+            let listed: Value = serde_json::from_slice(&listed.stdout).ok()?;
+            let serving =
+                listed.as_array()?.iter().filter(|task| task["slices"].as_u64() > Some(0));
+            (serving.count() == tasks).then_some(())
+        });
+        let frozen = self.operator(&["assignment", "freeze", job]);
+        assert!(frozen.status.success(), "{}", text(&frozen.stderr));
     }
 
     /// An example with these arguments.

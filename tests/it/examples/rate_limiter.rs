@@ -22,6 +22,7 @@ fn a_bucket_gives_no_token_twice_while_its_task_is_drained() {
     let database = database.to_str().unwrap();
     let start = |name| scene.task("rate_limiter", &[name, "127.0.0.1:0", database], name);
     let [(leaves, _), (_stays, address)] = ["limits-0", "limits-1"].map(start);
+    scene.settle("limits", 2);
 
     let began = Instant::now();
     let mut given: BTreeMap<String, f64> = BTreeMap::new();

@@ -11,6 +11,7 @@ fn publishers_and_listeners_meet_whichever_task_they_ask_and_meet_again_when_it_
     let scene = Scene::start("name: topics\n");
     let start = |name| scene.task("rendezvous", &["task", name, "127.0.0.1:0"], name);
     let [(leaves, by), (_stays, other)] = ["topics-0", "topics-1"].map(start);
+    scene.settle("topics", 2);
     // So many that each task owns some.
     let topics: Vec<String> = (0..10).map(|topic| format!("topic-{topic}")).collect();
     let listen = |topic: &String| {

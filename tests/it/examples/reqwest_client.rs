@@ -13,12 +13,7 @@ fn reqwest_asks_the_owner_of_each_key() {
         let place = ["--listen", "127.0.0.1:0", "--assigners", &scene.assigner];
         Process::start(&[&["demo", "task", "--name", name], &place[..]].concat())
     });
-    crate::kit::until("both tasks to serve", || {
-        let tasks = scene.operator(&["task", "list", "-o", "json"]);
-        let tasks: serde_json::Value = serde_json::from_slice(&tasks.stdout).ok()?;
-        let serving = tasks.as_array()?.iter().filter(|task| task["slices"].as_u64() > Some(0));
-        (serving.count() == 2).then_some(())
-    });
+    scene.settle("kv", 2);
     let keys: Vec<String> = (0..10).map(|key| format!("key-{key}")).collect();
     for key in &keys {
         scene.says("reqwest_client", &["put", key, &format!("{key}'s")]);

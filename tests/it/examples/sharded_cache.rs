@@ -13,6 +13,7 @@ fn a_page_that_moves_is_made_once_more_and_no_more_than_once() {
     let scene = Scene::start("name: pages\nreport_every: 500ms\nbalance_every: 1s\n");
     let start = |name| scene.task("sharded_cache", &["task", name, "127.0.0.1:0"], name).0;
     let [pages_0, pages_1] = ["pages-0", "pages-1"].map(start);
+    scene.settle("pages", 2);
     let mut front = Process::spawn(scene.example("sharded_cache", &["front", "127.0.0.1:0"]));
     let address = front.line("the front end is at ").parse().unwrap();
     let is_hit = |page: &str| {
@@ -20,7 +21,7 @@ fn a_page_that_moves_is_made_once_more_and_no_more_than_once() {
         assert_eq!((answer.status, answer.body), (200, format!("This is {page}.\n")));
         answer.head.contains("x-cache: hit")
     };
-    let all: Vec<String> = (0..20).map(|page| format!("page-{page}")).collect();
+    let all: Vec<String> = (0..10).map(|page| format!("page-{page}")).collect();
     let all_hit = || {
         until("every page to be in memory", || {
             // All of them each time, so that none is counted on which one miss was hidden.

@@ -10,6 +10,7 @@ fn a_generated_stub_finds_each_keys_owner() {
     let scene = Scene::start("name: stubs\n");
     let start = |name| scene.task("stub_routing", &["serve", name, "127.0.0.1:0"], name).0;
     let [leaves, _stays] = ["stubs-0", "stubs-1"].map(start);
+    scene.settle("stubs", 2);
     let keys: Vec<String> = (0..10).map(|key| format!("key-{key}")).collect();
     let put = |key: &String| {
         let said = scene.says("stub_routing", &["put", key, "red"]);
