@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use arc_swap::{ArcSwap, Cache, Guard};
+use arc_swap::Guard;
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
@@ -36,6 +36,7 @@ use crate::cache;
 use crate::counters::{CostError, thousandths};
 use crate::dialer::drawn;
 use crate::offered::{Offered, Reporter};
+use crate::shown::{Seen, Shown};
 use crate::snapshot::{NoTask, Sent, Snapshot, Target};
 use crate::spill::{ALONE, Lanes, Routed, Spill, Utilisation};
 
@@ -63,7 +64,7 @@ pub struct Clerk {
 
 struct Inner {
     job: JobName,
-    snapshot: Arc<ArcSwap<Snapshot>>,
+    snapshot: Arc<Shown>,
     current: channel::Receiver<Option<Arc<Assignment>>>,
     state: channel::Receiver<watch::State>,
     seen: channel::Sender<Option<Generation>>,
@@ -209,10 +210,10 @@ impl Clerk {
         let held = Held(self.inner.snapshot.load());
         let Some(cap) = held.spill() else {
             let found = held.find(key, next_turn)?;
-            return Ok(Target::new(held, found));
+            return Ok(Target::new(held, key, found));
         };
         let routed = self.spill(cap, &held, key)?;
-        Ok(Target::new(held, routed.found).with_spill(routed.sent, routed.is_spilled))
+        Ok(Target::new(held, key, routed.found).with_spill(routed.sent, routed.is_spilled))
     }
 
     /// Out of line, so that jobs without spill pay for one comparison only.
@@ -261,8 +262,8 @@ impl Clerk {
 
     /// Makes a handle for one thread or one connection: 11 ns a lookup where `route` takes 14 (10,000 slices, 16-byte keys).
     pub fn router(&self) -> Router {
-        let cache = Cache::new(Arc::clone(&self.inner.snapshot));
-        Router { clerk: self.clone(), cache, turn: next_turn(), spill: None }
+        let seen = Seen::of(&self.inner.snapshot);
+        Router { clerk: self.clone(), seen, turn: next_turn(), spill: None }
     }
 
     /// Names the job.
@@ -373,7 +374,7 @@ impl Inner {
     ) -> (Self, Desk, channel::Receiver<Option<Generation>>) {
         let nothing = || Arc::new(Assignment::new(job.clone(), Generation::ZERO));
         let first = Snapshot::of(known.clone().unwrap_or_else(nothing));
-        let snapshot = Arc::new(ArcSwap::from_pointee(first));
+        let snapshot = Arc::new(Shown::new(first));
         let (known, current) = channel::channel(known);
         let (well, state) = channel::channel(state);
         let (seen, sightings) = channel::channel(None);
@@ -415,7 +416,7 @@ impl Deref for Held {
 /// An idle one keeps the snapshot that it used last.
 pub struct Router {
     clerk: Clerk,
-    cache: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
+    seen: Seen,
     turn: u32,
     /// Of jobs with spill, from the first request on.
     spill: Option<Box<Spill>>,
@@ -431,23 +432,21 @@ impl Router {
     /// Finds the task that serves a slice key, such as a grouped one.
     #[inline]
     pub fn route_at(&mut self, key: SliceKey) -> Result<Target<&Snapshot>, NoTask> {
-        let snapshot: &Snapshot = self.cache.load();
+        let snapshot = self.seen.newest();
         if let Some(cap) = snapshot.spill() {
-            let routed = Spill::route(&mut self.spill, cap, ALONE, snapshot, key)?;
-            let target = Target::new(snapshot, routed.found);
-            return Ok(target.with_spill(routed.sent, routed.is_spilled));
+            return route_or_spill(&mut self.spill, cap, snapshot, key);
         }
         let found = snapshot.find(key, || next_of(&mut self.turn))?;
-        Ok(Target::new(snapshot, found))
+        Ok(Target::new(snapshot, key, found))
     }
 
     /// Finds a task that serves a slice key by the assignment, however loaded: for a second try, where a task would not take
     /// what was spilled to it.
     #[inline]
     pub fn route_to_holder(&mut self, key: SliceKey) -> Result<Target<&Snapshot>, NoTask> {
-        let snapshot: &Snapshot = self.cache.load();
+        let snapshot = self.seen.newest();
         let found = snapshot.find(key, || next_of(&mut self.turn))?;
-        Ok(Target::new(snapshot, found))
+        Ok(Target::new(snapshot, key, found))
     }
 
     /// Tells what a task has served, as its answer to a request of this router said: see [`Clerk::heard`].
@@ -461,6 +460,19 @@ impl Router {
     pub fn clerk(&self) -> &Clerk {
         &self.clerk
     }
+}
+
+/// Out of line, so that jobs without spill pay for one comparison only.
+#[cold]
+#[inline(never)]
+fn route_or_spill<'a>(
+    spill: &mut Option<Box<Spill>>,
+    cap: Ratio,
+    snapshot: &'a Snapshot,
+    key: SliceKey,
+) -> Result<Target<&'a Snapshot>, NoTask> {
+    let routed = Spill::route(spill, cap, ALONE, snapshot, key)?;
+    Ok(Target::new(snapshot, key, routed.found).with_spill(routed.sent, routed.is_spilled))
 }
 
 impl fmt::Debug for Router {
@@ -566,7 +578,7 @@ impl Builder {
             Reporter::new(self.job.clone(), drawn(), sources, connector)
         });
         if reporter.is_some() {
-            let offered = Arc::new(Offered::new(inner.snapshot.load_full()));
+            let offered = Arc::new(Offered::new(Arc::clone(&inner.snapshot.load())));
             desk.offered = Some(Arc::clone(&offered));
             inner.offered = Some(offered);
         }
@@ -615,7 +627,7 @@ impl Builder {
 
 /// Where the clerk's thread puts what callers read.
 struct Desk {
-    snapshot: Arc<ArcSwap<Snapshot>>,
+    snapshot: Arc<Shown>,
     offered: Option<Arc<Offered>>,
     current: channel::Sender<Option<Arc<Assignment>>>,
     state: channel::Sender<watch::State>,
@@ -628,7 +640,7 @@ impl Desk {
             News::Install { assignment, .. } => {
                 // Whoever hears of it must find it in use.
                 let snapshot = Arc::new(Snapshot::of(Arc::clone(assignment)));
-                self.snapshot.store(Arc::clone(&snapshot));
+                self.snapshot.show(Arc::clone(&snapshot));
                 if let Some(offered) = &self.offered {
                     offered.install(snapshot);
                 }

@@ -62,6 +62,7 @@ mod sync;
 mod gate;
 pub mod fence;
 pub mod snapshot;
+mod shown;
 mod cache;
 mod counters;
 mod hot;

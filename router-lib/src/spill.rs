@@ -84,8 +84,8 @@ fn fixed(text: &str) -> Option<u64> {
 
 /// Who is to serve a key.
 pub(crate) struct Routed {
-    /// A slice and a task, by their places in the snapshot.
-    pub(crate) found: (u32, u32),
+    /// A task, by its place in the snapshot.
+    pub(crate) found: u32,
     pub(crate) sent: Sent,
     pub(crate) is_spilled: bool,
 }
@@ -137,11 +137,11 @@ impl Spill {
         if spill.seated != snapshot.assignment().generation {
             spill.follow(snapshot);
         }
-        let (slice, holders) = snapshot.holders(key)?;
+        let holders = snapshot.holders(key)?;
         let choice = spill.overflow.choose(spill.clock.now(), key, holders, 1);
         let session = snapshot.tasks()[choice.seat as usize].session;
         let sent = Sent { session, ticket: choice.ticket, lane: spill.lane };
-        Ok(Routed { found: (slice, choice.seat), sent, is_spilled: choice.spilled })
+        Ok(Routed { found: choice.seat, sent, is_spilled: choice.spilled })
     }
 
     /// Takes in what an answer told.
