@@ -19,6 +19,7 @@ mod outage;
 mod wiped;
 mod bad_calls;
 mod same_answer;
+mod backhaul;
 mod hand;
 mod langs;
 mod brakes;

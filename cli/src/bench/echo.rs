@@ -43,7 +43,7 @@ use crate::stop;
 /// Where the key is, unless something else is said.
 pub(crate) const KEY: &str = "x-shard-key";
 /// What is sent and read at a time.
-pub(crate) const PART_BYTES: usize = 64 * 1_024;
+const PART_BYTES: usize = 64 * 1_024;
 
 /// A body of any kind.
 pub(crate) type Any = UnsyncBoxBody<Bytes, BoxError>;
@@ -134,8 +134,7 @@ impl App {
         }
         if let Some(bytes) = path.strip_prefix("/give/") {
             let bytes = bytes.parse().unwrap_or(0);
-            let given = Given { left: bytes, whole: Whole(Some(self.left)), part: part() };
-            return Ok(Response::new(given.map_err(|never| match never {}).boxed_unsync()));
+            return Ok(Response::new(any(Given { left: bytes, whole: Whole(Some(self.left)) })));
         }
         let text = match path {
             "/take" => {
@@ -188,7 +187,11 @@ impl Drop for Whole {
 struct Given {
     left: u64,
     whole: Whole,
-    part: Bytes,
+}
+
+/// A body of so many bytes.
+pub(crate) fn given(bytes: u64) -> Any {
+    any(Given { left: bytes, whole: Whole(None) })
 }
 
 impl Body for Given {
@@ -205,14 +208,12 @@ impl Body for Given {
         }
         let bytes = self.left.min(PART_BYTES as u64);
         self.left -= bytes;
-        Poll::Ready(Some(Ok(Frame::data(self.part.slice(..bytes as usize)))))
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&PART[..bytes as usize])))))
     }
 }
 
 /// What bodies are made of.
-pub(crate) fn part() -> Bytes {
-    Bytes::from_static(&[0; PART_BYTES])
-}
+static PART: [u8; PART_BYTES] = [0; PART_BYTES];
 
 /// A body of any kind.
 pub(crate) fn any<B>(body: B) -> Any
@@ -242,7 +243,15 @@ where
         stream.set_nodelay(true).ok();
         let service = TowerToHyperService::new(service.clone());
         connections.spawn(async move {
-            let builder = auto::Builder::new(TokioExecutor::new());
+            // What a body costs in memory is as much the server's to say as the layer's.
+            let mut builder = auto::Builder::new(TokioExecutor::new());
+            builder.http1().max_buf_size(PART_BYTES);
+            let window = 8 * PART_BYTES as u32;
+            builder
+                .http2()
+                .initial_stream_window_size(window)
+                .initial_connection_window_size(2 * window)
+                .max_send_buf_size(PART_BYTES);
             // What clients do to a connection is theirs.
             drop(builder.serve_connection_with_upgrades(TokioIo::new(stream), service).await);
         });

@@ -12,6 +12,7 @@ mod reaction;
 mod route;
 mod echo;
 mod same;
+mod backhaul;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ pub(crate) enum BenchCommand {
     Reaction(reaction::ReactionArgs),
     Route(route::RouteArgs),
     Same(same::SameArgs),
+    Backhaul(backhaul::BackhaulArgs),
     #[command(hide = true)]
     Echo(echo::EchoArgs),
 }
@@ -45,6 +47,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
         BenchCommand::Reaction(args) => reaction::run(args).await,
         BenchCommand::Route(args) => route::run(args).await,
         BenchCommand::Same(args) => same::run(args).await,
+        BenchCommand::Backhaul(args) => backhaul::run(args).await,
         BenchCommand::Echo(args) => echo::run(args).await,
     }
 }

@@ -84,6 +84,11 @@ impl Process {
         kill_process(pid, signal).with_context(|| format!("cannot signal {}", self.name))
     }
 
+    /// Gives its number.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Says how it ended, if it has.
     pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
@@ -137,6 +142,14 @@ pub(crate) struct Task {
     pub(crate) address: SocketAddr,
     /// Where it serves watches.
     pub(crate) watch: SocketAddr,
+    pub(crate) process: Process,
+}
+
+/// A task that forwards what it does not own.
+#[derive(Debug)]
+pub(crate) struct Echo {
+    pub(crate) name: String,
+    pub(crate) address: SocketAddr,
     pub(crate) process: Process,
 }
 
@@ -378,6 +391,17 @@ impl Cluster {
         args.extend(["--assigners".to_owned(), self.assigners()]);
         let process = Process::start(&self.program, name, &args, self.dir.path())?;
         Ok(Task { name: name.to_owned(), address, watch, process })
+    }
+
+    /// Starts a task of job `kv` that forwards what it does not own.
+    pub(crate) fn start_echo(&self, name: &str) -> anyhow::Result<Echo> {
+        let address = free_port()?;
+        let mut args = words("bench echo");
+        args.extend(["--name".to_owned(), name.to_owned()]);
+        args.extend(["--listen".to_owned(), address.to_string()]);
+        args.extend(["--assigners".to_owned(), self.assigners()]);
+        let process = Process::start(&self.program, name, &args, self.dir.path())?;
+        Ok(Echo { name: name.to_owned(), address, process })
     }
 
     /// Starts a proxy for job `kv`, and waits until it is ready: it knows the job's assignment.

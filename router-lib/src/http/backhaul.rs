@@ -58,6 +58,12 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
 const IDLE: Duration = Duration::from_secs(60);
 const PING_EVERY: Duration = Duration::from_secs(10);
 
+/// What a connection of HTTP/1.1 holds of a body each way, and one of HTTP/2 of what it sends: a few reads of a socket.
+const BUFFER_BYTES: usize = 64 * 1_024;
+/// What a task may send ahead of a client that reads slowly, over HTTP/2. It bounds what one body costs in memory, and how fast it comes
+/// from afar: 12 MiB/s over 40 ms.
+const WINDOW_BYTES: u32 = 512 * 1_024;
+
 type Forwarded = UnsyncBoxBody<Bytes, BoxError>;
 
 /// Serves what a task owns, and forwards the rest.
@@ -288,9 +294,13 @@ impl Clients {
         builder.pool_timer(TokioTimer::new()).timer(TokioTimer::new()).pool_idle_timeout(IDLE);
         // A request is addressed to a task; which host it is for stays as the client said.
         builder.set_host(false);
+        builder.http1_max_buf_size(BUFFER_BYTES);
         let http1 = builder.build(connector.clone());
         let http2 = builder
             .http2_only(true)
+            .http2_initial_stream_window_size(WINDOW_BYTES)
+            .http2_initial_connection_window_size(2 * WINDOW_BYTES)
+            .http2_max_send_buf_size(BUFFER_BYTES)
             .http2_keep_alive_interval(PING_EVERY)
             .http2_keep_alive_while_idle(false)
             .build(connector);
