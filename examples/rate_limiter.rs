@@ -92,7 +92,7 @@ fn again(why: &str) -> (StatusCode, String) {
     (StatusCode::SERVICE_UNAVAILABLE, format!("ask again: {why}\n"))
 }
 
-/// The buckets of this task, as they are on disk.
+/// The buckets of this task, as they are on disk. Those that are full again could be forgotten; these are kept.
 struct Limiter {
     disk: Connection,
     buckets: HashMap<String, Bucket>,

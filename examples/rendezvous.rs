@@ -85,11 +85,8 @@ async fn say(
     Path(topic): Path<String>,
     said: String,
 ) -> String {
-    let mut topics = topics.lock().expect("nobody panics in here");
+    let topics = topics.lock().expect("nobody panics in here");
     let heard = topics.get(&topic).map_or(0, |room| room.send(said).unwrap_or(0));
-    if heard == 0 {
-        topics.remove(&topic);
-    }
     format!("heard by {heard}\n")
 }
 
@@ -100,6 +97,7 @@ async fn join(
     upgrade: WebSocketUpgrade,
 ) -> Response {
     let mut topics = topics.lock().expect("nobody panics in here");
+    topics.retain(|_, room| room.receiver_count() > 0); // the others were left by everyone
     let room = topics.entry(topic).or_insert_with(|| broadcast::channel(BEHIND).0);
     let said = room.subscribe();
     upgrade.on_upgrade(move |socket| meet(socket, said, guard))
