@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::Args;
 use mandoline::Hub;
 use mandoline::clerk::Clerk;
+use mandoline::gateways::{Gateway, Gateways, Region};
 use mandoline::http::key::KeyFrom;
 use mandoline_assigner::access::connector;
 use mandoline_core::name::JobName;
@@ -37,6 +38,8 @@ use crate::{file, ports, stop};
 ///   key: path:1
 ///   assigners: ['10.0.0.1:7400', '10.0.0.2:7400']
 ///   cache: /var/lib/mandoline/kv.assignment
+///   region: eu
+///   gateways: ['us=gw1.us.example:8080', 'us=gw2.us.example:8080']
 #[derive(Debug, Default, Args, Deserialize)]
 #[command(verbatim_doc_comment)]
 #[serde(deny_unknown_fields, default)]
@@ -67,6 +70,19 @@ pub(crate) struct ProxyArgs {
     /// Where others may watch the assignment [default: nowhere]
     #[arg(long, env = "MANDOLINE_WATCH_LISTEN", value_name = "IP:PORT")]
     watch_listen: Option<Text<SocketAddr>>,
+    /// The region that it is in, as in the tasks' label region; needed with --gateway [default: none]
+    #[arg(long, env = "MANDOLINE_REGION")]
+    region: Option<Text<Region>>,
+    /// A gateway of another region, such as one of its proxies: requests for keys that live there go to it rather than straight
+    /// to the task. Repeat it for more; tasks of a region without a gateway are asked straight
+    #[arg(
+        long = "gateway",
+        env = "MANDOLINE_GATEWAYS",
+        value_name = "REGION=HOST:PORT",
+        value_delimiter = ','
+    )]
+    #[serde(rename = "gateways")]
+    gateways: Option<Vec<Text<Gateway>>>,
     /// Keeps the last assignment here, to start from it while nobody answers
     #[arg(long, env = "MANDOLINE_CACHE", value_name = "FILE")]
     cache: Option<PathBuf>,
@@ -92,8 +108,8 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         let from_file: ProxyArgs = file::read(path)?;
         overlay!(
             args, from_file;
-            listen, admin, job, key, assigners, watch_peers, watch_listen, cache, workers, hold_wait,
-            hold_requests, hold_bytes,
+            listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
+            workers, hold_wait, hold_requests, hold_bytes,
         );
         args.access.overlay(from_file.access);
     }
@@ -106,6 +122,7 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     let access = args.access.load()?;
     let job = args.job.map_or_else(demo_job, |Text(job)| job);
     let key = args.key.map_or_else(|| KeyFrom::path(1), |Text(key)| key);
+    let gateways = gateways(args.region, args.gateways)?;
     let stop = stop::on_signal()?;
 
     let hub = Hub::new();
@@ -131,6 +148,7 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     let clerk =
         builder.start().map_err(|e| Failure::new("the clerk did not start").caused_by(&e))?;
     let mut config = Config { admin: Some(local(args.admin, 7480)), ..Config::new(listen, key) };
+    config.gateways = gateways;
     if let Some(workers) = args.workers {
         config.workers = workers;
     }
@@ -156,6 +174,24 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     proxy.stop().await;
     eprintln!("proxy: stopped");
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the proxy is to know of regions; nothing if it was told none.
+fn gateways(
+    region: Option<Text<Region>>,
+    gateways: Option<Vec<Text<Gateway>>>,
+) -> Result<Option<Gateways>, Failure> {
+    let given = text::plain(gateways.unwrap_or_default());
+    let Some(Text(region)) = region else {
+        return match given.first() {
+            None => Ok(None),
+            Some(gateway) => Err(Failure::new(format!(
+                "gateway {gateway} is of another region than what? Give --region: the one that this proxy is in"
+            ))),
+        };
+    };
+    let gateways = Gateways::new(region, given);
+    gateways.map(Some).map_err(|error| Failure::new("these gateways cannot be used").because(error))
 }
 
 /// Starts a proxy that goes by a clerk.

@@ -13,6 +13,7 @@ pub mod slice;
 pub mod slice_map;
 pub mod generation;
 pub mod task;
+pub mod region;
 pub mod load;
 pub mod spec;
 pub mod pin;

@@ -7,6 +7,7 @@ use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::time::Duration;
 
+use mandoline::gateways::Gateways;
 use mandoline::http::key::KeyFrom;
 
 use crate::record::Observer;
@@ -23,6 +24,8 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// Where the key is in a request.
     pub key: KeyFrom,
+    /// The own region and the gateways of others, if requests for what lives there go by those. None sends each to its task.
+    pub gateways: Option<Gateways>,
     /// How many cores to use: each gets a thread, a runtime, a listening socket and a connection pool of its own.
     pub workers: NonZeroUsize,
     /// What the proxy calls itself in `Via`; two proxies in a row need different names.
@@ -42,6 +45,7 @@ impl Config {
             listen,
             admin: None,
             key,
+            gateways: None,
             workers: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             id: ProxyId::random(),
             timeouts: Timeouts::default(),

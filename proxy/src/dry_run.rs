@@ -25,7 +25,8 @@ impl DryRun {
     /// Goes by a configuration, and by what a router knows.
     pub fn new(config: Config, router: &Router) -> Self {
         let pool = Pool::new(config.timeouts, config.limits, Arc::new(Counters::default()));
-        Self { config, lookup: Lookup::new(router), pool }
+        let lookup = Lookup::new(router, config.gateways.clone());
+        Self { config, lookup, pool }
     }
 
     /// Gives the task that a request with this head would go to, and the assignment that says so; the status of the answer if it

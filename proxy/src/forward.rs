@@ -9,6 +9,7 @@
 
 use std::future::Future;
 use std::pin::pin;
+use std::rc::Rc;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -26,12 +27,13 @@ use tracing::debug;
 use crate::exchange::Exchange;
 use crate::metrics::{Count, TaskCount};
 use crate::pause::Held;
-use crate::pool::Lease;
+use crate::pool::{ConnectError, Lease, Upstream};
 use crate::refusal::Refusal;
-use crate::route::Target;
+use crate::route::{Target, To};
 use crate::upload::{Tape, Upload};
 use crate::worker::Worker;
-use mandoline::http::names::{GENERATION, LOAD, SPILL, TRANSIT, strip_hop_by_hop};
+use mandoline::gateways::Region;
+use mandoline::http::names::{GENERATION, HOPS, LOAD, SPILL, TRANSIT, hops, strip_hop_by_hop};
 
 /// A task's answer and the connection it comes on.
 pub(crate) type Answer = (Response<Incoming>, Lease);
@@ -39,7 +41,7 @@ pub(crate) type Answer = (Response<Incoming>, Lease);
 /// What one try came to, if not an answer to pass on.
 enum Setback {
     /// The task was not reached, or was not sent the request.
-    Unreached,
+    Unreached(ConnectError),
     /// The task says that the key is not its own, and by which assignment.
     Misdirected(Option<Generation>),
     /// The task is giving the key's slice away, by this assignment or an older one.
@@ -83,7 +85,7 @@ pub(crate) async fn forward(
         }
         tries += 1;
         exchange.tries(&target);
-        let setback = match attempt(worker, &target, head, tape, exchange).await {
+        let setback = match attempt(worker, key, &target, head, tape, exchange).await {
             Ok(answer) => {
                 if answer.0.status() != StatusCode::SERVICE_UNAVAILABLE {
                     exchange.is_taken();
@@ -94,7 +96,9 @@ pub(crate) async fn forward(
             Err(setback) => setback,
         };
         let may_be_repeated = match setback {
-            Setback::Misdirected(_) | Setback::InTransit(_) | Setback::Unreached => tape.is_whole(),
+            Setback::Misdirected(_) | Setback::InTransit(_) | Setback::Unreached(_) => {
+                tape.is_whole()
+            }
             Setback::Broken => tape.is_whole() && head.method.is_idempotent(),
             Setback::Final(_) => false,
         };
@@ -159,7 +163,7 @@ async fn next_owner(
 /// What the client is told of a setback that ends its request.
 fn refusal(setback: Setback, head: &Parts) -> Refusal {
     match setback {
-        Setback::Unreached => Refusal::Unreached,
+        Setback::Unreached(_) => Refusal::Unreached,
         Setback::Misdirected(_) | Setback::InTransit(_) => Refusal::Moving,
         Setback::Broken if head.method.is_idempotent() => Refusal::BrokenRepeatable,
         Setback::Broken => Refusal::Broken,
@@ -169,17 +173,23 @@ fn refusal(setback: Setback, head: &Parts) -> Refusal {
 
 async fn attempt(
     worker: &Worker,
+    key: SliceKey,
     target: &Target,
     head: &Parts,
     tape: &Tape,
     exchange: &Exchange,
 ) -> Result<Answer, Setback> {
-    let upstream = &target.upstream;
+    let upstream = match &target.to {
+        To::Task(upstream) => upstream,
+        To::Region(region) => {
+            return by_gateway(worker, key, region, target, head, tape, exchange).await;
+        }
+    };
     upstream.counters.count(TaskCount::Tried);
     if target.is_spilled {
         worker.counters.count(Count::Spilled);
     }
-    let answer = exchange_messages(worker, target, head, tape, exchange).await;
+    let answer = exchange_messages(worker, target, upstream, head, tape, exchange).await;
     upstream.counters.count(match &answer {
         Ok((response, _)) if response.status().is_server_error() => TaskCount::Failed,
         Ok(_) => TaskCount::Answered,
@@ -190,14 +200,58 @@ async fn attempt(
     answer
 }
 
-async fn exchange_messages(
+/// Sends a request to a gateway of the region that its key lives in, and to the next where one is not reached. There it may be
+/// forwarded once more, to its task.
+async fn by_gateway(
     worker: &Worker,
+    key: SliceKey,
+    region: &Region,
     target: &Target,
     head: &Parts,
     tape: &Tape,
     exchange: &Exchange,
 ) -> Result<Answer, Setback> {
-    let upstream = &target.upstream;
+    if hops(&head.headers).is_some_and(|left| left < 2) {
+        let (region, generation) = (region.clone(), target.generation);
+        return Err(Setback::Final(Refusal::Crossed { region, generation }));
+    }
+    let gateways = worker.lookup.gateways().expect("who has no gateways goes straight");
+    let mut tried = Vec::new();
+    while let Some(gateway) = gateways.next(region, key, &tried) {
+        let upstream = worker.pool.gateway(&gateway.address);
+        let answer = exchange_messages(worker, target, &upstream, head, tape, exchange).await;
+        match answer {
+            Err(Setback::Unreached(error)) => {
+                gateways.failed(&gateway, &error);
+                tried.push(gateway.address);
+                if !tape.is_whole() {
+                    break;
+                }
+            }
+            // It knows what we know, and takes itself for no gateway of the region.
+            Err(Setback::Misdirected(Some(told))) if told == target.generation => {
+                gateways.answered(&gateway);
+                return Err(Setback::Final(Refusal::Astray(gateway)));
+            }
+            Ok(_) | Err(Setback::Misdirected(_) | Setback::InTransit(_)) => {
+                gateways.answered(&gateway);
+                return answer;
+            }
+            Err(_) => return answer,
+        }
+    }
+    gateways.lost();
+    Err(Setback::Final(Refusal::Lost(region.clone())))
+}
+
+async fn exchange_messages(
+    worker: &Worker,
+    target: &Target,
+    upstream: &Rc<Upstream>,
+    head: &Parts,
+    tape: &Tape,
+    exchange: &Exchange,
+) -> Result<Answer, Setback> {
     let mut kept_may_do = true;
     loop {
         // A kept connection that turns out closed costs nothing but the look, so this loop ends with a new one.
@@ -206,7 +260,7 @@ async fn exchange_messages(
             Some(lease) => lease,
             None => worker.pool.connect(upstream).await.map_err(|error| {
                 debug!(%error, "Task not reached");
-                Setback::Unreached
+                Setback::Unreached(error)
             })?,
         };
         let Some(upload) = tape.play() else { return Err(Setback::Broken) };
@@ -244,7 +298,9 @@ async fn exchange_messages(
         }
         match (unsent, lease.reused) {
             (true, true) => {}
-            (true, false) => return Err(Setback::Unreached),
+            (true, false) => {
+                return Err(Setback::Unreached(ConnectError::Closed(upstream.address().clone())));
+            }
             // The task closed a connection that it had kept, at the moment when it was used.
             (false, true) if head.method.is_idempotent() => kept_may_do = false,
             (false, _) => return Err(Setback::Broken),
@@ -257,6 +313,11 @@ fn request(target: &Target, head: &Parts, upload: Upload) -> Request<Upload> {
     *request.method_mut() = head.method.clone();
     *request.uri_mut() = head.uri.clone();
     *request.headers_mut() = head.headers.clone();
+    if matches!(target.to, To::Region(_)) {
+        request.headers_mut().insert(HOPS, HeaderValue::from_static("1"));
+    } else if let Some(left) = request.headers_mut().get_mut(HOPS) {
+        *left = HeaderValue::from_static("0");
+    }
     if target.is_spilled {
         let generation = HeaderValue::try_from(target.generation.to_string());
         request.headers_mut().insert(SPILL, generation.expect("a generation fits a header"));

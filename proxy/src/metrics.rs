@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use mandoline::gateways::{Gateway, GatewayStats, Gateways, Link};
 use mandoline_core::generation::Generation;
 use mandoline_core::task::{Address, SessionId};
 use prometheus_client::collector::Collector;
@@ -202,6 +203,27 @@ const GENERATION: (&str, &str) = (
 const HELD: (&str, &str) = ("mandoline_proxy_requests_held", "Requests that are held");
 const HELD_BYTES: (&str, &str) =
     ("mandoline_proxy_held_bytes", "Heads and read bodies of requests that are held");
+const REGION_LOST: (&str, &str) = (
+    "mandoline_proxy_requests_region_lost",
+    "Requests for keys of a region none of whose gateways accepted a connection",
+);
+/// What is counted for each gateway.
+type LinkCount = fn(&Link) -> u64;
+
+const GATEWAY_COUNTS: [(&str, &str, LinkCount); 2] = [
+    (
+        "mandoline_proxy_gateway_requests",
+        "Requests sent to the gateway, for keys of its region",
+        |link| link.sent,
+    ),
+    (
+        "mandoline_proxy_gateway_failures",
+        "Requests that the gateway did not accept a connection for",
+        |link| link.failed,
+    ),
+];
+const GATEWAY_UP: (&str, &str) =
+    ("mandoline_proxy_gateway_up", "One unless the gateway did not accept the last connection");
 const DURATION: (&str, &str) = (
     "mandoline_proxy_request_duration_seconds",
     "From the head of a request to the last byte of its answer",
@@ -242,8 +264,7 @@ impl Counters {
     /// Gives the cells of a task, new ones the first time. Takes a lock, so callers keep what they get.
     pub(crate) fn task(&self, session: SessionId, address: &Address) -> Arc<TaskCounters> {
         let mut tasks = self.tasks.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let fresh = || TaskCounters { address: address.clone(), cells: Default::default() };
-        Arc::clone(tasks.entry(session).or_insert_with(|| Arc::new(fresh())))
+        Arc::clone(tasks.entry(session).or_insert_with(|| Arc::new(TaskCounters::new(address))))
     }
 
     /// Forgets a task that is gone, so that the list does not grow for ever.
@@ -279,6 +300,10 @@ impl Counters {
 }
 
 impl TaskCounters {
+    pub(crate) fn new(address: &Address) -> Self {
+        Self { address: address.clone(), cells: Default::default() }
+    }
+
     pub(crate) fn count(&self, what: TaskCount) {
         bump(&self.cells[what as usize], 1);
     }
@@ -329,6 +354,8 @@ pub struct Stats {
     pub connects: u64,
     /// Each task that was tried in the last minutes.
     pub tasks: BTreeMap<SessionId, TaskStats>,
+    /// What became of requests that left the region by its gateways.
+    pub gateways: GatewayStats,
 }
 
 /// What a proxy has sent to one task so far.
@@ -353,6 +380,7 @@ pub struct TaskStats {
 pub struct Tally {
     workers: Arc<[Arc<Counters>]>,
     generation: Arc<dyn Fn() -> Generation + Send + Sync>,
+    gateways: Option<Gateways>,
 }
 
 impl fmt::Debug for Tally {
@@ -365,8 +393,9 @@ impl Tally {
     pub(crate) fn new(
         workers: Arc<[Arc<Counters>]>,
         generation: impl Fn() -> Generation + Send + Sync + 'static,
+        gateways: Option<Gateways>,
     ) -> Self {
-        Self { workers, generation: Arc::new(generation) }
+        Self { workers, generation: Arc::new(generation), gateways }
     }
 
     /// Adds everything up. Each number is right; two numbers may be a request apart.
@@ -404,6 +433,7 @@ impl Tally {
             connections: self.sum(Count::ConnectionsOpened).saturating_sub(closed),
             connects: self.sum(Count::Connects),
             tasks: self.tasks(),
+            gateways: self.gateways.as_ref().map(Gateways::stats).unwrap_or_default(),
         }
     }
 
@@ -487,6 +517,7 @@ impl Collector for Tally {
                 ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
             }
         }
+        Self::encode_gateways(&stats.gateways, &mut encoder)?;
         let histograms = [
             (DURATION, self.durations(|worker| &worker.durations)),
             (HOLD, self.durations(|worker| &worker.holds)),
@@ -500,8 +531,34 @@ impl Collector for Tally {
     }
 }
 
+impl Tally {
+    fn encode_gateways(stats: &GatewayStats, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let (name, help) = REGION_LOST;
+        let lost = ConstCounter::new(stats.lost);
+        lost.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
+        let labels = |gateway: &Gateway| {
+            [("region", gateway.region.to_string()), ("address", gateway.address.to_string())]
+        };
+        for (name, help, count) in GATEWAY_COUNTS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (gateway, link) in &stats.gateways {
+                ConstCounter::new(count(link)).encode(family.encode_family(&labels(gateway))?)?;
+            }
+        }
+        let (name, help) = GATEWAY_UP;
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (gateway, link) in &stats.gateways {
+            let up = ConstGauge::new(i64::from(link.retry_at.is_none()));
+            up.encode(family.encode_family(&labels(gateway))?)?;
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use mandoline_core::key::SliceKey;
+
     use super::*;
 
     #[test]
@@ -548,7 +605,13 @@ mod tests {
         workers[1].count(Count::Holds);
         workers[1].hold_ended(Count::HoldsReleased, Duration::from_millis(3));
         workers[0].holds_bytes(77);
-        let tally = Tally::new(workers, || Generation { incarnation: 1, number: 42 });
+        let gateway: Gateway = "us=127.0.0.1:9".parse().unwrap();
+        let gateways = Gateways::new("eu".parse().unwrap(), [gateway.clone()]).unwrap();
+        gateways.next(&gateway.region, SliceKey(1), &[]).unwrap();
+        gateways.failed(&gateway, &fmt::Error);
+        gateways.lost();
+        let generation = || Generation { incarnation: 1, number: 42 };
+        let tally = Tally::new(workers, generation, Some(gateways));
         let stats = tally.stats();
         assert_eq!((stats.requests, stats.answered, stats.in_flight, stats.retried), (4, 2, 2, 2));
         assert_eq!(stats.tasks[&SessionId(7)].tried, 2);
@@ -569,6 +632,10 @@ mod tests {
             "mandoline_proxy_requests_held 1",
             "mandoline_proxy_held_bytes 77",
             "mandoline_proxy_hold_duration_seconds_count 1",
+            "mandoline_proxy_requests_region_lost_total 1",
+            "mandoline_proxy_gateway_requests_total{region=\"us\",address=\"127.0.0.1:9\"} 1",
+            "mandoline_proxy_gateway_failures_total{region=\"us\",address=\"127.0.0.1:9\"} 1",
+            "mandoline_proxy_gateway_up{region=\"us\",address=\"127.0.0.1:9\"} 0",
         ] {
             assert!(text.contains(line), "{line} in {text}");
         }

@@ -27,15 +27,16 @@ use crate::upload::Upload;
 /// Connections to tasks, by session: a task that comes back is another one, and gets no old connection.
 pub(crate) struct Pool {
     upstreams: RefCell<HashMap<SessionId, Rc<Upstream>>>,
+    // As many as the configuration names.
+    gateways: RefCell<HashMap<Address, Rc<Upstream>>>,
     timeouts: Timeouts,
     limits: Limits,
     counters: Arc<Counters>,
     drivers: TaskTracker,
 }
 
-/// One task, as one worker knows it.
+/// One task or gateway, as one worker knows it.
 pub(crate) struct Upstream {
-    session: SessionId,
     address: Address,
     // Oldest first.
     idle: RefCell<Vec<Idle>>,
@@ -64,6 +65,8 @@ pub(crate) enum ConnectError {
     Refused(Address, #[source] io::Error),
     #[error("{0} did not accept a connection in time")]
     Late(Address),
+    #[error("{0} closed a new connection before a request was written")]
+    Closed(Address),
 }
 
 /// A task that nothing was sent to for so long is forgotten, its counters too. Longer than any scrape interval.
@@ -79,7 +82,8 @@ const UNREAD_MAX_BYTES: usize = 16 << 10;
 impl Pool {
     pub(crate) fn new(timeouts: Timeouts, limits: Limits, counters: Arc<Counters>) -> Self {
         let drivers = TaskTracker::new();
-        Self { upstreams: RefCell::default(), timeouts, limits, counters, drivers }
+        let (upstreams, gateways) = Default::default();
+        Self { upstreams, gateways, timeouts, limits, counters, drivers }
     }
 
     /// Gives a task's counters and connections.
@@ -89,16 +93,26 @@ impl Pool {
         if let Some(upstream) = known {
             return Rc::clone(upstream);
         }
-        let upstream = Rc::new(Upstream {
-            session,
+        let upstream = Rc::new(self.fresh(address, self.counters.task(session, address)));
+        upstreams.insert(session, Rc::clone(&upstream));
+        upstream
+    }
+
+    /// Gives a gateway's connections. What is sent there is counted by `Gateways`.
+    pub(crate) fn gateway(&self, address: &Address) -> Rc<Upstream> {
+        let mut gateways = self.gateways.borrow_mut();
+        let fresh = || Rc::new(self.fresh(address, Arc::new(TaskCounters::new(address))));
+        Rc::clone(gateways.entry(address.clone()).or_insert_with(fresh))
+    }
+
+    fn fresh(&self, address: &Address, counters: Arc<TaskCounters>) -> Upstream {
+        Upstream {
             address: address.clone(),
             idle: RefCell::default(),
             used: Cell::new(Instant::now()),
             limit: self.limits.idle_per_task,
-            counters: self.counters.task(session, address),
-        });
-        upstreams.insert(session, Rc::clone(&upstream));
-        upstream
+            counters,
+        }
     }
 
     /// Takes a kept connection that is still good.
@@ -184,28 +198,38 @@ impl Pool {
     /// Closes connections that were not used for too long, and forgets tasks that are gone.
     pub(crate) fn sweep(&self, now: Instant) {
         self.upstreams.borrow_mut().retain(|session, upstream| {
-            let mut idle = upstream.idle.borrow_mut();
-            let old = idle.partition_point(|idle| idle.since + self.timeouts.idle <= now);
-            idle.drain(..old);
-            let gone = idle.is_empty() && upstream.used.get() + FORGET_AFTER <= now;
+            let is_idle = upstream.sweep(now, self.timeouts.idle);
+            let gone = is_idle && upstream.used.get() + FORGET_AFTER <= now;
             if gone {
                 self.counters.forget(*session);
             }
             !gone
         });
+        for gateway in self.gateways.borrow().values() {
+            gateway.sweep(now, self.timeouts.idle);
+        }
     }
 
     /// Closes all connections that are not in use, and lets no more be kept.
     pub(crate) fn close(&self) {
-        for (_, upstream) in self.upstreams.borrow_mut().drain() {
+        let upstreams = self.upstreams.take().into_values();
+        for upstream in upstreams.chain(self.gateways.take().into_values()) {
             upstream.idle.borrow_mut().clear();
         }
     }
 }
 
 impl Upstream {
-    pub(crate) const fn session(&self) -> SessionId {
-        self.session
+    pub(crate) const fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Closes connections that were not used for so long, and says whether none is left.
+    fn sweep(&self, now: Instant, idle_for: Duration) -> bool {
+        let mut idle = self.idle.borrow_mut();
+        let old = idle.partition_point(|idle| idle.since + idle_for <= now);
+        idle.drain(..old);
+        idle.is_empty()
     }
 
     fn keep(&self, sender: SendRequest<Upload>) {

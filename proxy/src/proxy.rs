@@ -86,7 +86,11 @@ impl Proxy {
         let mut proxy = Self {
             local,
             admin: admin_socket.as_ref().and_then(|socket| socket.local_addr().ok()),
-            tally: Tally::new(Arc::clone(&counters), move || routed_by.generation()),
+            tally: Tally::new(
+                Arc::clone(&counters),
+                move || routed_by.generation(),
+                config.gateways.clone(),
+            ),
             stop: stop.child_token(),
             stopped: CancellationToken::new(),
             threads: Vec::with_capacity(workers),

@@ -1,12 +1,16 @@
 //! Every answer that the proxy makes itself, with its status, its `Proxy-Status` (RFC 9209) and a text that says what to do.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Response, StatusCode};
 
 use crate::record::Outcome;
 use crate::wire::Doubt;
-use mandoline::http::names::PROXY_STATUS;
+use mandoline::Generation;
+use mandoline::gateways::{Gateway, Region};
+use mandoline::http::names::{GENERATION, PROXY_STATUS};
 
 /// Why the proxy answers in a task's place.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -40,7 +44,7 @@ pub(crate) enum Refusal {
     TransferCoding,
     /// The request has been here before.
     #[error(
-        "the request came back to the proxy that sent it: the address of a task leads to this proxy"
+        "the request came back to the proxy that sent it: the address of a task or of a gateway leads to this proxy"
     )]
     Loop,
     /// No task serves the key.
@@ -75,6 +79,21 @@ pub(crate) enum Refusal {
     /// The task did not answer in time.
     #[error("the task did not answer in time: the request may have been carried out or not")]
     Late,
+    /// No gateway of the region that the key lives in can be reached.
+    #[error(
+        "region {0}, where this key lives, cannot be reached from here: none of its gateways answers; try again in a second"
+    )]
+    Lost(Region),
+    /// The request has crossed from another region, and would have to cross again. Whoever sent it looks again.
+    #[error(
+        "this key lives in region {region} as of generation {generation}, and the request may cross to no more regions"
+    )]
+    Crossed { region: Region, generation: Generation },
+    /// A gateway does not take keys of its region.
+    #[error(
+        "{0} does not take keys of that region: it is no gateway there, or has another region set"
+    )]
+    Astray(Gateway),
     /// The proxy is at its limit.
     #[error("this proxy has as many connections as it may have: try again in a second")]
     Full,
@@ -89,6 +108,7 @@ impl Refusal {
             Self::Expectation => StatusCode::EXPECTATION_FAILED,
             Self::Upgrade | Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Self::Loop => StatusCode::LOOP_DETECTED,
+            Self::Crossed { .. } => StatusCode::MISDIRECTED_REQUEST,
             Self::Unserved
             | Self::Unreached
             | Self::Moving
@@ -96,8 +116,9 @@ impl Refusal {
             | Self::HeldLong
             | Self::Left
             | Self::BrokenRepeatable
+            | Self::Lost(_)
             | Self::Full => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Broken | Self::Garbled(_) => StatusCode::BAD_GATEWAY,
+            Self::Broken | Self::Garbled(_) | Self::Astray(_) => StatusCode::BAD_GATEWAY,
             Self::Late => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -112,14 +133,21 @@ impl Refusal {
             | Self::Expectation
             | Self::Upgrade
             | Self::TransferCoding
+            | Self::Crossed { .. }
             | Self::Loop => Outcome::Refused,
             Self::Left => Outcome::Abandoned,
             _ => Outcome::Failed,
         }
     }
 
-    pub(crate) const fn proxy_status(&self) -> &'static str {
-        match self {
+    /// Gives why, in RFC 9209's words.
+    pub(crate) fn proxy_status(&self) -> Cow<'static, str> {
+        Cow::Borrowed(match self {
+            Self::Lost(region) => {
+                // No name of a region holds a quote: see `Region`.
+                let details = format!("details=\"region {region}\"");
+                return format!("mandoline; error=destination_unavailable; {details}").into();
+            }
             Self::Malformed(_)
             | Self::Doubt(_)
             | Self::Key(_)
@@ -128,7 +156,8 @@ impl Refusal {
             | Self::Expectation
             | Self::Upgrade
             | Self::TransferCoding => "mandoline; error=http_request_error",
-            Self::Loop => "mandoline; error=proxy_loop_detected",
+            Self::Loop | Self::Astray(_) => "mandoline; error=proxy_loop_detected",
+            Self::Crossed { .. } => "mandoline; error=destination_not_found",
             Self::Unserved | Self::Moving | Self::HeldFull | Self::HeldLong | Self::Left => {
                 "mandoline; error=destination_unavailable"
             }
@@ -137,7 +166,7 @@ impl Refusal {
             Self::Garbled(_) => "mandoline; error=http_protocol_error",
             Self::Late => "mandoline; error=http_response_timeout",
             Self::Full => "mandoline; error=connection_limit_reached",
-        }
+        })
     }
 
     pub(crate) fn response(&self) -> Response<Bytes> {
@@ -146,7 +175,12 @@ impl Refusal {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-        headers.insert(PROXY_STATUS, HeaderValue::from_static(self.proxy_status()));
+        let status = HeaderValue::try_from(self.proxy_status().as_ref());
+        headers.insert(PROXY_STATUS, status.expect("it is words and the name of a region"));
+        if let Self::Crossed { generation, .. } = self {
+            let generation = HeaderValue::try_from(generation.to_string());
+            headers.insert(GENERATION, generation.expect("a generation is two numbers and a dot"));
+        }
         if self.status() == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
+use mandoline::gateways::{Gateways, Region, Way};
 use mandoline::snapshot::Snapshot;
 use mandoline::{Clerk, Generation, Sent, SessionId, SliceKey, Utilisation};
 use tokio::time::{Instant, timeout_at};
@@ -47,30 +48,46 @@ impl Router {
 pub(crate) struct Lookup {
     clerk: Clerk,
     router: RefCell<mandoline::Router>,
+    gateways: Option<Gateways>,
 }
 
-/// The task that a request goes to.
+/// The task that a request is for, and where it goes to get there.
 pub(crate) struct Target {
-    pub(crate) upstream: Rc<Upstream>,
+    session: SessionId,
+    pub(crate) to: To,
     /// The assignment that says so.
     pub(crate) generation: Generation,
     /// By what to know the answer, for jobs with spill.
     sent: Option<Sent>,
     /// Whether the task is none of the key's owners, which are loaded above the cap.
     pub(crate) is_spilled: bool,
-    /// Whether the task is letting go of the key's slice, so that there is no use in asking it.
+    /// Whether the task is letting go of the key's slice, so that there is no use in asking it. A gateway sees to that itself.
     pub(crate) is_releasing: bool,
 }
 
+/// Where a request goes.
+pub(crate) enum To {
+    /// Straight to its task.
+    Task(Rc<Upstream>),
+    /// To a gateway of the region that the task is in.
+    Region(Region),
+}
+
 impl Target {
-    pub(crate) fn session(&self) -> SessionId {
-        self.upstream.session()
+    pub(crate) const fn session(&self) -> SessionId {
+        self.session
     }
 }
 
 impl Lookup {
-    pub(crate) fn new(router: &Router) -> Self {
-        Self { clerk: router.clerk.clone(), router: RefCell::new(router.clerk.router()) }
+    pub(crate) fn new(router: &Router, gateways: Option<Gateways>) -> Self {
+        let own = RefCell::new(router.clerk.router());
+        Self { clerk: router.clerk.clone(), router: own, gateways }
+    }
+
+    /// Gives the gateways of other regions, if requests go by any.
+    pub(crate) const fn gateways(&self) -> Option<&Gateways> {
+        self.gateways.as_ref()
     }
 
     /// Counts a request for a key, whatever comes of it.
@@ -86,12 +103,12 @@ impl Lookup {
     /// Finds the owner of a key, or another task where that is loaded above the cap, unless nobody serves it. Touches nothing
     /// that other workers write.
     pub(crate) fn route(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
-        self.router.borrow_mut().route_at(key).ok().map(|found| target(&found, pool))
+        self.router.borrow_mut().route_at(key).ok().map(|found| self.target(&found, pool))
     }
 
     /// Finds the owner of a key, however loaded.
     pub(crate) fn route_to_owner(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
-        self.router.borrow_mut().route_to_holder(key).ok().map(|found| target(&found, pool))
+        self.router.borrow_mut().route_to_holder(key).ok().map(|found| self.target(&found, pool))
     }
 
     /// Takes in what a task has said of its load, in its answer to a request.
@@ -132,15 +149,34 @@ impl Lookup {
             }
         }
     }
-}
 
-fn target(found: &mandoline::Target<&Snapshot>, pool: &Pool) -> Target {
-    let upstream = pool.upstream(found.session(), found.address());
-    Target {
-        upstream,
-        generation: found.generation(),
-        sent: found.sent(),
-        is_spilled: found.is_spilled(),
-        is_releasing: found.assigned().is_releasing(),
+    fn target(&self, found: &mandoline::Target<&Snapshot>, pool: &Pool) -> Target {
+        let way = match &self.gateways {
+            None => Way::Straight(found.task()),
+            Some(gateways) => gateways.way(found.task(), found.replicas()),
+        };
+        let generation = found.generation();
+        match way {
+            Way::Straight(task) => {
+                // Of several replicas, one at home is asked instead of the one that was found.
+                let is_it = task.session == found.session();
+                Target {
+                    session: task.session,
+                    to: To::Task(pool.upstream(task.session, &task.info.address)),
+                    generation,
+                    sent: found.sent().filter(|_| is_it),
+                    is_spilled: is_it && found.is_spilled(),
+                    is_releasing: found.assigned().is_releasing(),
+                }
+            }
+            Way::Gateway(region) => Target {
+                session: found.session(),
+                to: To::Region(region.clone()),
+                generation,
+                sent: None,
+                is_spilled: false,
+                is_releasing: false,
+            },
+        }
     }
 }

@@ -41,7 +41,7 @@ impl Worker {
         let (via_10, via_11) = (via("1.0"), via("1.1"));
         let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
         let replay_room = Rc::new(Cell::new(config.limits.replay_bytes));
-        let lookup = Lookup::new(router);
+        let lookup = Lookup::new(router, config.gateways.clone());
         let hold = Hold::new(&config, router, Arc::clone(&counters));
         let stopping = Cell::new(false);
         Self {

@@ -71,6 +71,7 @@ mod dialer;
 mod offered;
 pub mod clerk;
 pub mod tries;
+pub mod gateways;
 mod term;
 mod tenure;
 mod owned;

@@ -295,7 +295,7 @@ impl<H: Deref<Target = Snapshot>> Target<H> {
     }
 
     /// Walks all tasks that serve the slice; this one is among them, unless the key was spilled.
-    pub fn replicas(&self) -> impl ExactSizeIterator<Item = &Arc<Task>> {
+    pub fn replicas(&self) -> impl ExactSizeIterator<Item = &Arc<Task>> + Clone {
         let places = self.held.holders_of(self.held.index_of(self.key));
         places.iter().map(|place| &self.held.tasks[*place as usize])
     }

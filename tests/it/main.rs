@@ -21,6 +21,7 @@ mod bad_calls;
 mod same_answer;
 mod backhaul;
 mod hand;
+mod regions;
 mod langs;
 mod brakes;
 mod fate;

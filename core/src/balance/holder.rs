@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::balance::round::Round;
+use crate::region::REGION;
 use crate::task::{Phase, SessionId, Task};
 
 /// A task.
@@ -85,9 +86,6 @@ pub(in crate::balance) fn roster(round: &Round) -> (Vec<Holder>, Vec<String>, us
     let holders = tasks().map(|task| holder(task)).collect();
     (holders, regions, zones.len())
 }
-
-/// The label that says which region a task is in.
-const REGION: &str = "region";
 
 /// Finds holders by session: sessions are minted in order, so mostly they lie close together and a table does.
 pub(in crate::balance) enum Places {

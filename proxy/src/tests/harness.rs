@@ -99,6 +99,18 @@ impl Owners {
         self.publish(number, runs, Some(Ratio::percent(115))).await;
     }
 
+    /// The same, and each session is in a region.
+    pub(super) async fn give_in(&self, number: u64, runs: &[(u64, u64, SocketAddr, &str)]) {
+        let plain: Vec<_> = runs.iter().map(|(first, id, at, _)| (*first, *id, *at)).collect();
+        let mut assignment = made(number, &plain);
+        for (_, session, _, region) in runs {
+            let task = assignment.tasks.get_mut(&SessionId(*session)).unwrap();
+            let labels = &mut Arc::make_mut(task).info.labels;
+            labels.insert("region".to_owned(), (*region).to_owned());
+        }
+        self.tell(assignment).await;
+    }
+
     /// All that this session has is on its way to another.
     pub(super) async fn hand_over(
         &self,

@@ -9,5 +9,6 @@ mod holds;
 mod moves;
 mod handovers;
 mod spills;
+mod regions;
 mod limits;
 mod life;

@@ -7,6 +7,10 @@
 //! answers it 421, and whoever sent it looks again. `Via` names each task that has forwarded it; one that finds itself there has
 //! met a loop, and says so with 502.
 //!
+//! With gateways (`Routing::by_gateways`), what lives in another region goes to one of that region's, with 1: it looks again, and
+//! forwards to the owner there. If none of them accepts a connection, the answer is 503 and names the region, at once while the link
+//! is known to be down.
+//!
 //! ```no_run
 //! use std::sync::Arc;
 //!
@@ -45,7 +49,7 @@ use tracing::debug;
 
 use crate::clerk::Clerk;
 use crate::http::key::KeyFrom;
-use crate::http::names::{HOPS, PROXY_STATUS, lists, strip_hop_by_hop};
+use crate::http::names::{HOPS, PROXY_STATUS, hops, lists, strip_hop_by_hop};
 use crate::http::own::{Answer, take};
 use crate::http::refused::{Refused, is_grpc};
 use crate::http::replay::{BoxError, Replay};
@@ -83,7 +87,7 @@ impl BackhaulLayer {
         Self::routed(name, slicelet, Routing::new(clerk, key))
     }
 
-    /// Does the same by a routing of the caller's, such as one with another patience.
+    /// Does the same by a routing of the caller's, such as one with another patience, or with gateways.
     pub fn routed(name: &str, slicelet: Arc<Slicelet>, routing: Routing) -> Self {
         let route = RouteLayer::from(routing).layer(Clients::new());
         Self(Arc::new(Backhaul { name: name.to_owned(), slicelet, route }))
@@ -181,6 +185,20 @@ impl NotForwarded {
             Self::Route(RouteError::Task { .. }) => {
                 (StatusCode::BAD_GATEWAY, "connection_terminated")
             }
+            Self::Route(RouteError::Lost(_)) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable")
+            }
+            Self::Route(RouteError::Crossed { generation, .. }) => {
+                // Whoever sent it looks again: the two know different assignments.
+                let refused = Refused::NotOwner { owner: None, generation: *generation };
+                return refused.answer(is_grpc);
+            }
+            Self::Route(RouteError::Astray(_)) => (StatusCode::BAD_GATEWAY, "proxy_loop_detected"),
+        };
+        // No name of a region holds a quote: see `Region`.
+        let details = match &self {
+            Self::Route(RouteError::Lost(region)) => format!("; details=\"region {region}\""),
+            _ => String::new(),
         };
         let message = self.to_string();
         let mut answer = match self {
@@ -192,7 +210,7 @@ impl NotForwarded {
                 answer
             }
         };
-        if let Ok(status) = HeaderValue::try_from(format!("{name}; error={proxy_error}")) {
+        if let Ok(status) = HeaderValue::try_from(format!("{name}; error={proxy_error}{details}")) {
             answer.headers_mut().insert(PROXY_STATUS, status);
         }
         if status == StatusCode::SERVICE_UNAVAILABLE {
@@ -224,7 +242,7 @@ impl Backhaul {
         Ok(answer)
     }
 
-    /// Takes away what was meant for this hop, and says that the request came by here and is to go no further.
+    /// Takes away what was meant for this hop, and says that the request came by here.
     fn sign(&self, head: &mut Parts, is_upgrade: bool) {
         let headers = &mut head.headers;
         let trailers = lists(headers.get_all(header::TE), "trailers");
@@ -241,14 +259,11 @@ impl Backhaul {
         if let Ok(via) = HeaderValue::try_from(format!("{version} {}", self.name)) {
             headers.append(header::VIA, via);
         }
-        headers.insert(HOPS, HeaderValue::from_static("0"));
+        // To a gateway and on to the owner; the route makes it 1 for the one and 0 for the other.
+        if !headers.contains_key(HOPS) {
+            headers.insert(HOPS, HeaderValue::from_static("2"));
+        }
     }
-}
-
-/// Reads how often a request may still be forwarded. What cannot be read is 0.
-fn hops(headers: &HeaderMap) -> Option<u8> {
-    let text = headers.get(HOPS)?.to_str().ok();
-    Some(text.and_then(|text| text.parse().ok()).unwrap_or(0))
 }
 
 fn lists_us(headers: &HeaderMap, name: &str) -> bool {

@@ -132,7 +132,11 @@ impl From<RouteError> for Status {
     fn from(error: RouteError) -> Self {
         let code = match &error {
             RouteError::Key(_) => Code::InvalidArgument,
-            RouteError::GaveUp(_) | RouteError::Address(_) => Code::Unavailable,
+            RouteError::GaveUp(_) | RouteError::Address(_) | RouteError::Lost(_) => {
+                Code::Unavailable
+            }
+            RouteError::Crossed { .. } => Code::FailedPrecondition,
+            RouteError::Astray(_) => Code::Internal,
             RouteError::Task { .. } => Code::Unknown,
         };
         let message = chain(&error);

@@ -18,7 +18,8 @@ pub const SPILL: HeaderName = HeaderName::from_static("mandoline-spill");
 /// In an answer: what the task has served since it began, as `requests=5120, units=5120.5`. The proxy keeps it to itself.
 pub const LOAD: HeaderName = HeaderName::from_static("mandoline-load");
 
-/// In a request: how often it may still be forwarded. A task that is sent one with 0, and does not own the key, answers 421.
+/// In a request: how often it may still be forwarded. A task that is sent one with 0, and does not own the key, answers 421; so does a
+/// gateway that is sent one with 1, where the key lives in another region.
 pub const HOPS: HeaderName = HeaderName::from_static("mandoline-hops");
 
 /// Why a response is what it is, when the proxy made it (RFC 9209).
@@ -35,6 +36,12 @@ const END_TO_END: [HeaderName; 5] = [
     header::VIA,
     header::FORWARDED,
 ];
+
+/// Reads how often a request may still be forwarded, if it says so. What cannot be read is 0.
+pub fn hops(headers: &HeaderMap) -> Option<u8> {
+    let text = headers.get(HOPS)?.to_str().ok();
+    Some(text.and_then(|text| text.parse().ok()).unwrap_or(0))
+}
 
 /// Takes away what is meant for this hop alone (RFC 9110, 7.6.1), and what `Connection` names besides.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {

@@ -15,24 +15,27 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::HeaderValue;
+use http::request::Parts;
 use http::uri::{Authority, Scheme};
 use http::{Request, Response, Uri};
 use http_body::Body;
 use hyper_util::client::legacy;
 use mandoline_core::extract::Miss;
 use mandoline_core::generation::Generation;
+use mandoline_core::key::SliceKey;
 use mandoline_core::task::{Address, SessionId};
 use tower::{Layer, Service, ServiceExt};
 use tracing::debug;
 
 use crate::clerk::{Clerk, Held};
+use crate::gateways::{Gateway, Gateways, Region, Way};
 use crate::http::budget::Budget;
 use crate::http::key::KeyFrom;
-use crate::http::names::{LOAD, SPILL};
+use crate::http::names::{HOPS, LOAD, SPILL, hops};
 use crate::http::refused::Refused;
 use crate::http::replay::{BoxError, Reel, Replay};
-use crate::snapshot::Target;
-use crate::tries::{GaveUp, Tries};
+use crate::snapshot::{Sent, Target};
+use crate::tries::{GaveUp, Refusal, Tries};
 
 type Pending<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
 
@@ -74,6 +77,26 @@ pub enum RouteError {
         /// What happened.
         source: BoxError,
     },
+    /// The key lives in another region, none of whose gateways accepts a connection.
+    #[error(
+        "region {0}, where this key lives, cannot be reached from here: none of its gateways answers"
+    )]
+    Lost(Region),
+    /// The request has crossed from another region, and the key lives in a third, or in that one, as far as this one knows.
+    #[error(
+        "this key lives in region {region} as of generation {generation}, and the request may cross to no more regions"
+    )]
+    Crossed {
+        /// Where the key lives.
+        region: Region,
+        /// As of when.
+        generation: Generation,
+    },
+    /// A gateway does not take keys of its region.
+    #[error(
+        "{0} does not take keys of that region: it is no gateway there, or has another region set"
+    )]
+    Astray(Gateway),
 }
 
 /// How requests are routed. Cheap to clone: clones share one budget for retries.
@@ -86,6 +109,20 @@ struct Rules {
     key: KeyFrom,
     patience: Duration,
     budget: Budget,
+    gateways: Option<Gateways>,
+}
+
+/// Where a request goes: straight to a task, or by a gateway of its region.
+enum Stop {
+    Task(ToTask),
+    Region(Region),
+}
+
+/// Why one sending came to nothing.
+enum Setback {
+    NotTaken(Refusal),
+    Failed(RouteError),
+    Final(RouteError),
 }
 
 impl Routing {
@@ -96,7 +133,15 @@ impl Routing {
 
     /// Looks so long for a task that takes a request.
     pub fn with_patience(clerk: Clerk, key: KeyFrom, patience: Duration) -> Self {
-        Self(Arc::new(Rules { clerk, key, patience, budget: Budget::new() }))
+        Self(Arc::new(Rules { clerk, key, patience, budget: Budget::new(), gateways: None }))
+    }
+
+    /// Sends what lives in other regions by their gateways.
+    #[must_use]
+    pub fn by_gateways(self, gateways: Gateways) -> Self {
+        let Rules { clerk, key, patience, .. } = &*self.0;
+        let (clerk, key, gateways) = (clerk.clone(), key.clone(), Some(gateways));
+        Self(Arc::new(Rules { clerk, key, patience: *patience, budget: Budget::new(), gateways }))
     }
 
     /// Gives what it routes by.
@@ -117,12 +162,10 @@ impl Routing {
         B: Body<Data = Bytes>,
         B::Error: Into<BoxError>,
     {
-        let Rules { clerk, key, patience, budget } = &*self.0;
+        let Rules { clerk, key, patience, budget, .. } = &*self.0;
         let (head, body) = request.into_parts();
         let key = key.find(&head)?;
-        let may_be_repeated =
-            head.method.is_idempotent() || head.extensions.get::<Idempotent>().is_some();
-        let reel = Reel::new(body);
+        let mut attempt = Attempt { routing: self, client, key, reel: Reel::new(body), head };
         let mut tries = Tries::new(clerk, key, *patience);
         budget.deposit();
         let mut failure = None;
@@ -134,29 +177,19 @@ impl Routing {
                 Err(error) => return Err(failure.unwrap_or_else(|| error.into())),
             };
             failure = None;
-            let mut request = Request::from_parts(head.clone(), reel.play());
-            let to = direct(&mut request, &target)?;
-            let sent = target.sent();
+            let (stop, sent, is_spilled) = self.stop(&target);
+            let generation = target.generation();
             drop(target);
-            match client.clone().oneshot(request).await {
-                Ok(answer) => {
-                    if let (Some(sent), Some(told)) = (sent, answer.headers().get(LOAD))
-                        && let Some(told) = told.to_str().ok().and_then(|told| told.parse().ok())
-                    {
-                        clerk.heard(sent, told);
-                    }
-                    let Some(refusal) = Refused::read(&answer).filter(|_| reel.is_whole()) else {
-                        return Ok(answer);
-                    };
-                    debug!(%key, task = %to.address, ?refusal, "Request was not taken");
-                    tries.refused(refusal);
-                }
-                Err(error) => {
-                    let source: BoxError = error.into();
-                    let again = is_unreached(&*source) || may_be_repeated;
-                    debug!(%key, task = %to.address, error = %source, again, "Task did not answer");
-                    let error = RouteError::Task { address: to.address, source };
-                    if !(again && reel.is_whole() && budget.withdraw()) {
+            let answer = match stop {
+                Stop::Task(to) => attempt.at_task(to, sent, is_spilled).await,
+                Stop::Region(region) => attempt.by_gateway(&region, generation).await,
+            };
+            match answer {
+                Ok(answer) => return Ok(answer),
+                Err(Setback::Final(error)) => return Err(error),
+                Err(Setback::NotTaken(refusal)) => tries.refused(refusal),
+                Err(Setback::Failed(error)) => {
+                    if !budget.withdraw() {
                         return Err(error);
                     }
                     failure = Some(error);
@@ -165,28 +198,145 @@ impl Routing {
             }
         }
     }
+
+    /// Says where a request goes whose key this target has.
+    fn stop(&self, target: &Target<Held>) -> (Stop, Option<Sent>, bool) {
+        let task = match &self.0.gateways {
+            None => target.task(),
+            Some(gateways) => match gateways.way(target.task(), target.replicas()) {
+                Way::Straight(task) => task,
+                Way::Gateway(region) => return (Stop::Region(region.clone()), None, false),
+            },
+        };
+        let (session, address) = (task.session, task.info.address.clone());
+        let is_it = session == target.session();
+        let stop = Stop::Task(ToTask { session, address, generation: target.generation() });
+        (stop, target.sent().filter(|_| is_it), is_it && target.is_spilled())
+    }
 }
 
-/// Addresses a request to a task.
-fn direct<B>(request: &mut Request<B>, target: &Target<Held>) -> Result<ToTask, RouteError> {
-    let address = target.address().clone();
-    let authority: Authority =
-        address.as_str().parse().map_err(|_| RouteError::Address(address.clone()))?;
+/// One request, as often as it is sent.
+struct Attempt<'a, S, B> {
+    routing: &'a Routing,
+    client: S,
+    key: SliceKey,
+    head: Parts,
+    reel: Reel<B>,
+}
+
+impl<S, B, R> Attempt<'_, S, B>
+where
+    S: Service<Request<Replay<B>>, Response = Response<R>> + Clone,
+    S::Error: Into<BoxError>,
+    B: Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+{
+    /// Sends it straight to a task.
+    // By `&mut`, for a client need not be one that threads share.
+    async fn at_task(
+        &mut self,
+        to: ToTask,
+        sent: Option<Sent>,
+        is_spilled: bool,
+    ) -> Result<Response<R>, Setback> {
+        let mut request = self.request(&to.address)?;
+        if let Some(left) = request.headers_mut().get_mut(HOPS) {
+            *left = HeaderValue::from_static("0");
+        }
+        if is_spilled {
+            let generation = HeaderValue::try_from(to.generation.to_string());
+            let generation = generation.expect("a generation is two numbers and a dot");
+            request.headers_mut().insert(SPILL, generation);
+        }
+        request.extensions_mut().insert(to.clone());
+        match self.client.clone().oneshot(request).await {
+            Ok(answer) => {
+                if let (Some(sent), Some(told)) = (sent, answer.headers().get(LOAD))
+                    && let Some(told) = told.to_str().ok().and_then(|told| told.parse().ok())
+                {
+                    self.routing.clerk().heard(sent, told);
+                }
+                let Some(refusal) = self.refusal(&answer) else { return Ok(answer) };
+                debug!(key = %self.key, task = %to.address, ?refusal, "Request was not taken");
+                Err(Setback::NotTaken(refusal))
+            }
+            Err(error) => Err(self.failed(to.address, error.into())),
+        }
+    }
+
+    /// Sends it to a gateway of the region that its key lives in, and to the next where one is not reached. It may be
+    /// forwarded once more, to its task.
+    async fn by_gateway(
+        &mut self,
+        region: &Region,
+        generation: Generation,
+    ) -> Result<Response<R>, Setback> {
+        if hops(&self.head.headers).is_some_and(|left| left < 2) {
+            return Err(Setback::Final(RouteError::Crossed { region: region.clone(), generation }));
+        }
+        let gateways = self.routing.0.gateways.as_ref().expect("who has no gateways goes straight");
+        let mut tried = Vec::new();
+        while let Some(gateway) = gateways.next(region, self.key, &tried) {
+            let mut request = self.request(&gateway.address)?;
+            request.headers_mut().insert(HOPS, HeaderValue::from_static("1"));
+            let error: BoxError = match self.client.clone().oneshot(request).await {
+                Ok(answer) => {
+                    gateways.answered(&gateway);
+                    return match self.refusal(&answer) {
+                        None => Ok(answer),
+                        // It knows what we know, and takes itself for no gateway of the region.
+                        Some(Refusal::NotOwner(known)) if known == generation => {
+                            Err(Setback::Final(RouteError::Astray(gateway)))
+                        }
+                        Some(refusal) => Err(Setback::NotTaken(refusal)),
+                    };
+                }
+                Err(error) => error.into(),
+            };
+            if !is_unreached(&*error) {
+                return Err(self.failed(gateway.address, error));
+            }
+            gateways.failed(&gateway, &*error);
+            tried.push(gateway.address);
+            if !self.reel.is_whole() {
+                break;
+            }
+        }
+        gateways.lost();
+        Err(Setback::Final(RouteError::Lost(region.clone())))
+    }
+
+    fn request(&mut self, address: &Address) -> Result<Request<Replay<B>>, Setback> {
+        let mut request = Request::from_parts(self.head.clone(), self.reel.play());
+        direct(&mut request, address).map_err(Setback::Final)?;
+        Ok(request)
+    }
+
+    /// Reads in an answer that the request was not taken, if it may be sent again.
+    fn refusal(&mut self, answer: &Response<R>) -> Option<Refusal> {
+        Refused::read(answer).filter(|_| self.reel.is_whole())
+    }
+
+    fn failed(&mut self, address: Address, source: BoxError) -> Setback {
+        let Parts { method, extensions, .. } = &self.head;
+        let may_be_repeated = method.is_idempotent() || extensions.get::<Idempotent>().is_some();
+        let again = is_unreached(&*source) || may_be_repeated;
+        debug!(key = %self.key, %address, error = %source, again, "No answer");
+        let error = RouteError::Task { address, source };
+        if again && self.reel.is_whole() { Setback::Failed(error) } else { Setback::Final(error) }
+    }
+}
+
+/// Addresses a request.
+fn direct<B>(request: &mut Request<B>, address: &Address) -> Result<(), RouteError> {
+    let none = || RouteError::Address(address.clone());
+    let authority: Authority = address.as_str().parse().map_err(|_| none())?;
     let mut parts = std::mem::take(request.uri_mut()).into_parts();
     parts.scheme.get_or_insert(Scheme::HTTP);
     parts.authority = Some(authority);
     parts.path_and_query.get_or_insert_with(|| http::uri::PathAndQuery::from_static("/"));
-    *request.uri_mut() =
-        Uri::from_parts(parts).map_err(|_| RouteError::Address(address.clone()))?;
-    if target.is_spilled() {
-        let generation = HeaderValue::try_from(target.generation().to_string());
-        request
-            .headers_mut()
-            .insert(SPILL, generation.expect("a generation is two numbers and a dot"));
-    }
-    let to = ToTask { session: target.session(), address, generation: target.generation() };
-    request.extensions_mut().insert(to.clone());
-    Ok(to)
+    *request.uri_mut() = Uri::from_parts(parts).map_err(|_| none())?;
+    Ok(())
 }
 
 /// Says whether a request has not reached a task at all: nobody accepted the connection.
@@ -229,6 +379,12 @@ impl RouteLayer {
     /// Routes by what `clerk` knows, and by the key that is where `key` says.
     pub fn new(clerk: Clerk, key: KeyFrom) -> Self {
         Self(Routing::new(clerk, key))
+    }
+
+    /// Sends what lives in other regions by their gateways.
+    #[must_use]
+    pub fn by_gateways(self, gateways: Gateways) -> Self {
+        Self(self.0.by_gateways(gateways))
     }
 }
 

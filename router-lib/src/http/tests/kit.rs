@@ -49,6 +49,8 @@ pub(super) struct Member {
     pub(super) session: SessionId,
     pub(super) slicelet: Arc<Slicelet>,
     pub(super) address: SocketAddr,
+    /// What it says of where it is, from the next assignment on.
+    pub(super) region: Option<&'static str>,
     listener: Option<TcpListener>,
     server: Option<JoinHandle<()>>,
 }
@@ -75,6 +77,11 @@ impl Member {
     pub(super) fn stop(&mut self) {
         drop(self.listener.take());
         self.server.take().inspect(JoinHandle::abort);
+    }
+
+    /// Says whether nobody listens at its address.
+    pub(super) fn is_stopped(&self) -> bool {
+        std::net::TcpStream::connect(self.address).is_err()
     }
 }
 
@@ -127,7 +134,14 @@ impl Fleet {
             let start = Arc::new(fleet.assignment(&[], 0));
             let slicelet = Arc::new(Slicelet::frozen(session, start));
             let listener = Some(listener);
-            fleet.tasks.push(Member { session, slicelet, address, listener, server: None });
+            fleet.tasks.push(Member {
+                session,
+                slicelet,
+                address,
+                region: None,
+                listener,
+                server: None,
+            });
         }
         fleet.give(&[(SliceKey::MIN, 1)]).await;
         fleet
@@ -139,10 +153,12 @@ impl Fleet {
             true => Assignment::exclusive(job, generation),
             false => Assignment::new(job, generation),
         };
-        for Member { session, address, .. } in &self.tasks {
+        for Member { session, address, region, .. } in &self.tasks {
             if runs.iter().any(|(_, owner)| *owner == session.0) {
                 let name = format!("t{}", session.0).parse().unwrap();
-                let info = TaskInfo::new(name, session.0, address.to_string().parse().unwrap());
+                let mut info = TaskInfo::new(name, session.0, address.to_string().parse().unwrap());
+                let region = region.map(|region| ("region".to_owned(), region.to_owned()));
+                info.labels.extend(region);
                 made.tasks.insert(*session, Arc::new(Task::new(*session, info)));
             }
         }

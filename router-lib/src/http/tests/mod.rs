@@ -2,6 +2,7 @@
 
 mod backhauls;
 mod bad_input;
+mod regions;
 mod kit;
 mod layers;
 mod stubs;
