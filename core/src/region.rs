@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::key::SliceKey;
-use crate::task::{Address, AddressError, LABEL_MAX_BYTES, Task};
+use crate::task::{Address, AddressError, LABEL_MAX_BYTES, SessionId, Task};
 use crate::time::Time;
 
 /// The label of a task that names its region.
@@ -170,23 +170,28 @@ impl Regions {
         })
     }
 
-    /// Says which way a request goes whose look-up found `task` among `replicas`: one at home if there is any, wherever `task` is.
+    /// Says which way a request goes whose look-up found `task` among `replicas`: to one at home if there is any, wherever `task` is.
+    /// `failed` did not answer a moment ago, and is passed over where there is another.
     pub fn way<'a>(
         &'a self,
-        task: &'a Arc<Task>,
+        mut task: &'a Arc<Task>,
         replicas: impl ExactSizeIterator<Item = &'a Arc<Task>> + Clone,
+        failed: Option<SessionId>,
     ) -> Way<'a> {
         let region = |task: &'a Task| task.info.labels.get(REGION).map(String::as_str);
-        let far = region(task).filter(|region| *region != self.home.as_str());
-        let Some(far) = far else { return Way::Straight(task) };
-        if replicas.len() > 1 {
-            let mut near = replicas.filter(|task| region(task) == Some(self.home.as_str()));
-            let near: Vec<_> = near.by_ref().collect();
-            if !near.is_empty() {
-                // Those that are far away in turn stand for those at home in turn.
-                return Way::Straight(near[(task.session.0 % near.len() as u64) as usize]);
+        let is_far =
+            |task: &'a Task| region(task).is_some_and(|region| region != self.home.as_str());
+        if replicas.len() > 1 && (is_far(task) || failed == Some(task.session)) {
+            let others = replicas.filter(|task| failed != Some(task.session));
+            let near: Vec<_> = others.clone().filter(|task| !is_far(task)).collect();
+            let choice = if near.is_empty() { others.collect() } else { near };
+            // Those that are not asked stand in turn for those that are.
+            if !choice.contains(&task) && !choice.is_empty() {
+                task = choice[(task.session.0 % choice.len() as u64) as usize];
             }
         }
+        let far = region(task).filter(|_| is_far(task));
+        let Some(far) = far else { return Way::Straight(task) };
         let known = self.gateways.keys().find(|known| known.as_str() == far);
         known.map_or(Way::Straight(task), Way::Gateway)
     }
@@ -265,7 +270,7 @@ impl Links {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::{SessionId, TaskInfo};
+    use crate::task::TaskInfo;
 
     fn regions(gateways: &[&str]) -> Result<Regions, RegionsError> {
         let gateways = gateways.iter().map(|text| text.parse().unwrap());
@@ -294,7 +299,7 @@ mod tests {
         ] {
             let task = task(1, region);
             let wanted = way.map_or(Way::Straight(&task), Way::Gateway);
-            assert_eq!(regions.way(&task, [&task].into_iter()), wanted, "{region}");
+            assert_eq!(regions.way(&task, [&task].into_iter(), None), wanted, "{region}");
         }
     }
 
@@ -303,11 +308,29 @@ mod tests {
         let regions = regions(&["us=10.8.0.1:80"]).unwrap();
         let replicas = [task(1, "us"), task(2, "eu"), task(3, "ap"), task(4, "eu"), task(5, "us")];
         for (found, taken) in [(0, 3), (1, 1), (2, 3), (3, 3), (4, 3)] {
-            let way = regions.way(&replicas[found], replicas.iter());
+            let way = regions.way(&replicas[found], replicas.iter(), None);
             assert_eq!(way, Way::Straight(&replicas[taken]), "{found}");
         }
         let far = [task(1, "us"), task(2, "us")];
-        assert!(matches!(regions.way(&far[1], far.iter()), Way::Gateway(_)));
+        assert!(matches!(regions.way(&far[1], far.iter(), None), Way::Gateway(_)));
+    }
+
+    #[test]
+    fn one_that_did_not_answer_is_passed_over_where_there_is_another() {
+        let regions = regions(&["us=10.8.0.1:80"]).unwrap();
+        let us: Region = "us".parse().unwrap();
+        let [a, b, c] = [task(1, "eu"), task(2, "eu"), task(3, "us")];
+        let failed = |task: &Arc<Task>| Some(task.session);
+        let all = [&a, &b, &c];
+        for found in all {
+            assert_eq!(regions.way(found, all.into_iter(), failed(&a)), Way::Straight(&b));
+        }
+        // The last one at home: then the far one, by its gateway.
+        for found in [&a, &c] {
+            assert_eq!(regions.way(found, [&a, &c].into_iter(), failed(&a)), Way::Gateway(&us));
+        }
+        // There is no other.
+        assert_eq!(regions.way(&a, [&a].into_iter(), failed(&a)), Way::Straight(&a));
     }
 
     #[test]

@@ -103,12 +103,18 @@ impl Lookup {
     /// Finds the owner of a key, or another task where that is loaded above the cap, unless nobody serves it. Touches nothing
     /// that other workers write.
     pub(crate) fn route(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
-        self.router.borrow_mut().route_at(key).ok().map(|found| self.target(&found, pool))
+        self.router.borrow_mut().route_at(key).ok().map(|found| self.target(&found, pool, None))
     }
 
     /// Finds the owner of a key, however loaded.
     pub(crate) fn route_to_owner(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
-        self.router.borrow_mut().route_to_holder(key).ok().map(|found| self.target(&found, pool))
+        self.route_past(key, pool, None)
+    }
+
+    /// Does the same past one that did not answer, where there is another.
+    fn route_past(&self, key: SliceKey, pool: &Pool, failed: Option<SessionId>) -> Option<Target> {
+        let mut router = self.router.borrow_mut();
+        router.route_to_holder(key).ok().map(|found| self.target(&found, pool, failed))
     }
 
     /// Takes in what a task has said of its load, in its answer to a request.
@@ -133,11 +139,12 @@ impl Lookup {
             self.clerk.refresh(told);
         }
         let least = told.unwrap_or(tried.generation);
+        let failed = told.is_none().then(|| tried.session());
         let mut changes = self.clerk.changes();
         loop {
             let known = changes.borrow_and_update().as_ref().map(|known| known.generation);
             if known >= Some(least) {
-                match self.route_to_owner(key, pool) {
+                match self.route_past(key, pool, failed) {
                     Some(target) if target.session() == tried.session() && !target.is_releasing => {
                     }
                     other => return other,
@@ -145,15 +152,20 @@ impl Lookup {
             }
             // With nobody left to tell of changes there is no use in waiting.
             if !matches!(timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
-                return self.route_to_owner(key, pool);
+                return self.route_past(key, pool, failed);
             }
         }
     }
 
-    fn target(&self, found: &mandoline::Target<&Snapshot>, pool: &Pool) -> Target {
+    fn target(
+        &self,
+        found: &mandoline::Target<&Snapshot>,
+        pool: &Pool,
+        failed: Option<SessionId>,
+    ) -> Target {
         let way = match &self.gateways {
             None => Way::Straight(found.task()),
-            Some(gateways) => gateways.way(found.task(), found.replicas()),
+            Some(gateways) => gateways.way(found.task(), found.replicas(), failed),
         };
         let generation = found.generation();
         match way {

@@ -16,7 +16,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mandoline_core::key::SliceKey;
-use mandoline_core::task::{Address, Task};
+use mandoline_core::task::{Address, SessionId, Task};
 use mandoline_distributor::clock::Clock;
 use tracing::{info, warn};
 
@@ -65,13 +65,14 @@ impl Gateways {
         self.0.regions.home()
     }
 
-    /// Says which way a request goes whose look-up found `task` among `replicas`.
+    /// Says which way a request goes whose look-up found `task` among `replicas`, of which `failed` did not answer a moment ago.
     pub fn way<'a>(
         &'a self,
         task: &'a Arc<Task>,
         replicas: impl ExactSizeIterator<Item = &'a Arc<Task>> + Clone,
+        failed: Option<SessionId>,
     ) -> Way<'a> {
-        self.0.regions.way(task, replicas)
+        self.0.regions.way(task, replicas, failed)
     }
 
     /// Says which gateway of a region a request is sent to, after those in `tried`; none, at once, while none of them answers. To

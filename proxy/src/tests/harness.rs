@@ -101,13 +101,21 @@ impl Owners {
 
     /// The same, and each session is in a region.
     pub(super) async fn give_in(&self, number: u64, runs: &[(u64, u64, SocketAddr, &str)]) {
-        let plain: Vec<_> = runs.iter().map(|(first, id, at, _)| (*first, *id, *at)).collect();
-        let mut assignment = made(number, &plain);
-        for (_, session, _, region) in runs {
-            let task = assignment.tasks.get_mut(&SessionId(*session)).unwrap();
-            let labels = &mut Arc::make_mut(task).info.labels;
-            labels.insert("region".to_owned(), (*region).to_owned());
-        }
+        self.tell(made_in(number, runs)).await;
+    }
+
+    /// All of these sessions serve every key, each in a region.
+    pub(super) async fn give_all<'a>(&self, number: u64, tasks: &[(u64, SocketAddr, &'a str)]) {
+        let place = |(at, (id, address, region)): (usize, &(u64, SocketAddr, &'a str))| {
+            (at as u64, *id, *address, *region)
+        };
+        let runs: Vec<_> = tasks.iter().enumerate().map(place).collect();
+        let mut assignment = made_in(number, &runs);
+        let since = assignment.generation;
+        let replica =
+            |(id, ..): &(u64, SocketAddr, &'a str)| Replica { session: SessionId(*id), since };
+        let replicas: Replicas = tasks.iter().map(replica).collect();
+        assignment.slices = SliceMap::uniform(Assigned { replicas, ..Assigned::default() });
         self.tell(assignment).await;
     }
 
@@ -161,6 +169,17 @@ fn made(number: u64, runs: &[(u64, u64, SocketAddr)]) -> Assignment {
     }
     if !slices.is_empty() {
         assignment.slices = SliceMap::from_runs(slices).unwrap();
+    }
+    assignment
+}
+
+fn made_in(number: u64, runs: &[(u64, u64, SocketAddr, &str)]) -> Assignment {
+    let plain: Vec<_> = runs.iter().map(|(first, id, at, _)| (*first, *id, *at)).collect();
+    let mut assignment = made(number, &plain);
+    for (_, session, _, region) in runs {
+        let task = assignment.tasks.get_mut(&SessionId(*session)).unwrap();
+        let labels = &mut Arc::make_mut(task).info.labels;
+        labels.insert("region".to_owned(), (*region).to_owned());
     }
     assignment
 }

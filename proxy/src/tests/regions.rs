@@ -1,9 +1,12 @@
 //! Which requests go by a gateway of another region, what each hop sees, and what becomes of loops and lost links.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use mandoline::gateways::Gateways;
 use mandoline_core::key::SliceKey;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::timeout;
 
 use super::harness::{Backend, Owners, Stage};
 use crate::config::Config;
@@ -131,6 +134,58 @@ async fn a_lost_link_takes_only_the_keys_beyond_it() {
         let stats = stage.stats();
         assert_eq!((stats.gateways.lost, stats.answered, stats.failed), (3, 3, 3));
     }
+}
+
+#[tokio::test]
+async fn where_packets_vanish_one_request_finds_out_and_the_others_are_told() {
+    const SOON: Duration = Duration::from_millis(200);
+    let eu = Backend::echo("eu").await;
+    // Nobody accepts, and once the queue is full the kernel drops what comes: as good as a link that swallows packets.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let hole = socket.listen(1).unwrap();
+    let at = hole.local_addr().unwrap();
+    let mut queue = vec![];
+    while let Ok(stream) = timeout(SOON, TcpStream::connect(at)).await {
+        queue.push(stream.unwrap());
+    }
+    let stage = stage(1, (eu.address, eu.address), |config| {
+        config.gateways = gateways("eu", &[("us", at)]);
+        config.timeouts.connect = SOON;
+    })
+    .await;
+    let request = get(true, "");
+    let all = (0..20).map(|_| stage.talk(&request));
+    for answer in futures_util::future::join_all(all).await {
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("region us"), "{answer}");
+    }
+    // Those that came before the first knew of it, too, have waited no longer than that one.
+    for _ in 0..20 {
+        assert!(stage.talk(&request).await.starts_with("HTTP/1.1 503"));
+    }
+    let stats = stage.stats();
+    assert_eq!(stats.gateways.lost, 40);
+    assert!(stats.gateways.gateways[0].1.sent < 40, "some were told at once: {stats:?}");
+    assert!(stage.talk(&get(false, "")).await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn of_several_replicas_one_at_home_serves_and_one_far_away_if_that_is_gone() {
+    let (eu, us) = (Backend::echo("eu").await, Backend::echo("us").await);
+    let stage = Stage::with(Owners::none(), |config| {
+        config.gateways = gateways("eu", &[("us", us.address)]);
+    });
+    stage.owners.give_all(1, &[(1, us.address, "us"), (2, eu.address, "eu")]).await;
+    for _ in 0..10 {
+        assert!(stage.talk(&get(true, "")).await.contains("\r\n\r\neu GET "));
+    }
+    let nobody = Backend::nobody().await;
+    stage.owners.give_all(2, &[(1, us.address, "us"), (3, nobody, "eu")]).await;
+    for _ in 0..10 {
+        assert!(stage.talk(&get(true, "")).await.contains("\r\n\r\nus GET "));
+    }
+    let stats = stage.stats();
+    assert_eq!((stats.failed, stats.gateways.gateways[0].1.sent), (0, 10));
 }
 
 #[tokio::test]

@@ -168,7 +168,7 @@ impl Routing {
         let mut attempt = Attempt { routing: self, client, key, reel: Reel::new(body), head };
         let mut tries = Tries::new(clerk, key, *patience);
         budget.deposit();
-        let mut failure = None;
+        let (mut failure, mut failed) = (None, None);
         loop {
             let target = match tries.next().await {
                 Ok(target) => target,
@@ -177,9 +177,14 @@ impl Routing {
                 Err(error) => return Err(failure.unwrap_or_else(|| error.into())),
             };
             failure = None;
-            let (stop, sent, is_spilled) = self.stop(&target);
+            let (stop, sent, is_spilled) = self.stop(&target, failed);
             let generation = target.generation();
             drop(target);
+            let asked = match &stop {
+                Stop::Task(to) => Some(to.session),
+                Stop::Region(_) => None,
+            };
+            failed = None;
             let answer = match stop {
                 Stop::Task(to) => attempt.at_task(to, sent, is_spilled).await,
                 Stop::Region(region) => attempt.by_gateway(&region, generation).await,
@@ -192,7 +197,7 @@ impl Routing {
                     if !budget.withdraw() {
                         return Err(error);
                     }
-                    failure = Some(error);
+                    (failure, failed) = (Some(error), asked);
                     tries.unreached();
                 }
             }
@@ -200,10 +205,10 @@ impl Routing {
     }
 
     /// Says where a request goes whose key this target has.
-    fn stop(&self, target: &Target<Held>) -> (Stop, Option<Sent>, bool) {
+    fn stop(&self, target: &Target<Held>, failed: Option<SessionId>) -> (Stop, Option<Sent>, bool) {
         let task = match &self.0.gateways {
             None => target.task(),
-            Some(gateways) => match gateways.way(target.task(), target.replicas()) {
+            Some(gateways) => match gateways.way(target.task(), target.replicas(), failed) {
                 Way::Straight(task) => task,
                 Way::Gateway(region) => return (Stop::Region(region.clone()), None, false),
             },
