@@ -36,10 +36,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let listener = TcpListener::bind(address).await?;
     let address = listener.local_addr()?.to_string();
 
-    let slicelet = Slicelet::builder("carts", name, &address).assigners(assigners.iter().copied());
+    let slicelet = Slicelet::builder("carts", name, &address).assigners(&assigners);
     let slicelet = Arc::new(slicelet.start()?);
-    let sources = assigners.iter().map(|address| address.parse()).collect::<Result<Vec<_>, _>>()?;
-    let clerk = Clerk::builder("carts".parse()?).sources(sources).start()?;
+    let clerk = Clerk::builder("carts").sources(&assigners).start()?;
 
     let backhaul = BackhaulLayer::new(name, Arc::clone(&slicelet), clerk, KeyFrom::path(1));
     let app = Router::new()

@@ -33,8 +33,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 async fn serve(name: &str, address: &str, assigners: &[&str]) -> Result<(), Box<dyn Error>> {
     let listener = TcpListener::bind(address)?;
     let address = listener.local_addr()?.to_string();
-    let slicelet =
-        Slicelet::builder("echo", name, &address).assigners(assigners.iter().copied()).start()?;
+    let slicelet = Slicelet::builder("echo", name, &address).assigners(assigners).start()?;
     slicelet.ready().await?;
     println!("{name} serves at {address}");
     for stream in listener.incoming() {
@@ -52,8 +51,7 @@ async fn serve(name: &str, address: &str, assigners: &[&str]) -> Result<(), Box<
 
 /// Asks the owner of each key. Whoever refuses it says by which assignment, and that tells when to ask whom next.
 async fn ask(keys: &[&str], assigners: &[&str]) -> Result<(), Box<dyn Error>> {
-    let sources = assigners.iter().map(|address| address.parse()).collect::<Result<Vec<_>, _>>()?;
-    let clerk = Clerk::builder("echo".parse()?).sources(sources).start()?;
+    let clerk = Clerk::builder("echo").sources(assigners).start()?;
     clerk.ready().await;
     for key in keys {
         let mut tries = Tries::new(&clerk, SliceKey::of(key.as_bytes()), Duration::from_secs(5));

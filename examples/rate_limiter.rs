@@ -53,10 +53,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let address = listener.local_addr()?.to_string();
     let limiter = Arc::new(Mutex::new(Limiter::open(database)?));
 
-    let slicelet = Slicelet::builder("limits", name, &address).assigners(assigners.iter().copied());
+    let slicelet = Slicelet::builder("limits", name, &address).assigners(&assigners);
     let slicelet = Arc::new(slicelet.start()?);
-    let sources = assigners.iter().map(|address| address.parse()).collect::<Result<Vec<_>, _>>()?;
-    let clerk = Clerk::builder("limits".parse()?).sources(sources).start()?;
+    let clerk = Clerk::builder("limits").sources(&assigners).start()?;
     let backhaul = BackhaulLayer::new(name, Arc::clone(&slicelet), clerk, KeyFrom::path(1));
     let app = Router::new().route("/take/{user}", post(take)).with_state(limiter).layer(backhaul);
     let serving = tokio::spawn(async { axum::serve(listener, app).await });

@@ -57,10 +57,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
 async fn task(name: &str, address: &str, assigners: &[&str]) -> Result<(), Box<dyn Error>> {
     let listener = TcpListener::bind(address).await?;
     let address = listener.local_addr()?.to_string();
-    let slicelet = Slicelet::builder("topics", name, &address).assigners(assigners.iter().copied());
+    let slicelet = Slicelet::builder("topics", name, &address).assigners(assigners);
     let slicelet = Arc::new(slicelet.start()?);
-    let sources = assigners.iter().map(|address| address.parse()).collect::<Result<Vec<_>, _>>()?;
-    let clerk = Clerk::builder("topics".parse()?).sources(sources).start()?;
+    let clerk = Clerk::builder("topics").sources(assigners).start()?;
     let backhaul = BackhaulLayer::new(name, Arc::clone(&slicelet), clerk, KeyFrom::path(1));
     let topics = get(join).post(say).with_state(Topics::default());
     let app = Router::new().route("/topics/{topic}", topics).layer(backhaul);

@@ -70,8 +70,7 @@ async fn main() -> Result<(), BoxError> {
 }
 
 async fn connect(assigners: &str) -> Result<Sharded, BoxError> {
-    let sources = assigners.split(',').map(str::parse).collect::<Result<Vec<_>, _>>()?;
-    let clerk = Clerk::builder("kv".parse()?).sources(sources).start()?;
+    let clerk = Clerk::builder("kv").sources(assigners.split(',')).start()?;
     clerk.ready().await;
     Ok(Sharded::new(Client::new(), clerk, KeyFrom::path(1)))
 }

@@ -57,7 +57,7 @@ async fn task(name: &str, address: &str, assigners: &[&str]) -> Result<(), Box<d
     let cache = Arc::new(Mutex::new(Lru::default()));
     let leaving = Arc::clone(&cache);
     let slicelet = Slicelet::builder("pages", name, &address)
-        .assigners(assigners.iter().copied())
+        .assigners(assigners)
         .on_added(|slices| println!("came: {} ranges", slices.len()))
         .on_removed(move |slices| {
             let dropped = leaving.lock().expect("nobody panics in here").drop_all(slices);
@@ -98,8 +98,7 @@ async fn page(
 
 /// Sends each request to the owner of its key.
 async fn front(address: &str, assigners: &[&str]) -> Result<(), Box<dyn Error>> {
-    let sources = assigners.iter().map(|address| address.parse()).collect::<Result<Vec<_>, _>>()?;
-    let clerk = Clerk::builder("pages".parse()?).sources(sources).start()?;
+    let clerk = Clerk::builder("pages").sources(assigners).start()?;
     clerk.ready().await;
     let client = Client::builder(TokioExecutor::new()).build_http();
     let client = RouteLayer::new(clerk, KeyFrom::path(1)).layer(client);

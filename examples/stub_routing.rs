@@ -55,7 +55,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 async fn serve(name: &str, address: &str, assigners: &[&str]) -> Result<(), Box<dyn Error>> {
     let listener = TcpListener::bind(address).await?;
     let address = listener.local_addr()?.to_string();
-    let slicelet = Slicelet::builder("stubs", name, &address).assigners(assigners.iter().copied());
+    let slicelet = Slicelet::builder("stubs", name, &address).assigners(assigners);
     let slicelet = Arc::new(slicelet.start()?);
     let shard = Shard { name: name.to_owned(), values: Mutex::default() };
     let server = Server::builder()
@@ -97,8 +97,7 @@ impl Kv for Shard {
 async fn stub(
     assigners: &[&str],
 ) -> Result<KvClient<mandoline::http::channel::Channel>, Box<dyn Error>> {
-    let sources = assigners.iter().map(|address| address.parse()).collect::<Result<Vec<_>, _>>()?;
-    let clerk = Clerk::builder("stubs".parse()?).sources(sources).start()?;
+    let clerk = Clerk::builder("stubs").sources(assigners).start()?;
     clerk.ready().await;
     Ok(KvClient::new(clerk.channel(KeyFrom::metadata(SHARD_KEY))))
 }

@@ -41,6 +41,12 @@ impl Address {
     }
 }
 
+impl AsRef<str> for Address {
+    fn as_ref(&self) -> &str {
+        self.as_str()
+    }
+}
+
 impl FromStr for Address {
     type Err = AddressError;
 

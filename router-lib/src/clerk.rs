@@ -19,9 +19,9 @@ use arc_swap::Guard;
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
-use mandoline_core::name::JobName;
+use mandoline_core::name::{JobName, NameError};
 use mandoline_core::spec::Ratio;
-use mandoline_core::task::Address;
+use mandoline_core::task::{Address, AddressError};
 use mandoline_core::time::Time;
 use mandoline_core::watch;
 use mandoline_distributor::clock::Clock;
@@ -47,7 +47,7 @@ const SAVE_EVERY: Duration = Duration::from_secs(1);
 ///
 /// ```no_run
 /// # async fn f() -> Result<(), Box<dyn std::error::Error>> {
-/// let clerk = mandoline::Clerk::builder("shop".parse()?)
+/// let clerk = mandoline::Clerk::builder("shop")
 ///     .sources(["10.0.0.1:7400".parse()?, "10.0.0.2:7400".parse()?])
 ///     .cache("/var/lib/shop/assignment")
 ///     .start()?;
@@ -105,6 +105,12 @@ pub enum State {
 /// Why a clerk did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// The job's name is no name.
+    #[error("job {0:?}")]
+    Job(String, #[source] NameError),
+    /// What a source or a peer is given by is no address.
+    #[error("the address of whom to ask")]
+    Address(#[from] AddressError),
     /// There was neither a source nor a peer.
     #[error(transparent)]
     NobodyToAsk(#[from] NobodyToAsk),
@@ -153,10 +159,13 @@ pub fn is_settled(assignment: &Assignment, key: SliceKey, told: Generation) -> b
 
 impl Clerk {
     /// Begins to describe a clerk of a job.
-    pub fn builder(job: JobName) -> Builder {
+    pub fn builder(job: impl AsRef<str>) -> Builder {
         Builder {
-            job,
-            upstream: Upstream::default(),
+            job: job.as_ref().to_owned(),
+            sources: Vec::new(),
+            peers: Vec::new(),
+            connector: Connector::default(),
+            name: String::new(),
             cache: None,
             hub: None,
             report_offered: false,
@@ -505,8 +514,11 @@ fn next_turn() -> u32 {
 /// Describes a clerk.
 #[derive(Debug)]
 pub struct Builder {
-    job: JobName,
-    upstream: Upstream,
+    job: String,
+    sources: Vec<String>,
+    peers: Vec<String>,
+    connector: Connector,
+    name: String,
     cache: Option<PathBuf>,
     hub: Option<Hub>,
     report_offered: bool,
@@ -515,29 +527,29 @@ pub struct Builder {
 impl Builder {
     /// Asks these, each as good as the others: assigner nodes or distributors.
     #[must_use]
-    pub fn sources(mut self, sources: impl IntoIterator<Item = Address>) -> Self {
-        self.upstream.sources.extend(sources);
+    pub fn sources(mut self, sources: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
+        self.sources.extend(sources.into_iter().map(|source| source.as_ref().to_owned()));
         self
     }
 
     /// Asks these while no source answers: slicelets or proxies.
     #[must_use]
-    pub fn peers(mut self, peers: impl IntoIterator<Item = Address>) -> Self {
-        self.upstream.peers.extend(peers);
+    pub fn peers(mut self, peers: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
+        self.peers.extend(peers.into_iter().map(|peer| peer.as_ref().to_owned()));
         self
     }
 
     /// Reaches them so, such as with TLS and a token.
     #[must_use]
     pub fn connector(mut self, connector: Connector) -> Self {
-        self.upstream.connector = connector;
+        self.connector = connector;
         self
     }
 
     /// Says who asks, for the logs of those who serve.
     #[must_use]
     pub fn named(mut self, name: impl Into<String>) -> Self {
-        self.upstream.watcher = name.into();
+        self.name = name.into();
         self
     }
 
@@ -565,24 +577,29 @@ impl Builder {
 
     /// Starts the clerk. It knows nothing yet, or what the cache held: see `Clerk::ready`.
     pub fn start(mut self) -> Result<Clerk, StartError> {
-        let known = self.read_cache();
+        let job = JobName::new(&self.job).map_err(|error| StartError::Job(self.job, error))?;
+        let parsed = |given: &[String]| given.iter().map(|text| text.parse()).collect();
+        let sources: Result<Vec<Address>, AddressError> = parsed(&self.sources);
+        let peers: Result<Vec<Address>, AddressError> = parsed(&self.peers);
+        let (connector, watcher) = (self.connector, self.name);
+        let upstream = Upstream { sources: sources?, peers: peers?, connector, watcher };
+        let known = read_cache(&job, &mut self.cache);
         if let (Some(hub), Some(known)) = (&self.hub, &known) {
             hub.publish(Arc::clone(known), None);
         }
         let saved = known.as_ref().map(|known| known.generation);
         let state = nobody_asked(known.is_some());
-        let (mut inner, mut desk, seen) = Inner::new(self.job.clone(), known.clone(), state);
+        let (mut inner, mut desk, seen) = Inner::new(job.clone(), known.clone(), state);
         let reporter = self.report_offered.then(|| {
-            let (sources, connector) =
-                (self.upstream.sources.clone(), self.upstream.connector.clone());
-            Reporter::new(self.job.clone(), drawn(), sources, connector)
+            let (sources, connector) = (upstream.sources.clone(), upstream.connector.clone());
+            Reporter::new(job.clone(), drawn(), sources, connector)
         });
         if reporter.is_some() {
             let offered = Arc::new(Offered::new(Arc::clone(&inner.snapshot.load())));
             desk.offered = Some(Arc::clone(&offered));
             inner.offered = Some(offered);
         }
-        let follower = Follower::new(self.job, self.upstream, known, seen, inner.clock)?;
+        let follower = Follower::new(job, upstream, known, seen, inner.clock)?;
         let tell = {
             let hub = self.hub;
             move |news: News<'_>| {
@@ -605,22 +622,22 @@ impl Builder {
         })?);
         Ok(Clerk { inner: Arc::new(inner) })
     }
+}
 
-    /// What the cache holds. One that is not ours stays as it is, and nothing is saved then.
-    fn read_cache(&mut self) -> Option<Arc<Assignment>> {
-        let path = self.cache.as_deref()?;
-        match cache::load(path, &self.job) {
-            Ok(known) => known.map(Arc::new),
-            Err(error) => {
-                let replace = error.may_replace();
-                let file = path.display();
-                let error: &dyn std::error::Error = &error;
-                warn!(%file, error, replace, "The cached assignment was not used");
-                if !replace {
-                    self.cache = None;
-                }
-                None
+/// What the cache holds. One that is not ours stays as it is, and nothing is saved then.
+fn read_cache(job: &JobName, cache: &mut Option<PathBuf>) -> Option<Arc<Assignment>> {
+    let path = cache.as_deref()?;
+    match cache::load(path, job) {
+        Ok(known) => known.map(Arc::new),
+        Err(error) => {
+            let replace = error.may_replace();
+            let file = path.display();
+            let error: &dyn std::error::Error = &error;
+            warn!(%file, error, replace, "The cached assignment was not used");
+            if !replace {
+                *cache = None;
             }
+            None
         }
     }
 }

@@ -50,7 +50,7 @@
 //! slicelet.ready().await?;
 //! std::thread::spawn(move || serve(&slicelet, &listener).expect("it serves"));
 //!
-//! let clerk = Clerk::builder("kv".parse()?).sources(["127.0.0.1:7400".parse()?]).start()?;
+//! let clerk = Clerk::builder("kv").sources(["127.0.0.1:7400"]).start()?;
 //! clerk.ready().await;
 //! println!("{}", ask(&clerk, "user-42").await?);
 //! # Ok(())

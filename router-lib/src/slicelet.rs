@@ -463,8 +463,8 @@ pub struct Builder {
 
 impl Builder {
     /// Names assigners to ask, in order; any one of the cluster knows who leads.
-    pub fn assigners(mut self, addresses: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        self.assigners.extend(addresses.into_iter().map(Into::into));
+    pub fn assigners(mut self, addresses: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
+        self.assigners.extend(addresses.into_iter().map(|address| address.as_ref().to_owned()));
         self
     }
 

@@ -263,10 +263,7 @@ async fn tasks_that_report_nothing_are_balanced_by_what_callers_offer() {
     let _agent = agent(&cluster, &["--tasks", &list]);
     cluster.served("kv", 2, PATIENCE).await.unwrap();
     let proxy = cluster.start_proxy("proxy", ProxyKnows::default()).await.unwrap();
-    let clerk = mandoline::Clerk::builder("kv".parse().unwrap())
-        .sources(cluster.addresses())
-        .start()
-        .unwrap();
+    let clerk = mandoline::Clerk::builder("kv").sources(cluster.addresses()).start().unwrap();
     clerk.ready().await;
     let owner = |key: usize| clerk.route(&bytes_of(key)).map(|target| target.name().to_string());
     // All that is asked for is a's.

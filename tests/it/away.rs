@@ -46,13 +46,11 @@ async fn callers_go_on_and_new_ones_start_while_every_assigner_is_gone() {
         (0..2).map(|index| cluster.start_task(&format!("kv-{index}")).unwrap()).collect();
     cluster.served("kv", 2, PATIENCE).await.unwrap();
     cluster.settled(PATIENCE).await.unwrap();
-    let job = || "kv".parse().unwrap();
     let (of_proxy, of_clerk) =
         (cluster.dir().join("proxy.assignment"), cluster.dir().join("clerk.assignment"));
     let knows = ProxyKnows { cache: Some(of_proxy.clone()), ..ProxyKnows::default() };
     let proxy = cluster.start_proxy("proxy", knows).await.unwrap();
-    let clerk =
-        Clerk::builder(job()).sources(cluster.addresses()).cache(&of_clerk).start().unwrap();
+    let clerk = Clerk::builder("kv").sources(cluster.addresses()).cache(&of_clerk).start().unwrap();
     let look = async |_: &Cluster| (of_proxy.exists() && of_clerk.exists()).then_some(());
     cluster.until("both caches to be written", PATIENCE, look).await.unwrap();
     routes(&cluster, &proxy, "the proxy to route").await;
@@ -76,7 +74,7 @@ async fn callers_go_on_and_new_ones_start_while_every_assigner_is_gone() {
     }
     let copy = cluster.dir().join("copy-of-clerk.assignment");
     std::fs::copy(&of_clerk, &copy).unwrap();
-    let builder = || Clerk::builder(job()).sources(cluster.addresses());
+    let builder = || Clerk::builder("kv").sources(cluster.addresses());
     let clerks = [
         ("task", builder().peers([address(tasks[1].watch)]).start().unwrap()),
         ("proxy", builder().peers([address(proxy.watch)]).start().unwrap()),

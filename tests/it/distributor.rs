@@ -56,7 +56,7 @@ async fn callers_go_by_a_distributor_when_all_assigners_are_dead() {
     let second_cache = cluster.dir().join("second").display().to_string();
     let _second = start(&places[0], &places[1], &second_cache);
     let clerk = |port: u16| {
-        let builder = Clerk::builder("kv".parse().unwrap()).sources([address(local(port))]);
+        let builder = Clerk::builder("kv").sources([address(local(port))]);
         builder.start().unwrap()
     };
     let (above, below) = (clerk(ports[0]), clerk(ports[1]));
@@ -76,7 +76,7 @@ async fn callers_go_by_a_distributor_when_all_assigners_are_dead() {
     let (written, copy) = (format!("{cache}/kv.assignment"), format!("{cache}/copy"));
     until("the last assignment to be on disk", || {
         std::fs::copy(&written, &copy).ok()?;
-        let builder = Clerk::builder("kv".parse().unwrap()).sources([address(local(ports[2]))]);
+        let builder = Clerk::builder("kv").sources([address(local(ports[2]))]);
         let known = builder.cache(&copy).start().unwrap().assignment()?;
         (known.generation == generation).then_some(())
     });

@@ -126,7 +126,7 @@ async fn watch(
 ) -> JoinSet<()> {
     let mut watching = JoinSet::new();
     for address in cluster.addresses() {
-        let clerk = Clerk::builder("tasks".parse().unwrap()).sources([address]).start().unwrap();
+        let clerk = Clerk::builder("tasks").sources([address]).start().unwrap();
         let (shown, stop) = (Arc::clone(shown), stop.clone());
         watching.spawn(async move {
             let mut changes = clerk.changes();
@@ -252,7 +252,7 @@ async fn what_was_acknowledged_survives_the_death_of_every_node() {
     }
     // Whoever asks anew is told the newest, by each node.
     for address in cluster.addresses() {
-        let clerk = Clerk::builder("tasks".parse().unwrap()).sources([address]).start().unwrap();
+        let clerk = Clerk::builder("tasks").sources([address]).start().unwrap();
         let assignment = timeout(PATIENCE, clerk.ready()).await.expect("a node tells what it has");
         let newest = shown.lock().unwrap().newest();
         assert!(

@@ -324,8 +324,7 @@ impl App {
                 .assigners(land.list.split(','))
                 .label("region", region);
             let slicelet = Arc::new(slicelet.start().unwrap());
-            let sources = land.list.split(',').map(|address| address.parse().unwrap());
-            let clerk = Clerk::builder("kv".parse().unwrap()).sources(sources).start().unwrap();
+            let clerk = Clerk::builder("kv").sources(land.list.split(',')).start().unwrap();
             let gateways = gateways.iter().map(|(of, at)| format!("{of}={at}").parse().unwrap());
             let gateways = Gateways::new(region.parse().unwrap(), gateways).unwrap();
             let routing = Routing::new(clerk, KeyFrom::path(1)).by_gateways(gateways);

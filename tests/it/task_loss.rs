@@ -31,7 +31,7 @@ impl Town {
             (0..3).map(|index| cluster.start_task(&format!("kv-{index}")).unwrap()).collect();
         cluster.served("kv", tasks.len(), PATIENCE).await.unwrap();
         let proxy = cluster.start_proxy("proxy", ProxyKnows::default()).await.unwrap();
-        let clerk = Clerk::builder("kv".parse().unwrap()).sources(cluster.addresses());
+        let clerk = Clerk::builder("kv").sources(cluster.addresses());
         let clerk = clerk.start().unwrap();
         let callers = Callers::start(proxy.address, KEYS);
         let (all, began): (Vec<usize>, _) = ((0..KEYS).collect(), Instant::now());

@@ -9,7 +9,7 @@ use mandoline::Clerk;
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [job, source] = &args[..] else { return Err("usage: owners JOB ASSIGNER < KEYS".into()) };
-    let clerk = Clerk::builder(job.parse()?).sources([source.parse()?]).start()?;
+    let clerk = Clerk::builder(job).sources([source]).start()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_time().build()?;
     let assignment = runtime.block_on(clerk.ready());
     let mut keys = Vec::new();

@@ -77,12 +77,10 @@ pub(crate) async fn run(args: EchoArgs) -> Result<ExitCode, Failure> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let assigners = args.assigners.iter().map(ToString::to_string);
     let slicelet =
-        Slicelet::builder("kv", &args.name, &args.listen.to_string()).assigners(assigners);
+        Slicelet::builder("kv", &args.name, &args.listen.to_string()).assigners(&args.assigners);
     let slicelet = Arc::new(slicelet.start().map_err(|error| failed(&error))?);
-    let job = "kv".parse().expect("a short word is a name");
-    let clerk = Clerk::builder(job).sources(args.assigners).start();
+    let clerk = Clerk::builder("kv").sources(&args.assigners).start();
     let clerk = clerk.map_err(|error| failed(&error))?;
     let service = app.forwarding(&slicelet, clerk, KeyFrom::header(KEY));
     let serving = tokio::spawn(serve(listener, service));

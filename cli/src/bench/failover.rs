@@ -97,8 +97,7 @@ async fn measure(args: &FailoverArgs) -> anyhow::Result<Findings> {
     // Whichever node the proxy asks, it knows this much.
     cluster.settled(SETTLE_WITHIN).await?;
     let proxy = cluster.start_proxy("proxy", ProxyKnows::default()).await?;
-    let clerk =
-        Clerk::builder("kv".parse()?).sources(cluster.addresses()).named("bench").start()?;
+    let clerk = Clerk::builder("kv").sources(cluster.addresses()).named("bench").start()?;
     let seen = Seen::begin(&clerk);
     tokio::time::timeout(CHANGE_WITHIN, clerk.ready()).await?;
 

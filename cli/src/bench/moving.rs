@@ -100,7 +100,7 @@ async fn measure(args: &MovingArgs) -> anyhow::Result<Findings> {
     let clerks: Vec<Clerk> = (0..args.clients)
         .map(|client| {
             let named = format!("client-{client}");
-            Clerk::builder("kv".parse()?)
+            Clerk::builder("kv")
                 .sources(cluster.addresses())
                 .named(named)
                 .start()

@@ -230,7 +230,7 @@ async fn measure(args: &SameArgs) -> anyhow::Result<Found> {
         ..JobSpec::new("kv".parse()?)
     };
     cluster.apply(&(&spec).into(), START_WITHIN).await?;
-    let clerk = Clerk::builder("kv".parse()?).sources(cluster.addresses()).start()?;
+    let clerk = Clerk::builder("kv").sources(cluster.addresses()).start()?;
     let mut tasks = Vec::new();
     for n in 0..TASKS {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -467,7 +467,7 @@ async fn keep(
     fs::write(dir.join("owners"), owners)?;
     // As a clerk keeps it, to start from it where nobody answers.
     let path = dir.join("assignment");
-    let clerk = Clerk::builder("kv".parse()?).sources(cluster.addresses()).cache(&path).start()?;
+    let clerk = Clerk::builder("kv").sources(cluster.addresses()).cache(&path).start()?;
     let kept = async |_: &Cluster| {
         let same =
             clerk.assignment().is_some_and(|known| known.generation == assignment.generation);

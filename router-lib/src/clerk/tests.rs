@@ -384,9 +384,16 @@ fn clerks_and_targets_go_anywhere() {
 }
 
 #[test]
-fn a_clerk_with_nobody_to_ask_does_not_start() {
+fn a_clerk_that_is_badly_described_does_not_start() {
     let error = Clerk::builder(job()).start().unwrap_err();
     assert!(matches!(error, StartError::NobodyToAsk(_)), "{error}");
+    let error = Clerk::builder("k/v").sources(["127.0.0.1:1"]).start().unwrap_err();
+    assert_eq!(error.to_string(), "job \"k/v\"");
+    assert!(matches!(error, StartError::Job(..)), "{error}");
+    for builder in [Clerk::builder("kv").sources(["nowhere"]), Clerk::builder("kv").peers([""])] {
+        let error = builder.start().unwrap_err();
+        assert!(matches!(error, StartError::Address(_)), "{error}");
+    }
 }
 
 #[tokio::test]

@@ -159,11 +159,8 @@ async fn offers_are_taken_by_the_leader_and_nonsense_is_refused_by_field() {
 async fn what_a_clerk_offers_reaches_the_leader_wherever_it_asks() {
     let cluster = Cluster::with_job(3).await;
     let (leader, follower) = (cluster.leader().await, cluster.follower().await);
-    let clerk = Clerk::builder(kv())
-        .sources([follower.address.parse().unwrap()])
-        .report_offered(true)
-        .start()
-        .unwrap();
+    let clerk =
+        Clerk::builder(kv()).sources([&follower.address]).report_offered(true).start().unwrap();
     clerk.ready().await;
     let seen = async || {
         clerk.offer(b"a key", 3.0).unwrap();
@@ -205,7 +202,7 @@ async fn a_proxy_tells_what_it_could_not_deliver() {
     // It owns everything, and nobody listens where it says that it serves.
     let task = task(&cluster, 1).start().unwrap();
     ready(&task).await;
-    let clerk = Clerk::builder(kv()).sources([address.parse().unwrap()]).report_offered(true);
+    let clerk = Clerk::builder(kv()).sources([&address]).report_offered(true);
     let clerk = clerk.start().unwrap();
     clerk.ready().await;
     let (stop, any) = (CancellationToken::new(), "127.0.0.1:0".parse().unwrap());

@@ -311,8 +311,8 @@ async fn an_assignment_from_an_impostor_job_is_not_routed_by() {
     hub.publish(Arc::new(Assignment { job, generation: newer, ..(*honest).clone() }), None);
     let service = WatchService::new(hub, CancellationToken::new());
     let impostor = source(Impostor(service)).await;
-    let builder = Clerk::builder("kv".parse().unwrap());
-    let clerk = builder.sources([impostor.parse().unwrap()]).start().unwrap();
+    let builder = Clerk::builder("kv");
+    let clerk = builder.sources([&impostor]).start().unwrap();
     let told = async {
         loop {
             match clerk.state() {
@@ -338,8 +338,8 @@ async fn an_assignment_from_an_impostor_job_is_not_routed_by() {
     let hub = Hub::new();
     hub.publish(Arc::clone(&honest), None);
     let honest = source(WatchService::new(hub, CancellationToken::new())).await;
-    let sources = [impostor, honest].map(|address| address.parse().unwrap());
-    let clerk = Clerk::builder("kv".parse().unwrap()).sources(sources).start().unwrap();
+    let sources = [impostor, honest];
+    let clerk = Clerk::builder("kv").sources(sources).start().unwrap();
     tokio::time::timeout(PATIENCE, clerk.ready()).await.expect("the honest one is heard");
     assert_eq!(clerk.route(b"a").unwrap().generation().number, 1);
 }
