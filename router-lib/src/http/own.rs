@@ -36,7 +36,7 @@ use crate::guard::Guard;
 use crate::http::key::KeyFrom;
 use crate::http::load::{Count, tell};
 use crate::http::names::SPILL;
-use crate::http::refused::{Refused, is_grpc};
+use crate::http::refused::{Refused, is_grpc, unsay};
 use crate::slicelet::Slicelet;
 
 /// The word that this task owns a request's key: in the extensions of each request that is taken in, but of one that its caller
@@ -109,6 +109,7 @@ impl Taken {
             count.answered(&answer);
             tell(slicelet, &mut answer);
         }
+        unsay(&mut answer);
         answer.map(|body| Answer(Inner::Served { body, _own: self.own }))
     }
 }

@@ -8,10 +8,13 @@
 //! | this task has no lease | 503 | `UNAVAILABLE` | `NO_LEASE` |
 //! | the request has no usable key | 400, or 431 for one too long | `INVALID_ARGUMENT` | `NO_KEY` |
 //!
-//! The first three promise that nothing was done, so whoever hears them asks again: see [`crate::tries::Tries`].
+//! The first three promise that nothing was done, so whoever hears them asks again: see [`crate::tries::Tries`]. Only a task may
+//! promise that of itself: what a handler passes on from another job's task loses the fields that say so ([`unsay`]), or the caller
+//! would repeat what the handler has done by then.
 
 use std::collections::HashMap;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -69,7 +72,8 @@ impl From<NotOwner> for Refused {
 }
 
 impl Refused {
-    /// Makes the answer: a gRPC status without a body, or an HTTP answer with a sentence for people.
+    /// Makes the answer: a gRPC status without a body, or an HTTP answer with a sentence for people. A handler gives it as it is:
+    /// its fields mean something only in the answer that was made here.
     pub fn answer(&self, is_grpc: bool) -> Response<Bytes> {
         if is_grpc {
             return Status::from(self).into_http();
@@ -82,6 +86,7 @@ impl Refused {
         };
         let mut answer = Response::new(Bytes::from(format!("{}\n", self.message())));
         *answer.status_mut() = status;
+        answer.extensions_mut().insert(OfOurs);
         let headers = answer.headers_mut();
         headers.extend(self.fields());
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
@@ -181,7 +186,27 @@ impl From<&Refused> for Status {
             }],
         };
         let (details, fields) = (details.encode_to_vec(), MetadataMap::from_headers(fields));
-        Self::with_details_and_metadata(code, refused.message(), details.into(), fields)
+        let message = refused.message();
+        let mut status = Self::with_details_and_metadata(code, message, details.into(), fields);
+        status.set_source(Arc::new(OfOurs));
+        status
+    }
+}
+
+/// Marks a refusal that was made in this process: an answer's extensions, and a status's source, do not travel.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("this task did not take the request")]
+struct OfOurs;
+
+/// Takes from a handler's answer what would make it a refusal, unless the handler made it one itself.
+pub(crate) fn unsay<B>(answer: &mut Response<B>) {
+    let extensions = answer.extensions();
+    let source = extensions.get::<Status>().and_then(std::error::Error::source);
+    if extensions.get::<OfOurs>().is_some() || source.is_some_and(|source| source.is::<OfOurs>()) {
+        return;
+    }
+    for field in [OWNER, GENERATION, TRANSIT] {
+        answer.headers_mut().remove(field);
     }
 }
 

@@ -7,9 +7,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
+use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
 use tokio::time::Instant;
+use tonic::Status;
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 
 use super::kit::{Fleet, MIDDLE, key_in};
@@ -18,7 +20,9 @@ use crate::http::key::KeyFrom;
 use crate::http::load::{Cost, LoadLayer};
 use crate::http::names::{GENERATION, OWNER};
 use crate::http::own::{Own, OwnLayer};
+use crate::http::refused::Refused;
 use crate::owned::Window;
+use crate::tries::Refusal;
 
 fn ask(key: &str) -> Request<Full<Bytes>> {
     Request::get(format!("/kv/{key}")).body(Full::default()).unwrap()
@@ -104,4 +108,39 @@ async fn each_request_is_counted_once_at_what_it_cost() {
     let report = window.close(slicelet.owned_for_tests(), Instant::now()).unwrap();
     let counted: u64 = report.slices.iter().map(|(_, load)| Load::milli(*load)).sum();
     assert_eq!(counted, 8_500);
+}
+
+#[tokio::test]
+async fn another_job_s_refusal_is_not_passed_on_as_this_task_s() {
+    let fleet = Fleet::of(1).await;
+    let generation = Generation { incarnation: 1, number: 7 };
+    let refused = Refused::NotOwner { owner: None, generation };
+    let own = OwnLayer::new(Arc::clone(&fleet.tasks[0].slicelet), key());
+    let asked = |made: Response<Bytes>| {
+        let handler = service_fn(move |_: Request<Full<Bytes>>| {
+            let made = made.clone().map(Full::new);
+            async { Ok::<_, Infallible>(made) }
+        });
+        let service = own.layer(handler);
+        async move { service.oneshot(ask("a")).await.unwrap() }
+    };
+    // As a client of the other job has it: what does not travel is not there.
+    for is_grpc in [false, true] {
+        let mut heard = refused.answer(is_grpc);
+        heard.extensions_mut().clear();
+        assert!(Refused::read(&heard).is_some());
+        let answer = asked(heard.clone()).await;
+        assert_eq!(answer.status(), heard.status());
+        assert_eq!(Refused::read(&answer), None, "the handler has done something by then");
+        let status = Status::from_header_map(heard.headers());
+        let passed_on = status.map(|status| asked(status.into_http()));
+        if let Some(answer) = passed_on {
+            assert_eq!(Refused::read(&answer.await), None);
+        }
+    }
+    // And as a handler makes it that found its key gone before it did anything.
+    let made = [refused.answer(false), refused.answer(true), Status::from(&refused).into_http()];
+    for made in made {
+        assert_eq!(Refused::read(&asked(made).await), Some(Refusal::NotOwner(generation)));
+    }
 }
