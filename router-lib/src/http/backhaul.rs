@@ -53,13 +53,15 @@ use crate::http::names::{HOPS, PROXY_STATUS, hops, lists, strip_hop_by_hop};
 use crate::http::own::{Answer, take};
 use crate::http::refused::{Refused, is_grpc};
 use crate::http::replay::{BoxError, Replay};
-use crate::http::route::{Route, RouteError, RouteLayer, Routing};
+use crate::http::route::{Route, RouteError, RouteLayer, Routing, ToGateway};
 use crate::slicelet::Slicelet;
 
 /// How long a task may take to accept a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a connection is kept that nothing is sent on, and how often one of HTTP/2 is looked after.
 const IDLE: Duration = Duration::from_secs(60);
+/// How long one of HTTP/1.1 to a gateway is kept: where the link swallows packets, a kept connection is the one that does not say so.
+const IDLE_FAR: Duration = Duration::from_secs(4);
 const PING_EVERY: Duration = Duration::from_secs(10);
 
 /// What a connection of HTTP/1.1 holds of a body each way, and one of HTTP/2 of what it sends: a few reads of a socket.
@@ -297,6 +299,7 @@ fn join(client: OnUpgrade, task: OnUpgrade) {
 #[derive(Clone)]
 struct Clients {
     http1: Client<HttpConnector, Replay<Forwarded>>,
+    http1_far: Client<HttpConnector, Replay<Forwarded>>,
     http2: Client<HttpConnector, Replay<Forwarded>>,
 }
 
@@ -311,7 +314,9 @@ impl Clients {
         builder.set_host(false);
         builder.http1_max_buf_size(BUFFER_BYTES);
         let http1 = builder.build(connector.clone());
+        let http1_far = builder.pool_idle_timeout(IDLE_FAR).build(connector.clone());
         let http2 = builder
+            .pool_idle_timeout(IDLE)
             .http2_only(true)
             .http2_initial_stream_window_size(WINDOW_BYTES)
             .http2_initial_connection_window_size(2 * WINDOW_BYTES)
@@ -319,7 +324,7 @@ impl Clients {
             .http2_keep_alive_interval(PING_EVERY)
             .http2_keep_alive_while_idle(false)
             .build(connector);
-        Self { http1, http2 }
+        Self { http1, http1_far, http2 }
     }
 }
 
@@ -333,7 +338,12 @@ impl Service<Request<Replay<Forwarded>>> for Clients {
     }
 
     fn call(&mut self, request: Request<Replay<Forwarded>>) -> Self::Future {
-        let client = if request.version() == Version::HTTP_2 { &self.http2 } else { &self.http1 };
+        let is_far = request.extensions().get::<ToGateway>().is_some();
+        let client = match request.version() {
+            Version::HTTP_2 => &self.http2,
+            _ if is_far => &self.http1_far,
+            _ => &self.http1,
+        };
         client.request(request)
     }
 }

@@ -57,6 +57,10 @@ pub struct ToTask {
     pub generation: Generation,
 }
 
+/// Which gateway a request goes to, where it goes by one: in its extensions, for the client below.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToGateway(pub Gateway);
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum RouteError {
@@ -284,6 +288,7 @@ where
         while let Some(gateway) = gateways.next(region, self.key, &tried) {
             let mut request = self.request(&gateway.address)?;
             request.headers_mut().insert(HOPS, HeaderValue::from_static("1"));
+            request.extensions_mut().insert(ToGateway(gateway.clone()));
             let error: BoxError = match self.client.clone().oneshot(request).await {
                 Ok(answer) => {
                     gateways.answered(&gateway);

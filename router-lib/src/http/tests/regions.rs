@@ -9,7 +9,11 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
+use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
+use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
+use mandoline_core::slice_map::SliceMap;
+use mandoline_core::task::{SessionId, Task, TaskInfo};
 use tonic::Code;
 use tonic::client::Grpc;
 use tonic::transport::Endpoint;
@@ -17,10 +21,12 @@ use tonic_prost::ProstCodec;
 use tower::{Layer, ServiceExt, service_fn};
 
 use super::kit::{Echo, Fleet, MIDDLE, PATIENCE, key_in, until};
+use crate::clerk::Clerk;
 use crate::gateways::Gateways;
 use crate::http::backhaul::BackhaulLayer;
 use crate::http::key::KeyFrom;
 use crate::http::names::{GENERATION, HOPS, PROXY_STATUS};
+use crate::http::replay::{BoxError, Replay};
 use crate::http::route::{RouteError, RouteLayer, Routing};
 
 fn gateways(home: &str, beyond: &[String]) -> Gateways {
@@ -170,6 +176,40 @@ async fn a_grpc_call_to_a_lost_region_is_unavailable_and_names_it() {
         let status = tokio::time::timeout(PATIENCE, call).await.unwrap().unwrap_err();
         assert_eq!(status.code(), Code::Unavailable, "{status}");
         assert!(status.message().contains("region us"), "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_replica_far_away_is_asked_once_the_one_at_home_did_not_answer() {
+    let (job, since) = ("kv".parse().unwrap(), Generation { incarnation: 1, number: 1 });
+    let mut made = Assignment::new(job, since);
+    for (id, region) in [(1, "us"), (2, "eu")] {
+        let address = format!("10.0.0.{id}:80").parse().unwrap();
+        let mut info = TaskInfo::new(format!("t{id}").parse().unwrap(), id, address);
+        info.labels.insert("region".to_owned(), region.to_owned());
+        let session = SessionId(id);
+        made.tasks.insert(session, Arc::new(Task::new(session, info)));
+    }
+    let replicas: Replicas =
+        [1, 2].map(|id| Replica { session: SessionId(id), since }).into_iter().collect();
+    made.slices = SliceMap::uniform(Assigned { replicas, ..Assigned::default() });
+    let clerk = Clerk::frozen(Arc::new(made));
+    let gateways = gateways("eu", &["us=10.8.0.1:80".to_owned()]);
+    for (broken, by) in [("nobody", "10.0.0.2:80 -"), ("10.0.0.2:80", "10.8.0.1:80 1")] {
+        let client = service_fn(move |request: Request<Replay<Full<Bytes>>>| async move {
+            let at = request.uri().authority().unwrap().to_string();
+            let hops = request.headers().get(HOPS).map_or("-", |hops| hops.to_str().unwrap());
+            if at == broken {
+                return Err(BoxError::from("it broke off"));
+            }
+            Ok(Response::new(format!("{at} {hops}")))
+        });
+        let layer = RouteLayer::new(clerk.clone(), KeyFrom::path(1)).by_gateways(gateways.clone());
+        for n in 0..10 {
+            let request = Request::get(format!("/kv/{n}")).body(Full::<Bytes>::default()).unwrap();
+            let answer = layer.layer(client).oneshot(request).await.unwrap();
+            assert_eq!(answer.body(), by, "{broken} is gone");
+        }
     }
 }
 
