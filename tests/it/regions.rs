@@ -70,8 +70,8 @@ impl Land {
         page["slices"][0]["replicas"][0]["task"].as_str().map(str::to_owned)
     }
 
-    /// Waits until all these tasks serve, and each key is at home; then nothing moves any more.
-    fn settles(&self, tasks: &[&str]) {
+    /// Waits until all these tasks serve, and each key is at home; then nothing moves any more. Gives the generation of that.
+    fn settles(&self, tasks: &[&str]) -> u64 {
         until("every key to be at home", || {
             let list = json(&["task", "list", "-o", "json", "--assigners", &self.list]);
             let serves = |task: &Value| task["slices"].as_u64() > Some(0);
@@ -88,6 +88,9 @@ impl Land {
         });
         let frozen = run(&["assignment", "freeze", "kv", "--assigners", &self.list]);
         assert!(frozen.status.success(), "{}", text(&frozen.stderr));
+        let page = json(&["assignment", "show", "kv", "-o", "json", "--assigners", &self.list]);
+        let generation = page["generation"].as_str().unwrap();
+        generation.rsplit('.').next().unwrap().parse().unwrap()
     }
 }
 
@@ -198,11 +201,18 @@ fn by_proxies_a_local_key_is_served_near_and_a_remote_one_where_it_lives() {
         Process::start(&[&["demo", "task", "--name", name], &place[..]].concat())
     };
     let _tasks = [task("eu-0", "eu", ports[0]), task("us-0", "us", ports[1])];
-    land.settles(&["eu-0", "us-0"]);
+    let generation = land.settles(&["eu-0", "us-0"]);
     let us_at = [(ports[2], ports[3]), (ports[4], ports[5])];
     let gateways = us_at.map(|(listen, _)| local(listen));
     let near = Proxy::new(&land, "eu", &gateways, "us", (ports[6], ports[7]));
     let mut far = us_at.map(|at| Proxy::new(&land, "us", &[near.listen], "eu", at));
+    for proxy in far.iter().chain([&near]) {
+        // It may have asked a node that had not heard of all.
+        until("a proxy to know what has settled", || {
+            let known = proxy.count("mandoline_proxy_assignment_generation");
+            (known >= generation).then_some(())
+        });
+    }
     let (here, there) = (keys(false).next().unwrap(), keys(true).next().unwrap());
     let served = |seen: &Seen, by: &str| {
         // The sample cache has nothing under the key, and says so.
