@@ -48,15 +48,20 @@ impl Scene {
     /// Waits until this many tasks serve the job, and has its keys stay where they are from then on: what a task keeps in memory is gone
     /// when they move. Tasks that leave are replaced all the same.
     fn settle(&self, job: &str, tasks: usize) {
+        let json = |args: &[&str]| -> Option<Value> {
+            serde_json::from_slice(&self.operator(&[args, &["-o", "json"]].concat()).stdout).ok()
+        };
         until("every task to have slices", || {
-            let listed = self.operator(&["task", "list", "-o", "json"]);
-            let listed: Value = serde_json::from_slice(&listed.stdout).ok()?;
-            let serving =
-                listed.as_array()?.iter().filter(|task| task["slices"].as_u64() > Some(0));
-            (serving.count() == tasks).then_some(())
+            let listed = json(&["task", "list"])?;
+            let serves = |task: &&Value| task["slices"].as_u64() > Some(0);
+            (listed.as_array()?.iter().filter(serves).count() == tasks).then_some(())
         });
         let frozen = self.operator(&["assignment", "freeze", job]);
         assert!(frozen.status.success(), "{}", text(&frozen.stderr));
+        until("what is on its way to arrive", || {
+            let shown = json(&["assignment", "show", job])?;
+            shown["slices"].as_array()?.iter().all(|slice| slice["transit"].is_null()).then_some(())
+        });
     }
 
     /// An example with these arguments.
