@@ -2,6 +2,7 @@
 
 mod echo;
 mod backhaul;
+mod two_regions;
 mod sharded_cache;
 mod rate_limiter;
 mod rendezvous;
