@@ -18,8 +18,9 @@ use tracing::{info, warn};
 
 use crate::access::{Guard, connector, transport};
 use crate::api::admin::AdminService;
+use crate::api::feed::{self, Teller};
+use crate::api::gate;
 use crate::api::task::TaskService;
-use crate::api::{feed, gate};
 use crate::config::{Config, ConfigError, Seat, Start};
 use crate::http::{self, Check, Pages};
 use crate::metrics::{JobLabels, Metrics, render};
@@ -122,7 +123,12 @@ impl Assigner {
         let (connector, counted) = (connector(&access), metrics.clone());
         let admin = AdminService::new(consensus.clone(), node.clone(), connector, counted);
         let watch = WatchService::new(hub.clone(), closing.clone());
-        let feed = feed::routes(consensus.clone(), hub.clone(), guard.clone(), closing.clone());
+        let feed = feed::routes(
+            Teller::Node(consensus.clone()),
+            hub.clone(),
+            guard.clone(),
+            closing.clone(),
+        );
         let pages = Arc::new(NodePages {
             consensus: consensus.clone(),
             hub: hub.clone(),

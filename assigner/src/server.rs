@@ -13,6 +13,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 
 use crate::access::{Guard, server_tls};
+use crate::api::feed::{self, Teller};
 use crate::config::Access;
 
 /// Why a port is not served.
@@ -63,7 +64,7 @@ pub(crate) async fn serve(
     }
 }
 
-/// Serves watches from a hub and nothing else, until `stop`: what proxies do for their peers.
+/// Serves watches from a hub and nothing else, by gRPC and by server-sent events, until `stop`: what proxies do for their peers.
 pub async fn serve_watch(
     listener: TcpListener,
     hub: Hub,
@@ -73,8 +74,8 @@ pub async fn serve_watch(
     serve_watch_and_pages(listener, hub, axum::Router::new(), access, stop).await
 }
 
-/// Serves watches from a hub with pages of plain HTTP beside them, until `stop`: what a distributor does. The pages ask for no
-/// token.
+/// Serves watches from a hub, by gRPC and by server-sent events, with pages of plain HTTP beside them, until `stop`: what a
+/// distributor does. The pages ask for no token.
 pub async fn serve_watch_and_pages(
     listener: TcpListener,
     hub: Hub,
@@ -82,10 +83,12 @@ pub async fn serve_watch_and_pages(
     access: &Access,
     stop: CancellationToken,
 ) -> Result<(), ServeError> {
-    let watch = InterceptedService::new(WatchService::new(hub, stop.clone()), Guard::new(access));
+    let guard = Guard::new(access);
+    let feed = feed::routes(Teller::Follower, hub.clone(), guard.clone(), stop.clone());
+    let watch = InterceptedService::new(WatchService::new(hub, stop.clone()), guard);
     let mut routes = Routes::new(watch);
     let router = std::mem::take(routes.axum_router_mut());
-    *routes.axum_router_mut() = router.merge(pages);
+    *routes.axum_router_mut() = router.merge(feed).merge(pages);
     serve(listener, routes, access, stop).await
 }
 

@@ -5,6 +5,7 @@ use mandoline::Clerk;
 
 use crate::callers::{PATIENCE, bytes_of, kv, program};
 use crate::kit::{Process, ask, free_ports, local, run, text, until};
+use crate::langs::Events;
 use crate::processes::{Cluster, address};
 
 fn start(upstream: &str, listen: &str, cache: &str) -> Process {
@@ -68,8 +69,16 @@ async fn callers_go_by_a_distributor_when_all_assigners_are_dead() {
     assert!(metrics.contains("mandoline_distributor_watchers 2"), "{metrics}");
     let known = format!("mandoline_distributor_job_generation{{job=\"kv\"}} {}", generation.number);
     assert!(metrics.contains(&known), "{metrics}");
+    // It tells by server-sent events too, and what it has not heard of it does not claim to be nowhere.
+    let told = |port: u16| Events::open(port, "/api/v1/jobs/kv/watch", "").next().unwrap();
+    assert_eq!(told(ports[0]).name, "full");
+    let unheard = page(ports[0], "/api/v1/jobs/nope/watch").unwrap();
+    assert_eq!(unheard.status, 503, "{unheard:?}");
+    assert!(unheard.body.contains("nothing was heard of a job nope here"), "{unheard:?}");
 
     cluster.kill_nodes();
+    let event = told(ports[1]);
+    assert_eq!((event.name.as_str(), event.id), ("full", generation.to_string()));
     knows(&clerk(ports[0]), "a clerk that comes now").await;
     knows(&clerk(ports[1]), "a clerk of the second tier that comes now").await;
     // Even one that was restarted meanwhile, for it has a disk, written once a second.

@@ -69,9 +69,9 @@ impl Nodes {
 
 /// One event.
 #[derive(Debug, Default)]
-struct Event {
-    name: String,
-    id: String,
+pub(crate) struct Event {
+    pub(crate) name: String,
+    pub(crate) id: String,
     data: String,
 }
 
@@ -82,14 +82,14 @@ impl Event {
 }
 
 /// A stream of events, read as its specification says.
-struct Events {
+pub(crate) struct Events {
     lines: BufReader<TcpStream>,
     comments: usize,
 }
 
 impl Events {
     /// Asks by HTTP/1.0: what answers then is the stream and nothing round it.
-    fn open(port: u16, target: &str, headers: &str) -> Self {
+    pub(crate) fn open(port: u16, target: &str, headers: &str) -> Self {
         let mut stream = TcpStream::connect(local(port)).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         write!(stream, "GET {target} HTTP/1.0\r\nhost: kv\r\n{headers}\r\n").unwrap();
@@ -111,7 +111,7 @@ impl Events {
     }
 
     /// The next event; nothing at the end of the stream.
-    fn next(&mut self) -> Option<Event> {
+    pub(crate) fn next(&mut self) -> Option<Event> {
         let mut event = Event::default();
         loop {
             let line = self.line()?;

@@ -1,4 +1,5 @@
-//! A watch by plain HTTP: server-sent events with JSON in them, for languages that have no gRPC at hand. Any node answers.
+//! A watch by plain HTTP: server-sent events with JSON in them, for languages that have no gRPC at hand. Any node answers,
+//! and so does whatever else is watched on a port of its own: a distributor, a proxy.
 //!
 //! `docs/protocol.md` says what a client has to do. What is told is the hub's: everything once, then what changed; a reader that
 //! is slow skips what is outdated. Nothing is queued for it: an event is written as the connection takes it, a large one in pieces,
@@ -44,26 +45,37 @@ const PIECE: usize = 256;
 /// What a client does by itself when the stream ends: asks again after so many milliseconds.
 const RETRY: &str = "retry: 1000\n\n";
 
+/// Who tells, which decides what it means that a job is not known here.
+#[derive(Clone)]
+pub(crate) enum Teller {
+    /// A node: it knows of every job while it follows a leader.
+    Node(Consensus),
+    /// A distributor, or a proxy that is watched: it knows of the jobs that it was started for, once it has heard of them.
+    Follower,
+}
+
+impl Teller {
+    fn knows_nothing_of(&self, job: JobName) -> Refusal {
+        match self {
+            Self::Node(consensus) => match consensus.status().role {
+                Role::Leader { .. } | Role::Follower { leader: Some(_) } => Refusal::NoSuchJob(job),
+                Role::Follower { leader: None } => Refusal::NotReady(job),
+            },
+            Self::Follower => Refusal::NotHeard(job),
+        }
+    }
+}
+
 /// Gives the watch's route. It asks for the cluster's token as every call does.
-pub(crate) fn routes(
-    consensus: Consensus,
-    hub: Hub,
-    guard: Guard,
-    stop: CancellationToken,
-) -> Router {
+pub(crate) fn routes(teller: Teller, hub: Hub, guard: Guard, stop: CancellationToken) -> Router {
     let places = Arc::new(Semaphore::new(WATCHERS_MAX));
-    Router::new().route("/api/v1/jobs/{job}/watch", get(watch)).with_state(Source {
-        consensus,
-        hub,
-        guard,
-        places,
-        stop,
-    })
+    let source = Source { teller, hub, guard, places, stop };
+    Router::new().route("/api/v1/jobs/{job}/watch", get(watch)).with_state(source)
 }
 
 #[derive(Clone)]
 struct Source {
-    consensus: Consensus,
+    teller: Teller,
     hub: Hub,
     guard: Guard,
     places: Arc<Semaphore>,
@@ -85,6 +97,8 @@ enum Refusal {
     NoSuchJob(JobName),
     #[error("this node follows nobody yet and cannot say whether there is a job {0}: ask another")]
     NotReady(JobName),
+    #[error("nothing was heard of a job {0} here, or not yet: ask another, such as an assigner")]
+    NotHeard(JobName),
     #[error("this node has its {WATCHERS_MAX} watchers by HTTP: ask another one, or watch by gRPC")]
     Full,
     #[error(transparent)]
@@ -97,7 +111,9 @@ impl IntoResponse for Refusal {
             Self::Stranger(_) => StatusCode::UNAUTHORIZED,
             Self::Job(_) | Self::Invalid { .. } | Self::Parameter(_) => StatusCode::BAD_REQUEST,
             Self::NoSuchJob(_) => StatusCode::NOT_FOUND,
-            Self::NotReady(_) | Self::Full | Self::Crowded(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NotReady(_) | Self::NotHeard(_) | Self::Full | Self::Crowded(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
         };
         let page = json!({ "error": self.to_string() });
         (status, [(CONTENT_TYPE, "application/json")], format!("{page}\n")).into_response()
@@ -117,10 +133,7 @@ async fn watch(
     let place = Arc::clone(&source.places).try_acquire_owned().map_err(|_| Refusal::Full)?;
     let subscription = source.hub.subscribe(&job, known)?;
     if source.hub.get(&job).is_none() {
-        return Err(match source.consensus.status().role {
-            Role::Leader { .. } | Role::Follower { leader: Some(_) } => Refusal::NoSuchJob(job),
-            Role::Follower { leader: None } => Refusal::NotReady(job),
-        });
+        return Err(source.teller.knows_nothing_of(job));
     }
     debug!(%job, ?known, "Watch by HTTP began");
     let feed = Feed {
