@@ -180,6 +180,13 @@ async fn a_file_of_tasks_is_followed() {
     assert!(line.contains("expected NAME=HOST:PORT"), "{line}");
     agent.line("the tasks stay as they were");
     answered_by(&cluster, &proxy, &["a", "c"]).await;
+    // Nor does what can be read and can be no task.
+    write(format!("{a}\n{c}\n{b} zone={}\n", "x".repeat(200)));
+    agent.line("error: task b cannot be registered");
+    agent.line("the tasks stay as they were");
+    answered_by(&cluster, &proxy, &["a", "c"]).await;
+    write(format!("{a}\n{c}\nd 10.0.0.1:9\n"));
+    agent.line("the tasks stay as they were");
 
     let bad = run(&["agent", "--job", "kv", "--file", path.to_str().unwrap()]);
     assert_eq!(bad.status.code(), Some(2), "{}", text(&bad.stderr));
@@ -226,6 +233,29 @@ async fn a_command_is_stopped_after_its_keys_have_moved_and_its_end_is_the_agent
         .unwrap();
     assert_eq!(second.ended(), Some(128 + 9), "{}", second.stderr());
     assert!(second.stderr().contains("the server has ended"), "{}", second.stderr());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_after_the_server_s_end_can_be_cut_short() {
+    let mut cluster = Cluster::start(program(), 1).await.unwrap();
+    cluster.apply(&kv(), PATIENCE).await.unwrap();
+    let server = Plain::start("a", ANY).await;
+    let address = server.address.to_string();
+    let pid = cluster.dir().join("pid");
+    let sleep = format!("echo $$ > {}; exec sleep 600", pid.display());
+    let mut agent = agent(&cluster, &["--for", &address, "--name", "a", "--", "sh", "-c", &sleep]);
+    cluster.served("kv", 1, PATIENCE).await.unwrap();
+    cluster.kill_nodes();
+    let child = std::fs::read_to_string(&pid).unwrap().trim().parse().unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(child).unwrap(), Signal::KILL)
+        .unwrap();
+    agent.line("agent: the server has ended");
+    // With nobody to take its slices the drain would last for as long as it may.
+    agent.signal(Signal::TERM);
+    agent.line("agent: told to stop: waiting for the drain");
+    agent.signal(Signal::TERM);
+    agent.line("agent: told to stop again");
+    assert_eq!(agent.ended(), Some(128 + 9), "{}", agent.stderr());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

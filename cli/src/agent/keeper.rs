@@ -62,8 +62,12 @@ impl Setup {
         builder
     }
 
-    /// Checks that a server may be a task at all, before anything is asked of anybody.
-    pub(crate) fn check_task(&self, entry: &Entry) -> Result<(), Failure> {
+    /// Checks that servers may be tasks at all, before anything is asked of anybody.
+    pub(crate) fn check_tasks(&self, entries: &[Entry]) -> Result<(), Failure> {
+        entries.iter().try_for_each(|entry| self.check_task(entry))
+    }
+
+    fn check_task(&self, entry: &Entry) -> Result<(), Failure> {
         let wrong = |error: &dyn std::error::Error| {
             Failure::new(format!("task {} cannot be registered", entry.name)).caused_by(error)
         };

@@ -56,20 +56,28 @@ impl fmt::Display for Entry {
 
 /// Checks that no two tasks share a name or an address, which the assigner would refuse.
 pub(crate) fn distinct(entries: &[Entry]) -> Result<(), EntryError> {
-    let mut seen: BTreeMap<&str, &Entry> = BTreeMap::new();
-    for entry in entries {
+    let mut taken = Taken::default();
+    entries.iter().try_for_each(|entry| taken.take(entry))
+}
+
+/// Which names and addresses are taken, and by which task.
+#[derive(Debug, Default)]
+struct Taken(BTreeMap<String, String>);
+
+impl Taken {
+    fn take(&mut self, entry: &Entry) -> Result<(), EntryError> {
         for (what, text) in [("name", entry.name.as_str()), ("address", entry.address.as_str())] {
-            if let Some(other) = seen.insert(text, entry) {
+            if let Some(other) = self.0.insert(text.to_owned(), entry.to_string()) {
                 return Err(EntryError(format!("{entry} has the {what} of {other}")));
             }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Reads a file of tasks: one a line, then its labels; blank lines and what follows a `#` are skipped.
 pub(crate) fn parse_file(text: &str, name: &str) -> Result<Vec<Entry>, Failure> {
-    let mut entries = Vec::new();
+    let (mut entries, mut taken) = (Vec::new(), Taken::default());
     for (index, line) in text.lines().enumerate() {
         let line = line.split_once('#').map_or(line, |(before, _)| before).trim();
         if line.is_empty() {
@@ -80,8 +88,9 @@ pub(crate) fn parse_file(text: &str, name: &str) -> Result<Vec<Entry>, Failure> 
                 "a line a task: NAME=HOST:PORT, then labels if it has any: kv-0=10.0.0.7:9000 zone=a",
             )
         };
-        entries.push(line.parse().map_err(bad)?);
-        distinct(&entries).map_err(bad)?;
+        let entry = line.parse().map_err(bad)?;
+        taken.take(&entry).map_err(bad)?;
+        entries.push(entry);
     }
     if entries.is_empty() {
         // Whoever empties a file by accident must not take down all tasks.

@@ -266,8 +266,12 @@ async fn around(
             ended = child.ended() => {
                 let status = ended?;
                 eprintln!("agent: the server has ended ({status})");
+                let before = stop.is_cancelled();
                 stop.cancel();
-                running.await?;
+                tokio::select! {
+                    ran = &mut running => ran?,
+                    () = told_again(&mut told, before) => {}
+                }
                 return Ok(code(status));
             }
             Some(told) = told.recv() => match told {
@@ -280,6 +284,23 @@ async fn around(
             }
         }
     }
+}
+
+/// Waits until told to stop twice in all, while the drain of a server that has ended goes on. The first time may have meant the server
+/// as well, as where a whole control group is told; so it is no haste.
+async fn told_again(told: &mut tokio::sync::mpsc::Receiver<Told>, mut before: bool) {
+    while let Some(now) = told.recv().await {
+        if now != Told::Stop {
+            continue;
+        }
+        if before {
+            eprintln!("agent: told to stop again: no longer waiting for the drain");
+            return;
+        }
+        before = true;
+        eprintln!("agent: told to stop: waiting for the drain, unless told again");
+    }
+    std::future::pending().await
 }
 
 /// Where the servers are found.
@@ -345,16 +366,19 @@ struct Agent {
 impl Agent {
     /// Keeps them until told to stop or until something fails, then has all drained.
     async fn run(mut self, stop: CancellationToken) -> Result<(), Failure> {
-        for entry in self.list.first() {
-            self.setup.check_task(entry)?;
-        }
+        self.setup.check_tasks(self.list.first())?;
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             open = job::is_open(&self.setup.job, &self.client) => open?,
         }
         let (failing, mut failed) = tokio::sync::mpsc::channel(1);
-        let mut kept =
-            Kept { setup: self.setup, failing, kept: BTreeMap::new(), leaving: Vec::new() };
+        let mut kept = Kept {
+            setup: self.setup,
+            failing,
+            kept: BTreeMap::new(),
+            leaving: Vec::new(),
+            refused: None,
+        };
         kept.follow(self.list.first().to_vec());
         let mut tick = interval(self.list_every);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -366,7 +390,7 @@ impl Agent {
             tokio::select! {
                 () = stop.cancelled() => break None,
                 failure = failed.recv() => break failure,
-                looked = looked => if let Some(entries) = looked { kept.follow(entries) },
+                looked = looked => if let Some(entries) = looked { kept.hear(entries) },
             }
         };
         kept.end().await;
@@ -380,6 +404,8 @@ struct Kept {
     failing: tokio::sync::mpsc::Sender<Failure>,
     kept: BTreeMap<TaskName, Place>,
     leaving: Vec<JoinHandle<()>>,
+    /// Why the list was not followed, as it was said.
+    refused: Option<String>,
 }
 
 struct Place {
@@ -389,6 +415,18 @@ struct Place {
 }
 
 impl Kept {
+    /// Follows a list that has changed, unless one of it can be no task: then all stay, for whoever writes a list must be able to slip.
+    fn hear(&mut self, entries: Vec<Entry>) {
+        let refused = self.setup.check_tasks(&entries).err().map(|failure| failure.to_string());
+        if let Some(why) = refused.as_ref().filter(|why| self.refused.as_ref() != Some(why)) {
+            eprintln!("{why}\n  the tasks stay as they were");
+        }
+        self.refused = refused;
+        if self.refused.is_none() {
+            self.follow(entries);
+        }
+    }
+
     /// Begins to keep who is new, and gives up who is no longer listed. Who has another address or other labels does both,
     /// one after the other, for the assigner knows a name once.
     fn follow(&mut self, entries: Vec<Entry>) {
