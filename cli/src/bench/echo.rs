@@ -244,7 +244,7 @@ where
             // What a body costs in memory is as much the server's to say as the layer's.
             let mut builder = auto::Builder::new(TokioExecutor::new());
             builder.http1().max_buf_size(PART_BYTES);
-            let window = 8 * PART_BYTES as u32;
+            let window = 4 * PART_BYTES as u32;
             builder
                 .http2()
                 .initial_stream_window_size(window)

@@ -13,6 +13,7 @@ mod route;
 mod echo;
 mod same;
 mod backhaul;
+mod stub;
 
 use std::process::ExitCode;
 
@@ -32,6 +33,7 @@ pub(crate) enum BenchCommand {
     Route(route::RouteArgs),
     Same(same::SameArgs),
     Backhaul(backhaul::BackhaulArgs),
+    Stub(stub::StubArgs),
     #[command(hide = true)]
     Echo(echo::EchoArgs),
 }
@@ -48,6 +50,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
         BenchCommand::Route(args) => route::run(args).await,
         BenchCommand::Same(args) => same::run(args).await,
         BenchCommand::Backhaul(args) => backhaul::run(args).await,
+        BenchCommand::Stub(args) => stub::run(args).await,
         BenchCommand::Echo(args) => echo::run(args).await,
     }
 }

@@ -13,12 +13,12 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::{Request, Response};
 use mandoline_core::task::SessionId;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Sleep, sleep};
 use tonic::body::Body;
 use tonic::transport::{self, Endpoint};
 use tonic::{Code, Status};
@@ -106,7 +106,7 @@ impl fmt::Debug for Channel {
 impl Service<Request<Body>> for Channel {
     type Response = Response<Body>;
     type Error = Status;
-    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Status>> + Send>>;
+    type Future = Answering;
 
     /// Always: which connection has to be ready shows only by the call.
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
@@ -114,17 +114,33 @@ impl Service<Request<Body>> for Channel {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let limit = deadline::of(request.headers());
-        let answer = self.route.call(request);
-        Box::pin(async move {
-            let answer = match limit {
-                None => answer.await,
-                Some(limit) => timeout_at(Instant::now() + limit, answer).await.map_err(|_| {
-                    Status::deadline_exceeded("no task answered in the call's time")
-                })?,
-            };
-            answer.map_err(Status::from)
-        })
+        let limit = deadline::of(request.headers()).map(|limit| Box::pin(sleep(limit)));
+        Answering { answer: self.route.call(request), limit }
+    }
+}
+
+/// A call under way, until its answer begins or its time is over.
+pub struct Answering {
+    answer: <Route<Tasks> as Service<Request<Body>>>::Future,
+    limit: Option<Pin<Box<Sleep>>>,
+}
+
+impl Future for Answering {
+    type Output = Result<Response<Body>, Status>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Poll::Ready(answer) = self.answer.as_mut().poll(cx) {
+            return Poll::Ready(answer.map_err(Status::from));
+        }
+        let Some(limit) = &mut self.limit else { return Poll::Pending };
+        ready!(limit.as_mut().poll(cx));
+        Poll::Ready(Err(Status::deadline_exceeded("no task answered in the call's time")))
+    }
+}
+
+impl fmt::Debug for Answering {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answering").field("limit", &self.limit).finish_non_exhaustive()
     }
 }
 

@@ -159,7 +159,7 @@ impl Routing {
     }
 
     /// Sends a request to its key's owner by `client`.
-    async fn send<S, B, R>(&self, client: S, request: Request<B>) -> Result<Response<R>, RouteError>
+    async fn send<S, B, R>(self, client: S, request: Request<B>) -> Result<Response<R>, RouteError>
     where
         S: Service<Request<Replay<B>>, Response = Response<R>> + Clone,
         S::Error: Into<BoxError>,
@@ -433,7 +433,7 @@ where
     S::Future: Send,
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
-    R: Send,
+    R: Send + 'static,
 {
     type Response = Response<R>;
     type Error = RouteError;
@@ -445,7 +445,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let (routing, client) = (self.routing.clone(), self.client.clone());
-        Box::pin(async move { routing.send(client, request).await })
+        // Not in a future of its own, which would hold the request a second time.
+        Box::pin(self.routing.clone().send(self.client.clone(), request))
     }
 }
