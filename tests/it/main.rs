@@ -20,6 +20,7 @@ mod wiped;
 mod bad_calls;
 mod same_answer;
 mod backhaul;
+mod during_change;
 mod hand;
 mod regions;
 mod langs;

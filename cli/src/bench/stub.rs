@@ -111,8 +111,13 @@ async fn measure(args: &StubArgs) -> anyhow::Result<Found> {
 }
 
 async fn blocks(address: SocketAddr, pairs: u16, calls: u32) -> anyhow::Result<Found> {
-    let mut plain =
-        Endpoint::from_shared(format!("http://{address}"))?.tcp_nodelay(true).connect_lazy();
+    // Looked after as the sharded channel looks after its connections.
+    let mut plain = Endpoint::from_shared(format!("http://{address}"))?
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(Duration::from_secs(10))
+        .keep_alive_timeout(Duration::from_secs(5))
+        .keep_alive_while_idle(true)
+        .connect_lazy();
     let clerk = Clerk::frozen(Arc::new(one_task(address)?));
     let mut sharded = clerk.channel(KeyFrom::metadata(KEY));
     block(&mut plain, calls).await?;

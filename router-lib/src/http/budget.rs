@@ -2,7 +2,8 @@
 //!
 //! Tokens in a bucket, in thousandths: each request brings a fifth of one, each retry takes one. The bucket begins with ten and holds a
 //! hundred at most, so that a client with few requests may retry too, and one with many cannot save up for a storm. What gRPC
-//! calls retry throttling (gRFC A6) works alike. A request that a task *refused* costs nothing: it did no work there.
+//! calls retry throttling (gRFC A6) works alike. A request that a task *refused*, or that reached
+//! none, costs nothing: it did no work there.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -3,8 +3,9 @@
 //!
 //! A request is sent again only if no task has acted on it, which is so if a task said that it did not take it
 //! ([`Refused`]), or was not reached. What broke off on its way may have had an effect, and is sent again only where the caller says
-//! that twice is as good as once: by its method (RFC 9110, 9.2.2), or by [`Idempotent`] in the request's extensions. The first kind
-//! costs nothing; retries of the other two come out of a budget. In each case the body must still be at hand: the first 64 KiB are kept.
+//! that twice is as good as once: by its method (RFC 9110, 9.2.2), or by [`Idempotent`] in the request's extensions. Only
+//! retries of that last kind come out of a budget: the others did no work anywhere, and a task that is not reached is tried again after
+//! pauses that grow. In each case the body must still be at hand: the first 64 KiB are kept.
 
 use std::error::Error;
 use std::future::Future;
@@ -125,7 +126,8 @@ enum Stop {
 /// Why one sending came to nothing.
 enum Setback {
     NotTaken(Refusal),
-    Failed(RouteError),
+    Unreached(RouteError),
+    BrokeOff(RouteError),
     Final(RouteError),
 }
 
@@ -169,7 +171,7 @@ impl Routing {
         let Rules { clerk, key, patience, budget, .. } = &*self.0;
         let (head, body) = request.into_parts();
         let key = key.find(&head)?;
-        let mut attempt = Attempt { routing: self, client, key, reel: Reel::new(body), head };
+        let mut attempt = Attempt { routing: &self, client, key, reel: Reel::new(body), head };
         let mut tries = Tries::new(clerk, key, *patience);
         budget.deposit();
         let (mut failure, mut failed) = (None, None);
@@ -197,10 +199,8 @@ impl Routing {
                 Ok(answer) => return Ok(answer),
                 Err(Setback::Final(error)) => return Err(error),
                 Err(Setback::NotTaken(refusal)) => tries.refused(refusal),
-                Err(Setback::Failed(error)) => {
-                    if !budget.withdraw() {
-                        return Err(error);
-                    }
+                Err(Setback::BrokeOff(error)) if !budget.withdraw() => return Err(error),
+                Err(Setback::Unreached(error) | Setback::BrokeOff(error)) => {
                     (failure, failed) = (Some(error), asked);
                     tries.unreached();
                 }
@@ -330,10 +330,15 @@ where
     fn failed(&mut self, address: Address, source: BoxError) -> Setback {
         let Parts { method, extensions, .. } = &self.head;
         let may_be_repeated = method.is_idempotent() || extensions.get::<Idempotent>().is_some();
-        let again = is_unreached(&*source) || may_be_repeated;
-        debug!(key = %self.key, %address, error = %source, again, "No answer");
+        let unreached = is_unreached(&*source);
+        debug!(key = %self.key, %address, error = %source, unreached, "No answer");
         let error = RouteError::Task { address, source };
-        if again && self.reel.is_whole() { Setback::Failed(error) } else { Setback::Final(error) }
+        match (unreached, may_be_repeated) {
+            _ if !self.reel.is_whole() => Setback::Final(error),
+            (true, _) => Setback::Unreached(error),
+            (false, true) => Setback::BrokeOff(error),
+            (false, false) => Setback::Final(error),
+        }
     }
 }
 
