@@ -300,7 +300,7 @@ async fn told_again(told: &mut tokio::sync::mpsc::Receiver<Told>, mut before: bo
         before = true;
         eprintln!("agent: told to stop: waiting for the drain, unless told again");
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Where the servers are found.
