@@ -14,6 +14,7 @@ pub mod slice_map;
 pub mod generation;
 pub mod task;
 pub mod region;
+pub mod choice;
 pub mod load;
 pub mod spec;
 pub mod pin;

@@ -26,6 +26,7 @@
 
 use std::time::Duration;
 
+use crate::choice::two_of;
 use crate::key::SliceKey;
 use crate::prng::Prng;
 use crate::spec::Ratio;
@@ -251,10 +252,9 @@ impl Overflow {
     /// Gives the less loaded of two holders drawn by lot: nearly as even as the least loaded of all, and two looks.
     fn less_loaded(&mut self, holders: &[u32]) -> u32 {
         let [first, _, ..] = holders else { return holders[0] };
-        let count = holders.len() as u64;
-        let one = self.prng.below(count);
-        let other = (one + 1 + self.prng.below(count - 1)) % count;
-        self.least_loaded(&[holders[one as usize], holders[other as usize]]).unwrap_or(*first)
+        let draws = [(self.prng.bits() >> 32) as u32, (self.prng.bits() >> 32) as u32];
+        let Some((one, other)) = two_of(holders.len(), draws) else { return *first };
+        self.least_loaded(&[holders[one], holders[other]]).unwrap_or(*first)
     }
 
     fn least_loaded(&self, holders: &[u32]) -> Option<u32> {
