@@ -326,6 +326,7 @@ impl Pages for NodePages {
             let offered = offered.get(name).cloned().unwrap_or_default();
             set(&m.callers, offered.callers as u64);
             set(&m.suspects, offered.suspects.len() as u64);
+            set(&m.outliers, offered.outliers.len() as u64);
             m.offered.get_or_create(&labels).set(offered.load.units());
             m.failed.get_or_create(&labels).set(offered.failed.units());
             m.load_churn.get_or_create(&labels).set(job.churn.load as f64 / 1e6);

@@ -65,6 +65,8 @@ pub struct Metrics {
     pub failed: Family<JobLabels, Gauge<f64, AtomicU64>>,
     /// Tasks that report far more than their callers offered, by job.
     pub suspects: Family<JobLabels, Gauge>,
+    /// Tasks that callers avoid, by job.
+    pub outliers: Family<JobLabels, Gauge>,
 }
 
 /// Which call, and how it ended.
@@ -176,6 +178,11 @@ impl Metrics {
             "job_tasks_suspect",
             "Tasks that report far more load than their callers offered them",
             self.suspects.clone(),
+        );
+        r.register(
+            "job_tasks_avoided",
+            "Tasks that callers avoid, since their requests to them fail though they heartbeat",
+            self.outliers.clone(),
         );
         registry
     }

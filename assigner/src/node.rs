@@ -68,6 +68,8 @@ pub struct Measure {
     pub connected: bool,
     /// Whether it says far more than its callers offered it.
     pub suspect: bool,
+    /// How many callers avoid it, since it fails though it lives.
+    pub avoided_by: usize,
 }
 
 /// A brake that holds.
@@ -342,8 +344,11 @@ impl Loop {
         };
         let measure = |session| {
             let (load, connected) = (leader.load_of(job, session), leader.connected(job, session));
-            let suspect = leader.offered(job).is_some_and(|all| all.suspects.contains(&session));
-            (session, Measure { load, connected, suspect })
+            let offered = leader.offered(job);
+            let suspect = offered.is_some_and(|all| all.suspects.contains(&session));
+            let avoided_by =
+                offered.and_then(|all| all.outliers.get(&session)).copied().unwrap_or_default();
+            (session, Measure { load, connected, suspect, avoided_by })
         };
         known.assignment.tasks.keys().copied().map(measure).collect()
     }
@@ -417,6 +422,10 @@ impl Loop {
             let known = |session| before.is_some_and(|before| before.suspects.contains(session));
             for session in totals.suspects.iter().filter(|session| !known(session)) {
                 tracing::warn!(%job, %session, "A task reports far more load than its callers offered it; it is believed as far as they bear it out");
+            }
+            let avoided = |session| before.is_some_and(|b| b.outliers.contains_key(session));
+            for (session, callers) in totals.outliers.iter().filter(|(s, _)| !avoided(s)) {
+                tracing::warn!(%job, %session, callers, "Callers avoid a task: their requests to it fail, though it heartbeats; look at its logs, and restart or drain it if it does not recover");
             }
             shown.insert(job.clone(), totals.clone());
         }

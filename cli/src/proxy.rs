@@ -83,6 +83,12 @@ pub(crate) struct ProxyArgs {
     )]
     #[serde(rename = "gateways")]
     gateways: Option<Vec<Text<Gateway>>>,
+    /// The zone that it is in, as in the tasks' label zone: replicas there are asked first, unless they are overloaded [default: none]
+    #[arg(long, env = "MANDOLINE_ZONE")]
+    zone: Option<String>,
+    /// How old the assignment may be at most: once nobody has told of changes for so long, requests get a 503 [default: any age]
+    #[arg(long, env = "MANDOLINE_MAX_STALENESS", value_name = "DURATION")]
+    max_staleness: Option<Span>,
     /// Keeps the last assignment here, to start from it while nobody answers
     #[arg(long, env = "MANDOLINE_CACHE", value_name = "FILE")]
     cache: Option<PathBuf>,
@@ -109,7 +115,7 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         overlay!(
             args, from_file;
             listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
-            workers, hold_wait, hold_requests, hold_bytes,
+            workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness,
         );
         args.access.overlay(from_file.access);
     }
@@ -122,6 +128,7 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     let access = args.access.load()?;
     let job = args.job.map_or_else(demo_job, |Text(job)| job);
     let key = args.key.map_or_else(|| KeyFrom::path(1), |Text(key)| key);
+    let (zone, region) = (args.zone, args.region.clone());
     let gateways = gateways(args.region, args.gateways)?;
     let stop = stop::on_signal()?;
 
@@ -132,6 +139,12 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         .connector(connector(&access))
         .named(format!("proxy {listen}"))
         .report_offered(true);
+    if let Some(zone) = zone {
+        builder = builder.zone(zone);
+    }
+    if let Some(Text(region)) = region {
+        builder = builder.region(region.to_string());
+    }
     if let Some(path) = args.cache {
         builder = builder.cache(path);
     }
@@ -149,6 +162,7 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         builder.start().map_err(|e| Failure::new("the clerk did not start").caused_by(&e))?;
     let mut config = Config { admin: Some(local(args.admin, 7480)), ..Config::new(listen, key) };
     config.gateways = gateways;
+    config.max_staleness = args.max_staleness.map(|Span(most)| most);
     if let Some(workers) = args.workers {
         config.workers = workers;
     }

@@ -207,6 +207,7 @@ pub(crate) fn task_json(task: &pb::TaskStatus) -> Value {
         "load": units(task.load),
         "connected": task.connected,
         "suspect": task.suspect,
+        "avoided_by": task.avoided_by,
     })
 }
 
@@ -293,7 +294,7 @@ pub(crate) fn task_table<'a>(jobs: impl IntoIterator<Item = &'a pb::JobStatus>) 
                 name.to_owned(),
                 format!("s{session}"),
                 info.address,
-                if task.suspect { format!("{phase}, suspect") } else { phase.to_owned() },
+                standing(phase, task),
                 yes(task.connected),
                 task.slices.to_string(),
                 format!("{:.1}", units(task.load)),
@@ -301,6 +302,20 @@ pub(crate) fn task_table<'a>(jobs: impl IntoIterator<Item = &'a pb::JobStatus>) 
         }
     }
     table
+}
+
+/// A task's phase, and what is held against it.
+fn standing(phase: &str, task: &pb::TaskStatus) -> String {
+    let mut standing = phase.to_owned();
+    if task.suspect {
+        standing += ", suspect";
+    }
+    match task.avoided_by {
+        0 => {}
+        1 => standing += ", fails: avoided by 1 caller",
+        callers => standing += &format!(", fails: avoided by {callers} callers"),
+    }
+    standing
 }
 
 /// The spec of a job and where it stands, for people.
@@ -378,7 +393,7 @@ mod tests {
         };
         let phase = pb::Phase::Serving.into();
         let task = pb::Task { session, info: Some(info), phase, lease_ms: 0 };
-        pb::TaskStatus { task: Some(task), slices: 2, load, connected: true, suspect: false }
+        pb::TaskStatus { task: Some(task), slices: 2, load, connected: true, ..Default::default() }
     }
 
     fn status() -> pb::StatusReply {

@@ -32,6 +32,8 @@ pub const CALLERS_MAX: usize = 20_000;
 /// Slices of one offer: the heaviest, where there are more. 200 KB on the wire; what is left out counts as not offered,
 /// which raises nothing.
 pub const OFFER_MAX: usize = 4_096;
+/// Tasks that one offer may say to avoid: more fail together, and that is no task's fault.
+pub const AVOIDED_MAX: usize = 256;
 /// Slices of all offers of one job: 48 MB.
 const SLICES_MAX: usize = 1_500_000;
 /// After so many of its windows without a word a caller is forgotten.
@@ -60,6 +62,8 @@ pub struct Offer {
     pub slices: Vec<SliceOffer>,
     /// The heaviest keys, sorted.
     pub hot: Vec<HotKey>,
+    /// Tasks that it avoids, since they fail though they live; sorted.
+    pub avoided: Vec<SessionId>,
 }
 
 /// What one caller offered a slice.
@@ -82,6 +86,11 @@ pub enum OfferError {
     /// It named too many slices.
     #[error("the offer names {0} slices: name the {OFFER_MAX} heaviest")]
     Many(usize),
+    /// It named too many tasks, or out of order.
+    #[error(
+        "the offer names {0} tasks that its caller avoids: name {AVOIDED_MAX} at most, each once and in order"
+    )]
+    Avoided(usize),
     /// More failed than was offered.
     #[error("more of {0} failed than was offered")]
     Failed(Slice),
@@ -108,6 +117,10 @@ impl Offer {
         if let Some(offer) = self.slices.iter().find(|offer| offer.failed > offer.load) {
             return Err(OfferError::Failed(offer.slice));
         }
+        let is_sorted = self.avoided.is_sorted_by(|a, b| a < b);
+        if self.avoided.len() > AVOIDED_MAX || !is_sorted {
+            return Err(OfferError::Avoided(self.avoided.len()));
+        }
         Ok(check_hot(&self.hot)?)
     }
 }
@@ -131,6 +144,8 @@ pub struct Totals {
     pub failed: Load,
     /// Tasks that say far more than anyone offered them.
     pub suspects: BTreeSet<SessionId>,
+    /// Tasks that fail though they live, and how many callers avoid each for that.
+    pub outliers: BTreeMap<SessionId, usize>,
 }
 
 impl Offers {
@@ -160,6 +175,11 @@ impl Offers {
         self.callers.retain(|_, (until, _)| now < *until);
         self.slices = self.callers.values().map(|(_, offer)| offer.slices.len()).sum();
         let mut totals = Totals { callers: self.callers.len(), ..Totals::default() };
+        for session in self.callers.values().flat_map(|(_, offer)| &offer.avoided) {
+            if assignment.tasks.contains_key(session) {
+                *totals.outliers.entry(*session).or_default() += 1;
+            }
+        }
         if !self.callers.is_empty() {
             let sums = Sums::of(assignment, self.callers.values().map(|(_, offer)| offer));
             (totals.load, totals.failed) = (sums.load, sums.failed);
@@ -335,12 +355,15 @@ fn suspects(tasks: &BTreeMap<SessionId, Counted>) -> BTreeSet<SessionId> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::assignment::{Assigned, Replica, Replicas};
     use crate::generation::Generation;
     use crate::key::SliceKey;
     use crate::report::{HOT_MAX, Report};
     use crate::slice_map::SliceMap;
+    use crate::task::{Task, TaskInfo};
 
     const FIVE: Duration = Duration::from_secs(5);
 
@@ -382,7 +405,7 @@ mod tests {
             failed: Load::ZERO,
         };
         let slices = slices.iter().map(part).collect();
-        Offer { caller: Caller(caller), window: FIVE, slices, hot: vec![] }
+        Offer { caller: Caller(caller), window: FIVE, slices, hot: vec![], avoided: vec![] }
     }
 
     /// What the table says of each slice once offers were weighed.
@@ -528,6 +551,34 @@ mod tests {
     }
 
     #[test]
+    fn tasks_that_callers_avoid_are_named_and_nothing_else_is_done() {
+        let mut assignment = assignment(3);
+        for id in 1..=3 {
+            let info = TaskInfo::new(format!("t{id}").parse().unwrap(), id, "h:1".parse().unwrap());
+            assignment.tasks.insert(SessionId(id), Arc::new(Task::new(SessionId(id), info)));
+        }
+        let mut table = table(&assignment, &[100, 100, 100]);
+        let before = table.clone();
+        let mut offers = Offers::default();
+        for (caller, avoided) in [(1, vec![2]), (2, vec![2, 3]), (3, vec![]), (4, vec![99])] {
+            let avoided = avoided.into_iter().map(SessionId).collect();
+            offers.receive(Time::ZERO, Offer { avoided, ..offer(caller, &[]) }).unwrap();
+        }
+        offers.weigh(Time::ZERO, &assignment, &mut table);
+        // Of a task that has left nobody needs to hear.
+        assert_eq!(offers.totals().outliers, [(SessionId(2), 2), (SessionId(3), 1)].into());
+        for session in 1..=3 {
+            let of = |table: &LoadTable| {
+                table.served(SessionId(session), Generation::ZERO, slice(0, 99))
+            };
+            assert_eq!(of(&table), of(&before));
+        }
+        // Callers that say no more of it are done with it.
+        offers.weigh(Time::ZERO + FIVE * 3, &assignment, &mut table);
+        assert!(offers.totals().outliers.is_empty());
+    }
+
+    #[test]
     fn hot_keys_have_the_greater_load() {
         let hot = |key, load| HotKey { key: SliceKey(key), load: units(load) };
         let assignment = assignment(2);
@@ -568,7 +619,8 @@ mod tests {
                 failed: units(failed),
             };
             let slices = parts.iter().map(part).collect();
-            Offer { caller: Caller(caller), window: FIVE, slices, hot: vec![] }
+            let (hot, avoided) = (vec![], vec![]);
+            Offer { caller: Caller(caller), window: FIVE, slices, hot, avoided }
         };
         let mut offers = Offers::default();
         offers.receive(Time::ZERO, offer(1, &[(0, 10, 10), (1, 10, 8), (3, 10, 10)])).unwrap();
@@ -610,7 +662,11 @@ mod tests {
             ReportError::HotOrder(SliceKey(1)).into(),
         );
         let many = vec![hot(1); HOT_MAX + 1];
-        check(Offer { hot: many, ..good }, ReportError::ManyHot(HOT_MAX + 1).into());
+        check(Offer { hot: many, ..good.clone() }, ReportError::ManyHot(HOT_MAX + 1).into());
+        let avoided = vec![SessionId(2), SessionId(2)];
+        check(Offer { avoided, ..good.clone() }, OfferError::Avoided(2));
+        let avoided: Vec<_> = (0..=AVOIDED_MAX as u64).map(SessionId).collect();
+        check(Offer { avoided, ..good }, OfferError::Avoided(AVOIDED_MAX + 1));
     }
 
     #[test]

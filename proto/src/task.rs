@@ -191,6 +191,7 @@ pub fn offer_message(job: &JobName, offer: &Offer) -> pb::Offer {
         window_ms: u64::try_from(offer.window.as_millis()).unwrap_or(u64::MAX),
         slices: offer.slices.iter().map(part).collect(),
         hot: offer.hot.iter().map(pb::HotKey::from).collect(),
+        avoided: offer.avoided.iter().map(|session| session.0).collect(),
     }
 }
 
@@ -202,6 +203,7 @@ pub fn offer(offer: pb::Offer) -> Result<(JobName, Offer), WireError> {
         window: Duration::from_millis(offer.window_ms),
         slices: each(offer.slices, "slices")?,
         hot: each(offer.hot, "hot")?,
+        avoided: offer.avoided.into_iter().map(SessionId).collect(),
     };
     offer.check().map_err(|error| WireError::new("offer", error))?;
     Ok((job, offer))

@@ -382,6 +382,7 @@ fn offers_come_back() {
         window: Duration::from_millis(5_000),
         slices: vec![part(0, 9, 0), part(10, u64::MAX, 1_500)],
         hot: vec![HotKey { key: SliceKey(7), load: Load::from_milli(9) }],
+        avoided: vec![SessionId(3), SessionId(8)],
     };
     let job: mandoline_core::name::JobName = "kv".parse().unwrap();
     let both = (job.clone(), offer.clone());
@@ -393,7 +394,7 @@ fn offers_that_make_no_sense_are_named() {
     let offer = |job: &str, load: f64, failed: f64, window_ms: u64| {
         let slices = vec![pb::SliceOffer { slice: Some(slice(0, 9).into()), load, failed }];
         let job = job.to_owned();
-        let offer = pb::Offer { job, caller: 1, window_ms, slices, hot: vec![] };
+        let offer = pb::Offer { job, caller: 1, window_ms, slices, ..Default::default() };
         task::offer(offer).map_err(|error| error.to_string())
     };
     assert!(offer("kv", 2.0, 1.0, 1_000).is_ok());

@@ -34,6 +34,9 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// How much to take at most.
     pub limits: Limits,
+    /// How old what is known of who serves what may be, for a request to go by it; any age unless set. See
+    /// [`mandoline::Clerk::check_age`].
+    pub max_staleness: Option<Duration>,
     /// Is told of each request when it has ended.
     pub observer: Option<Observer>,
 }
@@ -50,6 +53,7 @@ impl Config {
             id: ProxyId::random(),
             timeouts: Timeouts::default(),
             limits: Limits::default(),
+            max_staleness: None,
             observer: None,
         }
     }

@@ -17,7 +17,8 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
-use mandoline::Utilisation;
+use mandoline::http::verdict::verdict;
+use mandoline::{Utilisation, Verdict};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::transit::HandOffId;
@@ -190,6 +191,9 @@ async fn attempt(
         worker.counters.count(Count::Spilled);
     }
     let answer = exchange_messages(worker, target, upstream, head, tape, exchange).await;
+    if let (Some(call), Some(verdict)) = (target.call.take(), judged(&answer)) {
+        call.ends(verdict);
+    }
     upstream.counters.count(match &answer {
         Ok((response, _)) if response.status().is_server_error() => TaskCount::Failed,
         Ok(_) => TaskCount::Answered,
@@ -198,6 +202,16 @@ async fn attempt(
         Err(_) => TaskCount::Failed,
     });
     answer
+}
+
+/// What an answer, or none, says of the task; nothing if it is not the task that failed.
+fn judged(answer: &Result<Answer, Setback>) -> Option<Verdict> {
+    match answer {
+        Ok((response, _)) => Some(verdict(response)),
+        Err(Setback::Unreached(_) | Setback::Broken) => Some(Verdict::Failed),
+        Err(Setback::Final(Refusal::Late | Refusal::Garbled(_))) => Some(Verdict::Failed),
+        Err(Setback::Misdirected(_) | Setback::InTransit(_) | Setback::Final(_)) => None,
+    }
 }
 
 /// Sends a request to a gateway of the region that its key lives in, and to the next where one is not reached. There it may be

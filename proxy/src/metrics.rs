@@ -200,6 +200,10 @@ const GENERATION: (&str, &str) = (
     "mandoline_proxy_assignment_generation",
     "Number of the generation that requests are routed by, 0 before the first",
 );
+const AVOIDED: (&str, &str) = (
+    "mandoline_proxy_tasks_avoided",
+    "Tasks that are avoided for a while, since requests to them fail though they heartbeat",
+);
 const HELD: (&str, &str) = ("mandoline_proxy_requests_held", "Requests that are held");
 const HELD_BYTES: (&str, &str) =
     ("mandoline_proxy_held_bytes", "Heads and read bodies of requests that are held");
@@ -379,8 +383,15 @@ pub struct TaskStats {
 #[derive(Clone)]
 pub struct Tally {
     workers: Arc<[Arc<Counters>]>,
-    generation: Arc<dyn Fn() -> Generation + Send + Sync>,
+    known: Arc<dyn Fn() -> Known + Send + Sync>,
     gateways: Option<Gateways>,
+}
+
+/// What the clerk says when it is asked.
+pub(crate) struct Known {
+    pub(crate) generation: Generation,
+    /// How many tasks are avoided.
+    pub(crate) avoided: usize,
 }
 
 impl fmt::Debug for Tally {
@@ -392,10 +403,10 @@ impl fmt::Debug for Tally {
 impl Tally {
     pub(crate) fn new(
         workers: Arc<[Arc<Counters>]>,
-        generation: impl Fn() -> Generation + Send + Sync + 'static,
+        known: impl Fn() -> Known + Send + Sync + 'static,
         gateways: Option<Gateways>,
     ) -> Self {
-        Self { workers, generation: Arc::new(generation), gateways }
+        Self { workers, known: Arc::new(known), gateways }
     }
 
     /// Adds everything up. Each number is right; two numbers may be a request apart.
@@ -490,7 +501,8 @@ impl Collector for Tally {
             let sum = ConstCounter::new(self.sum(what));
             sum.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
         }
-        let number = i64::try_from((self.generation)().number).unwrap_or(i64::MAX);
+        let Known { generation, avoided } = (self.known)();
+        let number = i64::try_from(generation.number).unwrap_or(i64::MAX);
         let now = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         let gauges = [
             (IN_FLIGHT, now(stats.in_flight)),
@@ -498,6 +510,7 @@ impl Collector for Tally {
             (HELD_BYTES, now(stats.held_bytes)),
             (CONNECTIONS, now(stats.connections)),
             (GENERATION, number),
+            (AVOIDED, avoided as i64),
         ];
         for ((name, help), value) in gauges {
             let gauge = ConstGauge::new(value);
@@ -610,8 +623,9 @@ mod tests {
         gateways.next(&gateway.region, SliceKey(1), &[]).unwrap();
         gateways.failed(&gateway, &fmt::Error);
         gateways.lost();
-        let generation = || Generation { incarnation: 1, number: 42 };
-        let tally = Tally::new(workers, generation, Some(gateways));
+        let generation = Generation { incarnation: 1, number: 42 };
+        let known = move || Known { generation, avoided: 1 };
+        let tally = Tally::new(workers, known, Some(gateways));
         let stats = tally.stats();
         assert_eq!((stats.requests, stats.answered, stats.in_flight, stats.retried), (4, 2, 2, 2));
         assert_eq!(stats.tasks[&SessionId(7)].tried, 2);
@@ -625,6 +639,7 @@ mod tests {
             "mandoline_proxy_requests_total 4",
             "mandoline_proxy_requests_in_flight 2",
             "mandoline_proxy_assignment_generation 42",
+            "mandoline_proxy_tasks_avoided 1",
             "mandoline_proxy_task_requests_total{task=\"s7\",address=\"127.0.0.1:1\"} 2",
             "mandoline_proxy_request_duration_seconds_count 2",
             "mandoline_proxy_request_duration_seconds_bucket{le=\"0.001024\"} 2",

@@ -88,7 +88,7 @@ impl Proxy {
             admin: admin_socket.as_ref().and_then(|socket| socket.local_addr().ok()),
             tally: Tally::new(
                 Arc::clone(&counters),
-                move || routed_by.generation(),
+                move || routed_by.known(),
                 config.gateways.clone(),
             ),
             stop: stop.child_token(),

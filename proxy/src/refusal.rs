@@ -9,6 +9,7 @@ use http::{Response, StatusCode};
 use crate::record::Outcome;
 use crate::wire::Doubt;
 use mandoline::Generation;
+use mandoline::clerk::TooOld;
 use mandoline::gateways::{Gateway, Region};
 use mandoline::http::names::{GENERATION, PROXY_STATUS};
 
@@ -50,6 +51,9 @@ pub(crate) enum Refusal {
     /// No task serves the key.
     #[error("no task serves this key at the moment: try again in a second")]
     Unserved,
+    /// What the proxy knows of who serves what may be older than it was told to go by.
+    #[error("{0}: try again in a second")]
+    TooOld(TooOld),
     /// The task cannot be reached.
     #[error("the task that serves this key cannot be reached at the moment: try again in a second")]
     Unreached,
@@ -110,6 +114,7 @@ impl Refusal {
             Self::Loop => StatusCode::LOOP_DETECTED,
             Self::Crossed { .. } => StatusCode::MISDIRECTED_REQUEST,
             Self::Unserved
+            | Self::TooOld(_)
             | Self::Unreached
             | Self::Moving
             | Self::HeldFull
@@ -158,9 +163,12 @@ impl Refusal {
             | Self::TransferCoding => "mandoline; error=http_request_error",
             Self::Loop | Self::Astray(_) => "mandoline; error=proxy_loop_detected",
             Self::Crossed { .. } => "mandoline; error=destination_not_found",
-            Self::Unserved | Self::Moving | Self::HeldFull | Self::HeldLong | Self::Left => {
-                "mandoline; error=destination_unavailable"
-            }
+            Self::Unserved
+            | Self::TooOld(_)
+            | Self::Moving
+            | Self::HeldFull
+            | Self::HeldLong
+            | Self::Left => "mandoline; error=destination_unavailable",
             Self::Unreached => "mandoline; error=connection_refused",
             Self::Broken | Self::BrokenRepeatable => "mandoline; error=connection_terminated",
             Self::Garbled(_) => "mandoline; error=http_protocol_error",

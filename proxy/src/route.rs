@@ -4,11 +4,13 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
+use mandoline::clerk::TooOld;
 use mandoline::gateways::{Gateways, Region, Way};
 use mandoline::snapshot::Snapshot;
-use mandoline::{Clerk, Generation, Sent, SessionId, SliceKey, Utilisation};
+use mandoline::{Call, Clerk, Generation, Sent, SessionId, SliceKey, Utilisation};
 use tokio::time::{Instant, timeout_at};
 
+use crate::metrics::Known;
 use crate::pool::{Pool, Upstream};
 
 /// How long a request waits for a newer assignment before its second try. A move is announced to tasks and callers at the
@@ -38,6 +40,11 @@ impl Router {
         &self.clerk
     }
 
+    /// Says by which generation keys are routed, and how many tasks are avoided.
+    pub(crate) fn known(&self) -> Known {
+        Known { generation: self.generation(), avoided: self.clerk.avoided().len() }
+    }
+
     /// Gives the generation that keys are routed by, zero before the first.
     pub(crate) fn generation(&self) -> Generation {
         self.clerk.assignment().map_or(Generation::ZERO, |assignment| assignment.generation)
@@ -59,6 +66,8 @@ pub(crate) struct Target {
     pub(crate) generation: Generation,
     /// By what to know the answer, for jobs with spill.
     sent: Option<Sent>,
+    /// The request as it counts against the task, until it has been judged.
+    pub(crate) call: RefCell<Option<Call>>,
     /// Whether the task is none of the key's owners, which are loaded above the cap.
     pub(crate) is_spilled: bool,
     /// Whether the task is letting go of the key's slice, so that there is no use in asking it. A gateway sees to that itself.
@@ -106,6 +115,11 @@ impl Lookup {
         self.router.borrow_mut().route_at(key).ok().map(|found| self.target(&found, pool, None))
     }
 
+    /// Says no if what is known may be older than `most`.
+    pub(crate) fn check_age(&self, most: Duration) -> Result<(), TooOld> {
+        self.clerk.check_age(most)
+    }
+
     /// Finds the owner of a key, however loaded.
     pub(crate) fn route_to_owner(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
         self.route_past(key, pool, None)
@@ -119,6 +133,9 @@ impl Lookup {
 
     /// Takes in what a task has said of its load, in its answer to a request.
     pub(crate) fn heard(&self, target: &Target, load: Utilisation) {
+        if let Some(call) = &*target.call.borrow() {
+            call.heard(load.requests);
+        }
         if let Some(sent) = target.sent {
             self.router.borrow_mut().heard(sent, load);
         }
@@ -165,7 +182,7 @@ impl Lookup {
     ) -> Target {
         let way = match &self.gateways {
             None => Way::Straight(found.task()),
-            Some(gateways) => gateways.way(found.task(), found.replicas(), failed),
+            Some(gateways) => gateways.way_of(found, failed),
         };
         let generation = found.generation();
         match way {
@@ -177,6 +194,7 @@ impl Lookup {
                     to: To::Task(pool.upstream(task.session, &task.info.address)),
                     generation,
                     sent: found.sent().filter(|_| is_it),
+                    call: RefCell::new(is_it.then(|| found.begin())),
                     is_spilled: is_it && found.is_spilled(),
                     is_releasing: found.assigned().is_releasing(),
                 }
@@ -186,6 +204,7 @@ impl Lookup {
                 to: To::Region(region.clone()),
                 generation,
                 sent: None,
+                call: RefCell::default(),
                 is_spilled: false,
                 is_releasing: false,
             },

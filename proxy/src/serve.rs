@@ -74,6 +74,9 @@ async fn stages(
         exchange.goes_on();
     }
     let target = worker.lookup.route(key, &worker.pool).ok_or(Refusal::Unserved)?;
+    if let Some(most) = worker.config.max_staleness {
+        worker.lookup.check_age(most).map_err(Refusal::TooOld)?;
+    }
     sign(worker, client, &host, head);
     forward(worker, key, target, head, tape, &mut held, exchange).await
 }

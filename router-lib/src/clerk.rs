@@ -11,17 +11,19 @@ use std::future::Future;
 use std::io;
 use std::ops::Deref;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
 use arc_swap::Guard;
 use mandoline_core::assignment::Assignment;
+use mandoline_core::choice::Place;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::{JobName, NameError};
 use mandoline_core::spec::Ratio;
-use mandoline_core::task::{Address, AddressError};
+use mandoline_core::task::{Address, AddressError, Task};
 use mandoline_core::time::Time;
 use mandoline_core::watch;
 use mandoline_distributor::clock::Clock;
@@ -33,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::cache;
+use crate::choice::Gauges;
 use crate::counters::{CostError, thousandths};
 use crate::dialer::drawn;
 use crate::offered::{Offered, Reporter};
@@ -69,10 +72,14 @@ struct Inner {
     state: channel::Receiver<watch::State>,
     seen: channel::Sender<Option<Generation>>,
     clock: Clock,
+    /// When somebody was last known to tell what changes.
+    heard: Arc<Heard>,
     /// The spill of callers without a router, from the first request of a job with spill on.
     lanes: OnceLock<Lanes>,
     /// What callers of this clerk offer, if that is counted.
     offered: Option<Arc<Offered>>,
+    /// What is counted of each task outlives the snapshots.
+    _gauges: Arc<Gauges>,
     stop: CancellationToken,
     /// What keeps the rest up to date; none where nothing changes. It ends by itself, soon after `stop`.
     thread: Option<thread::JoinHandle<()>>,
@@ -151,6 +158,51 @@ pub enum NotMoved {
     NoTask(#[from] NoTask),
 }
 
+/// What is known may be older than the caller allows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TooOld {
+    /// What the caller allows.
+    pub most: Duration,
+    /// How long ago somebody was last heard who tells what changes; nothing if nobody was since the clerk started.
+    pub heard: Option<Duration>,
+    /// How long ago the clerk started.
+    pub lasting: Duration,
+    /// What is known.
+    pub generation: Generation,
+    /// How the clerk is placed.
+    pub state: State,
+}
+
+impl std::error::Error for TooOld {}
+
+impl fmt::Display for TooOld {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { most, heard, lasting, generation, state } = self;
+        write!(f, "the assignment may be older than {most:?}: nobody has told what changes ")?;
+        match heard {
+            Some(ago) => write!(f, "for {:.1}s", ago.as_secs_f64())?,
+            None => write!(f, "since the clerk started, {:.1}s ago", lasting.as_secs_f64())?,
+        }
+        match state {
+            State::Live { .. } => write!(f, "; known is generation {generation}"),
+            State::Empty { why, .. } | State::Stale { why, .. } => {
+                write!(f, "; known is generation {generation} ({why})")
+            }
+        }
+    }
+}
+
+/// Why no task was found by [`Clerk::route_within`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotWithin {
+    /// What is known may be too old.
+    #[error(transparent)]
+    TooOld(#[from] TooOld),
+    /// Nobody serves the key.
+    #[error(transparent)]
+    NoTask(#[from] NoTask),
+}
+
 /// Says whether an assignment shows the slice of a key settled after a task said that it was giving that away, judging by
 /// generation `told`: it is newer, and the slice is not being released by it.
 pub fn is_settled(assignment: &Assignment, key: SliceKey, told: Generation) -> bool {
@@ -169,13 +221,15 @@ impl Clerk {
             cache: None,
             hub: None,
             report_offered: false,
+            place: Place::default(),
         }
     }
 
     /// Makes a clerk that knows this assignment and never another, for tests and tools.
     pub fn frozen(assignment: Arc<Assignment>) -> Self {
         let live = watch::State::Live { since: Time::ZERO, source: 0 };
-        let (inner, _desk, _seen) = Inner::new(assignment.job.clone(), Some(assignment), live);
+        let (inner, _desk, _seen) =
+            Inner::new(assignment.job.clone(), Some(assignment), live, Place::default());
         Self { inner: Arc::new(inner) }
     }
 
@@ -183,7 +237,8 @@ impl Clerk {
     pub fn follow_hub(hub: &Hub, job: JobName) -> Result<Self, StartError> {
         let mut changes = hub.watch_changes(&job);
         let known = changes.borrow().clone();
-        let (mut inner, mut desk, seen) = Inner::new(job, known, nobody_asked(false));
+        let (mut inner, mut desk, seen) =
+            Inner::new(job, known, nobody_asked(false), Place::default());
         let stop = inner.stop.clone();
         let follow = async move {
             let _seen = seen; // a hub has no second source to ask
@@ -223,6 +278,34 @@ impl Clerk {
         };
         let routed = self.spill(cap, &held, key)?;
         Ok(Target::new(held, key, routed.found).with_spill(routed.sent, routed.is_spilled))
+    }
+
+    /// Finds the task that serves a key, unless what is known may be older than `most`: see [`Clerk::check_age`].
+    pub fn route_within(&self, key: &[u8], most: Duration) -> Result<Target<Held>, NotWithin> {
+        let target = self.route(key)?;
+        self.check_age(most)?;
+        Ok(target)
+    }
+
+    /// Says no if what is known may be older than `most`: if for so long nobody has told what changes, or never since the clerk
+    /// started. While somebody does, nothing is old, however long ago the last change was.
+    pub fn check_age(&self, most: Duration) -> Result<(), TooOld> {
+        let now = self.inner.clock.now();
+        let heard = match self.inner.heard.read() {
+            Last::Now => return Ok(()),
+            Last::At(at) => Some(now.since(at)),
+            Last::Never => None,
+        };
+        if heard.is_some_and(|ago| ago <= most) {
+            return Ok(());
+        }
+        let generation = self.inner.snapshot.load().assignment().generation;
+        Err(TooOld { most, heard, lasting: now.since(Time::ZERO), generation, state: self.state() })
+    }
+
+    /// Gives the tasks that are avoided now, since requests to them fail; see [`Target::begin`].
+    pub fn avoided(&self) -> Vec<Arc<Task>> {
+        self.inner.snapshot.load().avoided().map(Arc::clone).collect()
     }
 
     /// Out of line, so that jobs without spill pay for one comparison only.
@@ -380,24 +463,41 @@ impl Inner {
         job: JobName,
         known: Option<Arc<Assignment>>,
         state: watch::State,
+        place: Place,
     ) -> (Self, Desk, channel::Receiver<Option<Generation>>) {
         let nothing = || Arc::new(Assignment::new(job.clone(), Generation::ZERO));
-        let first = Snapshot::of(known.clone().unwrap_or_else(nothing));
+        let gauges = Gauges::new(place);
+        let first = Snapshot::counted(known.clone().unwrap_or_else(nothing), &gauges);
         let snapshot = Arc::new(Shown::new(first));
         let (known, current) = channel::channel(known);
+        let heard = Arc::new(Heard::new(&state));
         let (well, state) = channel::channel(state);
         let (seen, sightings) = channel::channel(None);
         let (clock, stop) = (Clock::start(), CancellationToken::new());
         let desk = Desk {
             snapshot: Arc::clone(&snapshot),
             offered: None,
+            gauges: Arc::clone(&gauges),
+            heard: Arc::clone(&heard),
             current: known,
             state: well,
             clock,
         };
         let (lanes, offered, thread) = (OnceLock::new(), None, None);
-        let inner =
-            Self { job, snapshot, current, state, seen, clock, lanes, offered, stop, thread };
+        let inner = Self {
+            job,
+            snapshot,
+            current,
+            state,
+            seen,
+            clock,
+            heard,
+            lanes,
+            offered,
+            _gauges: gauges,
+            stop,
+            thread,
+        };
         (inner, desk, sightings)
     }
 }
@@ -522,6 +622,7 @@ pub struct Builder {
     cache: Option<PathBuf>,
     hub: Option<Hub>,
     report_offered: bool,
+    place: Place,
 }
 
 impl Builder {
@@ -536,6 +637,22 @@ impl Builder {
     #[must_use]
     pub fn peers(mut self, peers: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
         self.peers.extend(peers.into_iter().map(|peer| peer.as_ref().to_owned()));
+        self
+    }
+
+    /// Says in which zone the clerk is, as in the tasks' label `zone`: of several replicas those in its zone are asked first, unless
+    /// they are overloaded.
+    #[must_use]
+    pub fn zone(mut self, zone: impl Into<String>) -> Self {
+        self.place.zone = Some(zone.into());
+        self
+    }
+
+    /// Says in which region the clerk is, as in the tasks' label `region`: replicas there come after those in its zone, and before all
+    /// others.
+    #[must_use]
+    pub fn region(mut self, region: impl Into<String>) -> Self {
+        self.place.region = Some(region.into());
         self
     }
 
@@ -589,7 +706,7 @@ impl Builder {
         }
         let saved = known.as_ref().map(|known| known.generation);
         let state = nobody_asked(known.is_some());
-        let (mut inner, mut desk, seen) = Inner::new(job.clone(), known.clone(), state);
+        let (mut inner, mut desk, seen) = Inner::new(job.clone(), known.clone(), state, self.place);
         let reporter = self.report_offered.then(|| {
             let (sources, connector) = (upstream.sources.clone(), upstream.connector.clone());
             Reporter::new(job.clone(), drawn(), sources, connector)
@@ -642,10 +759,50 @@ fn read_cache(job: &JobName, cache: &mut Option<PathBuf>) -> Option<Arc<Assignme
     }
 }
 
+/// When somebody was last known to tell what changes, as callers read it without waiting.
+#[derive(Debug)]
+struct Heard(AtomicU64);
+
+/// What it says: `NOBODY`, `SOMEBODY` or nanoseconds.
+const NOBODY: u64 = 0;
+const SOMEBODY: u64 = u64::MAX;
+
+enum Last {
+    Never,
+    At(Time),
+    Now,
+}
+
+impl Heard {
+    fn new(state: &watch::State) -> Self {
+        let is_live = matches!(state, watch::State::Live { .. });
+        Self(AtomicU64::new(if is_live { SOMEBODY } else { NOBODY }))
+    }
+
+    /// Takes in how well the clerk is placed from now on.
+    fn note(&self, state: &watch::State, now: Time) {
+        if matches!(state, watch::State::Live { .. }) {
+            self.0.store(SOMEBODY, Ordering::Relaxed);
+        } else if self.0.load(Ordering::Relaxed) == SOMEBODY {
+            self.0.store(now.as_nanos().max(1), Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self) -> Last {
+        match self.0.load(Ordering::Relaxed) {
+            NOBODY => Last::Never,
+            SOMEBODY => Last::Now,
+            nanos => Last::At(Time::from_nanos(nanos)),
+        }
+    }
+}
+
 /// Where the clerk's thread puts what callers read.
 struct Desk {
     snapshot: Arc<Shown>,
     offered: Option<Arc<Offered>>,
+    gauges: Arc<Gauges>,
+    heard: Arc<Heard>,
     current: channel::Sender<Option<Arc<Assignment>>>,
     state: channel::Sender<watch::State>,
     clock: Clock,
@@ -656,7 +813,7 @@ impl Desk {
         match news {
             News::Install { assignment, .. } => {
                 // Whoever hears of it must find it in use.
-                let snapshot = Arc::new(Snapshot::of(Arc::clone(assignment)));
+                let snapshot = Arc::new(Snapshot::counted(Arc::clone(assignment), &self.gauges));
                 self.snapshot.show(Arc::clone(&snapshot));
                 if let Some(offered) = &self.offered {
                     offered.install(snapshot);
@@ -664,6 +821,7 @@ impl Desk {
                 self.current.send_replace(Some(Arc::clone(assignment)));
             }
             News::State(state) => {
+                self.heard.note(state, self.clock.now());
                 self.state.send_replace(state.clone());
             }
         }

@@ -13,6 +13,7 @@
 
 use std::error::Error;
 use std::fmt;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mandoline_core::key::SliceKey;
@@ -24,6 +25,8 @@ use mandoline_core::region::Links;
 pub use mandoline_core::region::{
     Gateway, GatewayError, Link, Region, RegionError, Regions, RegionsError, Way,
 };
+
+use crate::snapshot::{Snapshot, Target};
 
 /// The gateways of other regions. Clones are the same: what one learns of a gateway, all know.
 #[derive(Clone)]
@@ -73,6 +76,19 @@ impl Gateways {
         failed: Option<SessionId>,
     ) -> Way<'a> {
         self.0.regions.way(task, replicas, failed)
+    }
+
+    /// Says which way a request goes whose look-up found `target`. A clerk that knows its own region has chosen by that, and a replica
+    /// far away is meant: those at home are overloaded, or fail. `failed` did not answer a moment ago.
+    pub fn way_of<'a, H: Deref<Target = Snapshot>>(
+        &'a self,
+        target: &'a Target<H>,
+        failed: Option<SessionId>,
+    ) -> Way<'a> {
+        if target.is_by_region() && failed != Some(target.session()) {
+            return self.way(target.task(), std::iter::once(target.task()), failed);
+        }
+        self.way(target.task(), target.replicas(), failed)
     }
 
     /// Says which gateway of a region a request is sent to, after those in `tried`; none, at once, while none of them answers. To

@@ -61,6 +61,7 @@ mod boot_clock;
 mod sync;
 mod gate;
 pub mod fence;
+pub mod choice;
 pub mod snapshot;
 mod shown;
 mod cache;
@@ -89,6 +90,7 @@ pub mod http;
 #[cfg(feature = "testing")]
 pub mod testing;
 
+pub use choice::{Call, Verdict};
 pub use clerk::{Clerk, Router};
 pub use mandoline_core::assignment::Assignment;
 pub use mandoline_core::generation::Generation;

@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
 use mandoline_core::name::JobName;
-use mandoline_core::offers::{Caller, OFFER_MAX, Offer, SliceOffer};
+use mandoline_core::offers::{AVOIDED_MAX, Caller, OFFER_MAX, Offer, SliceOffer};
 use mandoline_core::report::{HOT_MAX, HotKey};
 use mandoline_core::task::Address;
 use mandoline_distributor::connect::Connector;
@@ -110,7 +110,8 @@ impl Offered {
             hot.map(|heavy| HotKey { key: heavy.key, load: per_second(heavy.at_least(), window) });
         let mut hot: Vec<HotKey> = hot.collect();
         hot.sort_unstable();
-        Offer { caller, window, slices, hot }
+        let avoided = view.snapshot.avoided().map(|task| task.session).take(AVOIDED_MAX).collect();
+        Offer { caller, window, slices, hot, avoided }
     }
 }
 

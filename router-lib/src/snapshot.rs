@@ -18,6 +18,8 @@ use mandoline_core::spec::Ratio;
 use mandoline_core::spill::Ticket;
 use mandoline_core::task::{Address, SessionId, Task};
 
+use crate::choice::{Call, Gauge, Gauges};
+
 /// Up to how many slices the table has eight buckets for each; two beyond.
 const DENSE_SLICES_MAX: usize = 10_000;
 /// How many slices are looked at one after the other; with more to choose from, half of them are ruled out at a time.
@@ -57,6 +59,8 @@ pub struct Snapshot {
     tasks: Box<[Arc<Task>]>,
     /// Their sessions, close together: what connections are kept by.
     sessions: Box<[SessionId]>,
+    /// What a clerk counts of each; nothing elsewhere.
+    gauges: Box<[Arc<Gauge>]>,
     /// The replicas of slices that have several: places in `tasks`.
     many: Box<[u32]>,
 }
@@ -101,7 +105,14 @@ impl Snapshot {
         let spill = assignment.spill;
         let sessions = tasks.iter().map(|task| task.session).collect();
         let (entries, many) = (entries.into(), many.into());
-        Self { assignment, spill, entries, table, starts, shift, tasks, sessions, many }
+        let gauges = Box::default();
+        Self { assignment, spill, entries, table, starts, shift, tasks, sessions, gauges, many }
+    }
+
+    /// Makes it ready for a clerk, which counts what it asks of each task.
+    pub(crate) fn counted(assignment: Arc<Assignment>, gauges: &Arc<Gauges>) -> Self {
+        let made = Self::of(assignment);
+        Self { gauges: gauges.of(&made.tasks), ..made }
     }
 
     /// Gives the assignment that it was built from. Its generation is zero before anything is known.
@@ -142,12 +153,28 @@ impl Snapshot {
         match entry.replicas {
             1 => Ok(entry.at),
             0 => Err(self.nobody(slice)),
-            // Multiply-shift: an even share for each without a division.
-            several => {
-                let nth = (u64::from(turn()) * u64::from(several)) >> 32;
-                Ok(self.many[entry.at as usize + nth as usize])
-            }
+            several => Ok(self.choose(&self.many[entry.at as usize..][..several as usize], turn())),
         }
+    }
+
+    /// Chooses one of several replicas, by their places among the tasks.
+    fn choose(&self, replicas: &[u32], turn: u32) -> u32 {
+        if self.gauges.is_empty() {
+            // Multiply-shift: an even share for each without a division.
+            return replicas[((u64::from(turn) * replicas.len() as u64) >> 32) as usize];
+        }
+        Gauge::choose(&self.gauges, replicas, turn)
+    }
+
+    /// Says whether a task, by its place, is avoided now.
+    pub(crate) fn is_avoided(&self, task: u32) -> bool {
+        self.gauges.get(task as usize).is_some_and(|gauge| gauge.is_avoided())
+    }
+
+    /// Gives the tasks that are avoided now, since they fail.
+    pub(crate) fn avoided(&self) -> impl Iterator<Item = &Arc<Task>> {
+        let avoided = self.tasks.iter().zip(&self.gauges).filter(|(_, gauge)| gauge.is_avoided());
+        avoided.map(|(task, _)| task)
     }
 
     /// Gives all who serve a key, as places among the tasks. Never empty.
@@ -255,6 +282,17 @@ impl<H: Deref<Target = Snapshot>> Target<H> {
     /// so with the request, by `mandoline-spill` or in your own protocol: it takes it by [`crate::Slicelet::claim_spilled`].
     pub fn is_spilled(&self) -> bool {
         self.is_spilled
+    }
+
+    /// Says whether the clerk knows its own region: then it chose by that, and a replica far away is meant.
+    pub(crate) fn is_by_region(&self) -> bool {
+        self.held.gauges.first().is_some_and(|gauge| gauge.is_by_region())
+    }
+
+    /// Counts that a request is sent to the task, until what comes back is dropped. Callers that count choose better among replicas:
+    /// the less loaded of two, and none that fails.
+    pub fn begin(&self) -> Call {
+        Call::begin(&self.held.gauges[self.task as usize])
     }
 
     /// Gives all that is known of the task.

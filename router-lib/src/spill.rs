@@ -13,7 +13,7 @@ use std::time::Duration;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::spec::Ratio;
-use mandoline_core::spill::{Overflow, Seat};
+use mandoline_core::spill::{Choice, Overflow, Seat};
 use mandoline_core::task::{Phase, SessionId, Task};
 use mandoline_distributor::clock::Clock;
 
@@ -22,6 +22,8 @@ use crate::snapshot::{NoTask, Sent, Snapshot};
 
 /// How often a job's load is balanced unless told. A window of spill is no longer, and mostly shorter.
 const ROUND: Duration = Duration::from_secs(10);
+/// 2^32 divided by the golden ratio: scatters small numbers.
+const TURN_STEP: u32 = 0x9E37_79B9;
 /// The label over which keys do not spill.
 const REGION: &str = "region";
 
@@ -138,7 +140,12 @@ impl Spill {
             spill.follow(snapshot);
         }
         let holders = snapshot.holders(key)?;
-        let choice = spill.overflow.choose(spill.clock.now(), key, holders, 1);
+        let mut choice = spill.overflow.choose(spill.clock.now(), key, holders, 1);
+        // What is loaded above the cap is one thing, and what fails another.
+        if snapshot.is_avoided(choice.seat) {
+            let turn = || (choice.seat + 1).wrapping_mul(TURN_STEP);
+            choice = Choice { seat: snapshot.find(key, turn)?, spilled: false, ..choice };
+        }
         let session = snapshot.tasks()[choice.seat as usize].session;
         let sent = Sent { session, ticket: choice.ticket, lane: spill.lane };
         Ok(Routed { found: choice.seat, sent, is_spilled: choice.spilled })

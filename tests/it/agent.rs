@@ -23,28 +23,37 @@ use crate::kit::{Process, free_ports, local, run, text, until};
 use crate::processes::{Cluster, Proxy, ProxyKnows};
 
 /// An ordinary HTTP server: it has never heard of keys. It says its name to any request, and whether it is well at /livez.
-struct Plain {
+pub(crate) struct Plain {
     name: &'static str,
     address: SocketAddr,
     well: Arc<AtomicBool>,
+    /// It answers 500, and says at /livez what it always said.
+    pub(crate) fails: Arc<AtomicBool>,
     stop: CancellationToken,
 }
 
 impl Plain {
-    async fn start(name: &'static str, address: SocketAddr) -> Self {
+    pub(crate) async fn start(name: &'static str, address: SocketAddr) -> Self {
         let listener = TcpListener::bind(address).await.unwrap();
         let (address, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
         let well = Arc::new(AtomicBool::new(true));
-        let (is_well, stopped) = (Arc::clone(&well), stop.clone());
+        let fails = Arc::new(AtomicBool::new(false));
+        let (is_well, stopped, is_failing) = (Arc::clone(&well), stop.clone(), Arc::clone(&fails));
         let serve = async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 let (well, stopped) = (Arc::clone(&is_well), stopped.clone());
+                let fails = Arc::clone(&is_failing);
                 let answer = service_fn(move |request: http::Request<_>| {
                     let _: &hyper::body::Incoming = request.body();
-                    let bad = request.uri().path() == "/livez" && !well.load(Ordering::Relaxed);
+                    let status = match request.uri().path() {
+                        "/livez" if !well.load(Ordering::Relaxed) => 503,
+                        "/livez" => 200,
+                        _ if fails.load(Ordering::Relaxed) => 500,
+                        _ => 200,
+                    };
                     let answer = http::Response::builder()
-                        .status(if bad { 503 } else { 200 })
+                        .status(status)
                         .header("mandoline-task", name)
                         .body(Full::new(Bytes::from_static(name.as_bytes())));
                     std::future::ready(answer)
@@ -58,10 +67,10 @@ impl Plain {
         };
         let told = stop.clone();
         drop(tokio::spawn(async move { told.run_until_cancelled(serve).await }));
-        Self { name, address, well, stop }
+        Self { name, address, well, fails, stop }
     }
 
-    fn listed(&self) -> String {
+    pub(crate) fn listed(&self) -> String {
         format!("{}={}", self.name, self.address)
     }
 }
@@ -73,9 +82,10 @@ impl Drop for Plain {
     }
 }
 
-const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+pub(crate) const ANY: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
-fn agent(cluster: &Cluster, args: &[&str]) -> Process {
+pub(crate) fn agent(cluster: &Cluster, args: &[&str]) -> Process {
     let assigners: Vec<String> = cluster.addresses().iter().map(ToString::to_string).collect();
     let assigners = assigners.join(",");
     let always = [

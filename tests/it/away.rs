@@ -63,9 +63,9 @@ async fn callers_go_on_and_new_ones_start_while_every_assigner_is_gone() {
     // One source of knowledge each, and no other.
     let copy = cluster.dir().join("copy.assignment");
     std::fs::copy(&of_proxy, &copy).unwrap();
-    let by_task = ProxyKnows { peers: vec![tasks[0].watch], cache: None };
-    let by_proxy = ProxyKnows { peers: vec![proxy.watch], cache: None };
-    let by_disk = ProxyKnows { peers: vec![], cache: Some(copy) };
+    let by_task = ProxyKnows { peers: vec![tasks[0].watch], ..ProxyKnows::default() };
+    let by_proxy = ProxyKnows { peers: vec![proxy.watch], ..ProxyKnows::default() };
+    let by_disk = ProxyKnows { cache: Some(copy), ..ProxyKnows::default() };
     let mut newcomers = vec![];
     for (name, knows) in [("by-task", by_task), ("by-proxy", by_proxy), ("by-disk", by_disk)] {
         let newcomer = cluster.start_proxy(name, knows).await.unwrap();

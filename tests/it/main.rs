@@ -38,6 +38,7 @@ mod durability;
 mod disk_full;
 mod reaction;
 mod agent;
+mod choice;
 mod distributor;
 mod agree;
 mod sim_cluster;

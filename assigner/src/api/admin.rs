@@ -817,6 +817,7 @@ fn job_status(
             load: measure.map_or(stored, |measure| measure.load).milli(),
             connected: measure.is_some_and(|measure| measure.connected),
             suspect: measure.is_some_and(|measure| measure.suspect),
+            avoided_by: measure.map_or(0, |measure| measure.avoided_by as u64),
         }
     };
     pb::JobStatus {

@@ -168,6 +168,8 @@ pub(crate) struct Proxy {
 pub(crate) struct ProxyKnows {
     pub(crate) peers: Vec<SocketAddr>,
     pub(crate) cache: Option<PathBuf>,
+    /// Further flags.
+    pub(crate) flags: Vec<String>,
 }
 
 /// Who leads.
@@ -419,6 +421,7 @@ impl Cluster {
         if let Some(cache) = knows.cache {
             args.extend(["--cache".to_owned(), cache.display().to_string()]);
         }
+        args.extend(knows.flags);
         let process = Process::start(&self.program, name, &args, self.dir.path())?;
         let mut proxy = Proxy { address: listen, admin, watch, process };
         let end = Instant::now() + START_WITHIN;

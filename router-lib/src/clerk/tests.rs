@@ -243,6 +243,44 @@ async fn a_new_clerk_starts_from_its_file_with_everyone_gone() {
 }
 
 #[tokio::test]
+async fn what_is_known_is_too_old_once_nobody_has_told_for_so_long() {
+    const HOUR: Duration = Duration::from_secs(3_600);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("kv.assignment");
+    let hub = hub_at(7);
+    let node = Node::serve(&hub);
+    let clerk = Clerk::builder(job()).sources([node.address.clone()]).cache(&path);
+    let clerk = clerk.start().unwrap();
+    becomes(&clerk, "a live state", |state| matches!(state, State::Live { .. })).await;
+    // However long ago the last change was.
+    assert_eq!(clerk.check_age(Duration::ZERO), Ok(()));
+    drop(node);
+    becomes(&clerk, "a stale state", |state| matches!(state, State::Stale { .. })).await;
+    let old = clerk.check_age(Duration::ZERO).unwrap_err();
+    assert!(old.heard.is_some_and(|ago| ago < PATIENCE), "{old}");
+    assert_eq!(old.generation, generation(7));
+    assert!(
+        old.to_string().contains("older than 0ns: nobody has told what changes for 0."),
+        "{old}"
+    );
+    assert!(matches!(clerk.route_within(b"x", Duration::ZERO), Err(NotWithin::TooOld(_))));
+    assert_eq!(clerk.route_within(b"x", HOUR).unwrap().session(), SessionId(7));
+    assert_eq!(clerk.route(b"x").unwrap().session(), SessionId(7));
+    let mut inner = Arc::into_inner(clerk.inner).unwrap();
+    inner.stop.cancel();
+    inner.thread.take().unwrap().join().unwrap();
+
+    // What a file held was never heard of by this one, so nobody knows how old it is.
+    let clerk = Clerk::builder(job()).sources([nobody()]).cache(&path).start().unwrap();
+    let old = clerk.check_age(HOUR).unwrap_err();
+    assert_eq!(old.heard, None);
+    assert!(old.to_string().contains("since the clerk started, 0."), "{old}");
+    // A clerk that knows nothing says so.
+    let empty = Clerk::builder(job()).sources([nobody()]).start().unwrap();
+    assert_eq!(empty.route_within(b"x", HOUR).unwrap_err(), NotWithin::NoTask(NoTask::Unknown));
+}
+
+#[tokio::test]
 async fn a_file_that_is_no_use_is_ignored_and_only_ours_is_written_over() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("kv.assignment");

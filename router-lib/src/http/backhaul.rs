@@ -178,7 +178,7 @@ impl NotForwarded {
         let (status, proxy_error) = match &self {
             Self::Loop => (StatusCode::BAD_GATEWAY, "proxy_loop_detected"),
             Self::Route(RouteError::Key(_)) => (StatusCode::BAD_REQUEST, "http_request_error"),
-            Self::Route(RouteError::GaveUp(_)) => {
+            Self::Route(RouteError::GaveUp(_) | RouteError::TooOld(_)) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "destination_unavailable")
             }
             Self::Route(RouteError::Address(_)) => {

@@ -57,6 +57,7 @@ pub struct Builder {
     clerk: Clerk,
     key: KeyFrom,
     patience: Duration,
+    max_staleness: Option<Duration>,
     configure: Box<Configure>,
 }
 
@@ -65,6 +66,13 @@ impl Builder {
     #[must_use]
     pub const fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
+        self
+    }
+
+    /// Makes no call by an assignment that may be older than this: see [`Routing::max_staleness`]. Any age will do unless set.
+    #[must_use]
+    pub const fn max_staleness(mut self, most: Duration) -> Self {
+        self.max_staleness = Some(most);
         self
     }
 
@@ -77,10 +85,13 @@ impl Builder {
 
     /// Makes the channel.
     pub fn build(self) -> Channel {
-        let Self { clerk, key, patience, configure } = self;
+        let Self { clerk, key, patience, max_staleness, configure } = self;
         let open = Arc::new(Open { channels: Mutex::default(), configure });
         let tasks = Tasks { open: Arc::clone(&open), clerk: clerk.clone() };
-        let routing = Routing::with_patience(clerk, key, patience);
+        let mut routing = Routing::with_patience(clerk, key, patience);
+        if let Some(most) = max_staleness {
+            routing = routing.max_staleness(most);
+        }
         Channel { route: RouteLayer::from(routing).layer(tasks), open }
     }
 }
@@ -88,7 +99,8 @@ impl Builder {
 impl Channel {
     /// Begins to describe a channel.
     pub fn builder(clerk: Clerk, key: KeyFrom) -> Builder {
-        Builder { clerk, key, patience: PATIENCE, configure: Box::new(|endpoint| endpoint) }
+        let configure = Box::new(|endpoint| endpoint);
+        Builder { clerk, key, patience: PATIENCE, max_staleness: None, configure }
     }
 
     /// Counts the tasks that it has a channel to.
@@ -148,9 +160,10 @@ impl From<RouteError> for Status {
     fn from(error: RouteError) -> Self {
         let code = match &error {
             RouteError::Key(_) => Code::InvalidArgument,
-            RouteError::GaveUp(_) | RouteError::Address(_) | RouteError::Lost(_) => {
-                Code::Unavailable
-            }
+            RouteError::GaveUp(_)
+            | RouteError::TooOld(_)
+            | RouteError::Address(_)
+            | RouteError::Lost(_) => Code::Unavailable,
             RouteError::Crossed { .. } => Code::FailedPrecondition,
             RouteError::Astray(_) => Code::Internal,
             RouteError::Task { .. } => Code::Unknown,

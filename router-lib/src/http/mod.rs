@@ -16,6 +16,7 @@ pub mod refused;
 pub mod replay;
 mod budget;
 mod deadline;
+pub mod verdict;
 pub mod route;
 pub mod channel;
 pub mod load;

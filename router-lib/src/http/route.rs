@@ -28,14 +28,18 @@ use mandoline_core::task::{Address, SessionId};
 use tower::{Layer, Service, ServiceExt};
 use tracing::debug;
 
-use crate::clerk::{Clerk, Held};
+use crate::choice::{Call, Verdict};
+use crate::clerk::{Clerk, Held, TooOld};
 use crate::gateways::{Gateway, Gateways, Region, Way};
 use crate::http::budget::Budget;
+use crate::http::deadline;
 use crate::http::key::KeyFrom;
 use crate::http::names::{HOPS, LOAD, SPILL, hops};
 use crate::http::refused::Refused;
 use crate::http::replay::{BoxError, Reel, Replay};
+use crate::http::verdict::verdict;
 use crate::snapshot::{Sent, Target};
+use crate::spill::Utilisation;
 use crate::tries::{GaveUp, Refusal, Tries};
 
 type Pending<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
@@ -71,6 +75,9 @@ pub enum RouteError {
     /// No task took it.
     #[error(transparent)]
     GaveUp(#[from] GaveUp),
+    /// What is known of who serves what may be older than was allowed: see [`Routing::max_staleness`].
+    #[error(transparent)]
+    TooOld(#[from] TooOld),
     /// The task's address is no authority of a URI.
     #[error("{0} is no address that a request can be sent to")]
     Address(Address),
@@ -113,13 +120,14 @@ struct Rules {
     clerk: Clerk,
     key: KeyFrom,
     patience: Duration,
+    max_staleness: Option<Duration>,
     budget: Budget,
     gateways: Option<Gateways>,
 }
 
 /// Where a request goes: straight to a task, or by a gateway of its region.
 enum Stop {
-    Task(ToTask),
+    Task(ToTask, Option<Call>),
     Region(Region),
 }
 
@@ -139,15 +147,35 @@ impl Routing {
 
     /// Looks so long for a task that takes a request.
     pub fn with_patience(clerk: Clerk, key: KeyFrom, patience: Duration) -> Self {
-        Self(Arc::new(Rules { clerk, key, patience, budget: Budget::new(), gateways: None }))
+        let (max_staleness, budget, gateways) = (None, Budget::new(), None);
+        Self(Arc::new(Rules { clerk, key, patience, max_staleness, budget, gateways }))
+    }
+
+    /// Sends nothing by an assignment that may be older than this, but says [`RouteError::TooOld`]. Without it a clerk goes on with
+    /// what it knows, however old: mostly that is still right, and a task that is asked in vain says so.
+    #[must_use]
+    pub fn max_staleness(self, most: Duration) -> Self {
+        self.but(|rules| rules.max_staleness = Some(most))
     }
 
     /// Sends what lives in other regions by their gateways.
     #[must_use]
     pub fn by_gateways(self, gateways: Gateways) -> Self {
-        let Rules { clerk, key, patience, .. } = &*self.0;
-        let (clerk, key, gateways) = (clerk.clone(), key.clone(), Some(gateways));
-        Self(Arc::new(Rules { clerk, key, patience: *patience, budget: Budget::new(), gateways }))
+        self.but(|rules| rules.gateways = Some(gateways))
+    }
+
+    fn but(self, change: impl FnOnce(&mut Rules)) -> Self {
+        let Rules { clerk, key, patience, max_staleness, budget: _, gateways } = &*self.0;
+        let mut rules = Rules {
+            clerk: clerk.clone(),
+            key: key.clone(),
+            patience: *patience,
+            max_staleness: *max_staleness,
+            budget: Budget::new(),
+            gateways: gateways.clone(),
+        };
+        change(&mut rules);
+        Self(Arc::new(rules))
     }
 
     /// Gives what it routes by.
@@ -168,7 +196,7 @@ impl Routing {
         B: Body<Data = Bytes>,
         B::Error: Into<BoxError>,
     {
-        let Rules { clerk, key, patience, budget, .. } = &*self.0;
+        let Rules { clerk, key, patience, max_staleness, budget, .. } = &*self.0;
         let (head, body) = request.into_parts();
         let key = key.find(&head)?;
         let mut attempt = Attempt { routing: &self, client, key, reel: Reel::new(body), head };
@@ -182,17 +210,20 @@ impl Routing {
                 // What went wrong says more than that the time is over.
                 Err(error) => return Err(failure.unwrap_or_else(|| error.into())),
             };
+            if let Some(most) = max_staleness {
+                clerk.check_age(*most)?;
+            }
             failure = None;
             let (stop, sent, is_spilled) = self.stop(&target, failed);
             let generation = target.generation();
             drop(target);
             let asked = match &stop {
-                Stop::Task(to) => Some(to.session),
+                Stop::Task(to, _) => Some(to.session),
                 Stop::Region(_) => None,
             };
             failed = None;
             let answer = match stop {
-                Stop::Task(to) => attempt.at_task(to, sent, is_spilled).await,
+                Stop::Task(to, call) => attempt.at_task(to, call, sent, is_spilled).await,
                 Stop::Region(region) => attempt.by_gateway(&region, generation).await,
             };
             match answer {
@@ -212,14 +243,15 @@ impl Routing {
     fn stop(&self, target: &Target<Held>, failed: Option<SessionId>) -> (Stop, Option<Sent>, bool) {
         let task = match &self.0.gateways {
             None => target.task(),
-            Some(gateways) => match gateways.way(target.task(), target.replicas(), failed) {
+            Some(gateways) => match gateways.way_of(target, failed) {
                 Way::Straight(task) => task,
                 Way::Gateway(region) => return (Stop::Region(region.clone()), None, false),
             },
         };
         let (session, address) = (task.session, task.info.address.clone());
         let is_it = session == target.session();
-        let stop = Stop::Task(ToTask { session, address, generation: target.generation() });
+        let to = ToTask { session, address, generation: target.generation() };
+        let stop = Stop::Task(to, is_it.then(|| target.begin()));
         (stop, target.sent().filter(|_| is_it), is_it && target.is_spilled())
     }
 }
@@ -245,6 +277,7 @@ where
     async fn at_task(
         &mut self,
         to: ToTask,
+        mut call: Option<Call>,
         sent: Option<Sent>,
         is_spilled: bool,
     ) -> Result<Response<R>, Setback> {
@@ -258,18 +291,33 @@ where
             request.headers_mut().insert(SPILL, generation);
         }
         request.extensions_mut().insert(to.clone());
+        if let (Some(call), Some(limit)) = (&mut call, deadline::of(&self.head.headers)) {
+            call.waits(limit);
+        }
         match self.client.clone().oneshot(request).await {
             Ok(answer) => {
-                if let (Some(sent), Some(told)) = (sent, answer.headers().get(LOAD))
-                    && let Some(told) = told.to_str().ok().and_then(|told| told.parse().ok())
+                if let Some(told) = told(&answer) {
+                    call.iter().for_each(|call| call.heard(told.requests));
+                    if let Some(sent) = sent {
+                        self.routing.clerk().heard(sent, told);
+                    }
+                }
+                if let Some(call) = call
+                    && Refused::read(&answer).is_none()
                 {
-                    self.routing.clerk().heard(sent, told);
+                    call.ends(verdict(&answer));
                 }
                 let Some(refusal) = self.refusal(&answer) else { return Ok(answer) };
                 debug!(key = %self.key, task = %to.address, ?refusal, "Request was not taken");
                 Err(Setback::NotTaken(refusal))
             }
-            Err(error) => Err(self.failed(to.address, error.into())),
+            Err(error) => {
+                let error: BoxError = error.into();
+                if let Some(call) = call.filter(|_| !is_callers(&*error)) {
+                    call.ends(Verdict::Failed);
+                }
+                Err(self.failed(to.address, error))
+            }
         }
     }
 
@@ -352,6 +400,23 @@ fn direct<B>(request: &mut Request<B>, address: &Address) -> Result<(), RouteErr
     parts.path_and_query.get_or_insert_with(|| http::uri::PathAndQuery::from_static("/"));
     *request.uri_mut() = Uri::from_parts(parts).map_err(|_| none())?;
     Ok(())
+}
+
+/// Reads what a task says of its load in its answer. What cannot be read is as good as nothing.
+fn told<R>(answer: &Response<R>) -> Option<Utilisation> {
+    answer.headers().get(LOAD)?.to_str().ok()?.parse().ok()
+}
+
+/// Says whether a request broke off since its caller did, such as in the middle of its body.
+fn is_callers(error: &(dyn Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_user) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// Says whether a request has not reached a task at all: nobody accepted the connection.

@@ -49,7 +49,7 @@ async fn offer(address: &str, offer: pb::Offer) -> Result<Answer, Status> {
 fn offered(slices: &[(pb::Slice, f64)]) -> pb::Offer {
     let part = |&(slice, load)| pb::SliceOffer { slice: Some(slice), load, failed: 0.0 };
     let slices = slices.iter().map(part).collect();
-    pb::Offer { job: "kv".to_owned(), caller: 7, window_ms: 1_000, slices, hot: vec![] }
+    pb::Offer { job: "kv".to_owned(), caller: 7, window_ms: 1_000, slices, ..Default::default() }
 }
 
 #[tokio::test]

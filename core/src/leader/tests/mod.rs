@@ -443,7 +443,7 @@ fn callers_say_whether_tasks_that_are_not_heard_are_gone() {
             slices.sort_by_key(|part| part.slice);
             let window = Duration::from_secs(5);
             let caller = Caller(1);
-            let offer = Offer { caller, window, slices, hot: vec![] };
+            let offer = Offer { caller, window, slices, hot: vec![], avoided: vec![] };
             scene.leader.offer(scene.now, &kv(), offer).unwrap().unwrap();
             scene.pass(3, &tasks[..3], even);
         }

@@ -5,4 +5,5 @@ mod bad_input;
 mod regions;
 mod kit;
 mod layers;
+mod choices;
 mod stubs;
