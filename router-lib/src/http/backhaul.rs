@@ -34,7 +34,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
-use http::{Request, Response, StatusCode, Version};
+use http::{Request, Response, StatusCode, Uri, Version};
 use http_body::Body;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Either};
@@ -49,7 +49,7 @@ use tracing::debug;
 
 use crate::clerk::Clerk;
 use crate::http::key::KeyFrom;
-use crate::http::names::{HOPS, PROXY_STATUS, hops, lists, strip_hop_by_hop};
+use crate::http::names::{HOPS, PROXY_STATUS, SPILL, hops, lists, strip_hop_by_hop};
 use crate::http::own::{Answer, take};
 use crate::http::refused::{Refused, is_grpc};
 use crate::http::replay::{BoxError, Replay};
@@ -69,6 +69,11 @@ const BUFFER_BYTES: usize = 64 * 1_024;
 /// What a task may send ahead of a client that reads slowly, over HTTP/2. It bounds what one body costs in memory, and how fast it comes
 /// from afar: 12 MiB/s over 40 ms.
 const WINDOW_BYTES: u32 = 512 * 1_024;
+/// The same for all that share a connection: the most that HTTP/2 has. With less, a few clients that read slowly would hold up the
+/// answers to all others from that task.
+const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
+/// When the system begins to ask whether a silent peer, such as behind an upgraded connection, is still there.
+const KEEPALIVE: Duration = Duration::from_secs(30);
 
 type Forwarded = UnsyncBoxBody<Bytes, BoxError>;
 
@@ -246,7 +251,11 @@ impl Backhaul {
 
     /// Takes away what was meant for this hop, and says that the request came by here.
     fn sign(&self, head: &mut Parts, is_upgrade: bool) {
+        // How the client came here, such as by TLS, says nothing of the way to a task.
+        let path = head.uri.path_and_query().cloned();
+        head.uri = path.map_or_else(Uri::default, Uri::from);
         let headers = &mut head.headers;
+        headers.remove(SPILL);
         let trailers = lists(headers.get_all(header::TE), "trailers");
         let upgrade = headers.get(header::UPGRADE).filter(|_| is_upgrade).cloned();
         strip_hop_by_hop(headers);
@@ -308,6 +317,7 @@ impl Clients {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_PATIENCE));
+        connector.set_keepalive(Some(KEEPALIVE));
         let mut builder = Client::builder(TokioExecutor::new());
         builder.pool_timer(TokioTimer::new()).timer(TokioTimer::new()).pool_idle_timeout(IDLE);
         // A request is addressed to a task; which host it is for stays as the client said.
@@ -319,7 +329,7 @@ impl Clients {
             .pool_idle_timeout(IDLE)
             .http2_only(true)
             .http2_initial_stream_window_size(WINDOW_BYTES)
-            .http2_initial_connection_window_size(2 * WINDOW_BYTES)
+            .http2_initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .http2_max_send_buf_size(BUFFER_BYTES)
             .http2_keep_alive_interval(PING_EVERY)
             .http2_keep_alive_while_idle(false)

@@ -19,8 +19,9 @@ use std::time::Duration;
 use http::{Request, Response};
 use mandoline_core::task::SessionId;
 use tokio::time::{Sleep, sleep};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::body::Body;
-use tonic::transport::{self, Endpoint};
+use tonic::transport::{self, ClientTlsConfig, Endpoint};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
@@ -58,6 +59,7 @@ pub struct Builder {
     key: KeyFrom,
     patience: Duration,
     max_staleness: Option<Duration>,
+    tls: Option<ClientTlsConfig>,
     configure: Box<Configure>,
 }
 
@@ -76,7 +78,14 @@ impl Builder {
         self
     }
 
-    /// Sets what tonic lets be set of a connection, such as TLS, windows and limits.
+    /// Speaks TLS with the tasks. Their certificates must name what their addresses name, unless `tls` says a name.
+    #[must_use]
+    pub fn tls(mut self, tls: ClientTlsConfig) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+
+    /// Sets what tonic lets be set of a connection, such as windows and limits; TLS is set by [`Builder::tls`].
     #[must_use]
     pub fn endpoint(mut self, set: impl Fn(Endpoint) -> Endpoint + Send + Sync + 'static) -> Self {
         self.configure = Box::new(set);
@@ -85,8 +94,17 @@ impl Builder {
 
     /// Makes the channel.
     pub fn build(self) -> Channel {
-        let Self { clerk, key, patience, max_staleness, configure } = self;
-        let open = Arc::new(Open { channels: Mutex::default(), configure });
+        let Self { clerk, key, patience, max_staleness, tls, configure } = self;
+        let closing = CancellationToken::new();
+        let ending = closing.clone();
+        let open = Open {
+            channels: Mutex::default(),
+            tls,
+            configure,
+            ending,
+            _closing: closing.drop_guard(),
+        };
+        let open = Arc::new(open);
         let tasks = Tasks { open: Arc::clone(&open), clerk: clerk.clone() };
         let mut routing = Routing::with_patience(clerk, key, patience);
         if let Some(most) = max_staleness {
@@ -100,7 +118,7 @@ impl Channel {
     /// Begins to describe a channel.
     pub fn builder(clerk: Clerk, key: KeyFrom) -> Builder {
         let configure = Box::new(|endpoint| endpoint);
-        Builder { clerk, key, patience: PATIENCE, max_staleness: None, configure }
+        Builder { clerk, key, patience: PATIENCE, max_staleness: None, tls: None, configure }
     }
 
     /// Counts the tasks that it has a channel to.
@@ -203,7 +221,11 @@ struct Tasks {
 
 struct Open {
     channels: Mutex<HashMap<SessionId, transport::Channel>>,
+    tls: Option<ClientTlsConfig>,
     configure: Box<Configure>,
+    /// Whoever closes connections need not when nobody has the channel any more.
+    ending: CancellationToken,
+    _closing: DropGuard,
 }
 
 impl Open {
@@ -218,15 +240,21 @@ impl Tasks {
         if let Some(channel) = channels.get(&to.session) {
             return Ok(channel.clone());
         }
-        let endpoint = Endpoint::from_shared(format!("http://{}", to.address))?
+        let scheme = if self.open.tls.is_some() { "https" } else { "http" };
+        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{}", to.address))?
             .connect_timeout(CONNECT_PATIENCE)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_PATIENCE)
-            .keep_alive_while_idle(true);
+            // Servers in other languages take pings on an idle connection for an attack.
+            .keep_alive_while_idle(false);
+        if let Some(tls) = &self.open.tls {
+            endpoint = endpoint.tls_config(tls.clone())?;
+        }
         let channel = (self.open.configure)(endpoint).connect_lazy();
         if channels.is_empty() {
-            tokio::spawn(close_with_their_tasks(Arc::downgrade(&self.open), self.clerk.clone()));
+            let closing = close_with_their_tasks(Arc::downgrade(&self.open), self.clerk.clone());
+            tokio::spawn(self.open.ending.clone().run_until_cancelled_owned(closing));
         }
         channels.insert(to.session, channel.clone());
         Ok(channel)

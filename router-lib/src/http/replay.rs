@@ -72,9 +72,12 @@ impl<B> Reel<B> {
         Replay { inner: Arc::clone(&self.0), sending: inner.sending, at: 0 }
     }
 
-    /// Says whether it can be sent from its beginning.
-    pub(crate) fn is_whole(&self) -> bool {
-        lock(&self.0).is_whole
+    /// Ends the sending under way if another can begin, and says whether it can: both at once, or the one under way might read past
+    /// what is kept before the other begins, which would begin in the middle.
+    pub(crate) fn rewind(&self) -> bool {
+        let mut inner = lock(&self.0);
+        inner.sending += u64::from(inner.is_whole);
+        inner.is_whole
     }
 }
 
@@ -112,6 +115,10 @@ impl<B: Body<Data = Bytes>> Inner<B> {
 
     fn keep(&mut self, frame: &Frame<Bytes>) {
         let length = frame.data_ref().map_or(0, Bytes::len);
+        if frame.is_data() && length == 0 {
+            // Says nothing, and any number of them would fit.
+            return;
+        }
         if !(self.keeps && self.is_whole && self.bytes + length <= KEPT_MAX_BYTES) {
             self.is_whole = false;
             return;
@@ -218,7 +225,7 @@ mod tests {
         for _ in 0..3 {
             first.frame().await.unwrap().unwrap();
         }
-        assert!(reel.is_whole());
+        assert!(reel.rewind());
         assert_eq!(read(reel.play()).await, (1_000, true));
         assert!(first.frame().await.unwrap().is_err(), "another sending has begun");
         assert_eq!(read(reel.play()).await, (1_000, true), "and again");
@@ -233,8 +240,27 @@ mod tests {
             bytes += frame.unwrap().data_ref().map_or(0, Bytes::len);
             assert!(lock(&reel.0).bytes <= KEPT_MAX_BYTES);
         }
-        assert_eq!((bytes, reel.is_whole()), (100_000, false));
+        assert_eq!((bytes, reel.rewind()), (100_000, false));
         assert!(lock(&reel.0).kept.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_sending_that_was_refused_reads_no_further() {
+        let reel = Reel::new(body(100, 1_000));
+        let mut first = reel.play();
+        first.frame().await.unwrap().unwrap();
+        assert!(reel.rewind());
+        // The refused task's connection would read on while the caller waits for the next owner.
+        while first.frame().await.is_some_and(|frame| frame.is_ok()) {}
+        assert_eq!(read(reel.play()).await, (100_000, true), "all of it, not what was left");
+    }
+
+    #[tokio::test]
+    async fn empty_frames_are_not_kept() {
+        let reel = Reel::new(body(1_000, 0));
+        let mut first = reel.play();
+        while first.frame().await.is_some() {}
+        assert_eq!(lock(&reel.0).kept.len(), 1, "the trailers");
     }
 
     #[tokio::test]

@@ -356,7 +356,7 @@ where
             }
             gateways.failed(&gateway, &*error);
             tried.push(gateway.address);
-            if !self.reel.is_whole() {
+            if !self.reel.rewind() {
                 break;
             }
         }
@@ -372,7 +372,7 @@ where
 
     /// Reads in an answer that the request was not taken, if it may be sent again.
     fn refusal(&mut self, answer: &Response<R>) -> Option<Refusal> {
-        Refused::read(answer).filter(|_| self.reel.is_whole())
+        Refused::read(answer).filter(|_| self.reel.rewind())
     }
 
     fn failed(&mut self, address: Address, source: BoxError) -> Setback {
@@ -382,7 +382,7 @@ where
         debug!(key = %self.key, %address, error = %source, unreached, "No answer");
         let error = RouteError::Task { address, source };
         match (unreached, may_be_repeated) {
-            _ if !self.reel.is_whole() => Setback::Final(error),
+            _ if !self.reel.rewind() => Setback::Final(error),
             (true, _) => Setback::Unreached(error),
             (false, true) => Setback::BrokeOff(error),
             (false, false) => Setback::Final(error),
@@ -419,12 +419,16 @@ fn is_callers(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
-/// Says whether a request has not reached a task at all: nobody accepted the connection.
+/// Says whether a request has not reached a task at all: nobody accepted the connection, or it was closed before the request was written
+/// to it, as a task that leaves closes its connections.
 fn is_unreached(error: &(dyn Error + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         let of_client = error.downcast_ref::<legacy::Error>();
         if error.is::<tonic::ConnectError>() || of_client.is_some_and(legacy::Error::is_connect) {
+            return true;
+        }
+        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled) {
             return true;
         }
         cause = error.source();

@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use tonic::client::Grpc;
 use tonic::transport::Endpoint;
 use tonic_prost::ProstCodec;
-use tower::{Layer, service_fn};
+use tower::{Layer, ServiceExt, service_fn};
 
 use super::kit::{Echo, Fleet, MIDDLE, PATIENCE, key_in};
 use crate::http::backhaul::BackhaulLayer;
@@ -248,4 +248,21 @@ async fn what_was_forwarded_is_not_forwarded_again_nor_round_in_circles() {
     assert_eq!(answer.status(), StatusCode::MISDIRECTED_REQUEST);
     let answer = send(Request::builder().header(HOPS, "1")).await.unwrap();
     assert_eq!((answer.status(), text(answer).await.as_str()), (StatusCode::OK, "t2"));
+}
+
+#[tokio::test]
+async fn a_client_that_came_by_tls_is_forwarded_and_its_host_goes_on() {
+    let fleet = two_halves().await;
+    let clerk = fleet.clerk.clone();
+    let slicelet = Arc::clone(&fleet.tasks[0].slicelet);
+    let layer = BackhaulLayer::new("t1", slicelet, clerk, KeyFrom::path(1));
+    let here = layer.layer(service_fn(|_: Request<Any>| async {
+        Ok::<_, Infallible>(Response::new(any(Full::new(Bytes::from_static(b"here")))))
+    }));
+    // As hyper's server has it from HTTP/2 behind TLS.
+    let uri = format!("https://kv.example/kv/{}", key_in(true));
+    let request = Request::get(uri).version(http::Version::HTTP_2).body(any(Empty::new())).unwrap();
+    let answer = tokio::time::timeout(PATIENCE, here.oneshot(request)).await.unwrap().unwrap();
+    assert_eq!(answer.status(), StatusCode::OK);
+    assert_eq!(answer.into_body().collect().await.unwrap().to_bytes(), "t2");
 }

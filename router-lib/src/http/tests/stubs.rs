@@ -11,15 +11,22 @@ use http::uri::PathAndQuery;
 use http::{Request, Response};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
+use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
+use mandoline_core::slice_map::SliceMap;
+use mandoline_core::task::{SessionId, Task, TaskInfo};
 use mandoline_core::transit::HandOffId;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpListener;
 use tonic::client::Grpc;
+use tonic::transport::ClientTlsConfig;
 use tonic::{Code, Status};
 use tonic_prost::ProstCodec;
 use tower::{Layer, ServiceExt, service_fn};
 
 use super::kit::{Echo, Fleet, MIDDLE, PATIENCE, key_in, until};
+use crate::clerk::Clerk;
 use crate::http::channel::Channel;
 use crate::http::key::{Key, KeyFrom};
 use crate::http::own::OwnLayer;
@@ -226,4 +233,28 @@ async fn a_call_without_a_usable_key_is_refused_by_stub_and_server_alike() {
     let answer = answer.unwrap();
     assert_eq!(answer.headers()["grpc-status"], (Code::InvalidArgument as i32).to_string());
     assert!(answer.into_body().collect().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_channel_that_is_to_speak_tls_does() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let generation = Generation { incarnation: 1, number: 1 };
+    let info = TaskInfo::new("t1".parse().unwrap(), 1, address.parse().unwrap());
+    let mut made = Assignment::new("kv".parse().unwrap(), generation);
+    made.tasks.insert(SessionId(1), Arc::new(Task::new(SessionId(1), info)));
+    let replicas = Replicas::One(Replica { session: SessionId(1), since: generation });
+    made.slices = SliceMap::uniform(Assigned { replicas, ..Assigned::default() });
+    let clerk = Clerk::frozen(Arc::new(made));
+    let (tls, patience) = (ClientTlsConfig::new(), Duration::from_millis(50));
+    let builder = Channel::builder(clerk, KeyFrom::metadata(KEY)).tls(tls).patience(patience);
+    let channel = builder.build();
+    // Whoever comes once more finds nobody.
+    let first_byte = async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.read_u8().await.unwrap()
+    };
+    let (said, first) = tokio::join!(say(&channel, request("k", "a".into())), first_byte);
+    assert_eq!(first, 22, "TLS begins with a handshake record, HTTP/2 with P");
+    assert_eq!(said.unwrap_err().code(), Code::Unavailable);
 }
