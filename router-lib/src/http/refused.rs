@@ -9,7 +9,7 @@
 //! | the request has no usable key | 400, or 431 for one too long | `INVALID_ARGUMENT` | `NO_KEY` |
 //!
 //! The first three promise that nothing was done, so whoever hears them asks again: see [`crate::tries::Tries`]. Only a task may
-//! promise that of itself: what a handler passes on from another job's task loses the fields that say so ([`unsay`]), or the caller
+//! promise that of itself: what a handler passes on from another job's task loses the fields that say so (`unsay`), or the caller
 //! would repeat what the handler has done by then.
 
 use std::collections::HashMap;
