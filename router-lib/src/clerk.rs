@@ -51,7 +51,7 @@ const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// ```no_run
 /// # async fn f() -> Result<(), Box<dyn std::error::Error>> {
 /// let clerk = mandoline::Clerk::builder("shop")
-///     .sources(["10.0.0.1:7400".parse()?, "10.0.0.2:7400".parse()?])
+///     .sources(["10.0.0.1:7400", "10.0.0.2:7400"])
 ///     .cache("/var/lib/shop/assignment")
 ///     .start()?;
 /// clerk.ready().await;
