@@ -15,6 +15,7 @@ use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
 use mandoline_proxy::config::Config;
 use mandoline_proxy::proxy::{Proxy, StartError};
+use mandoline_proxy::router::Router;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 
@@ -160,7 +161,10 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     };
     let clerk =
         builder.start().map_err(|e| Failure::new("the clerk did not start").caused_by(&e))?;
-    let mut config = Config { admin: Some(local(args.admin, 7480)), ..Config::new(listen, key) };
+    let mut config = Config {
+        admin: Some(local(args.admin, 7480)),
+        ..Config::new(listen, key, Router::new(clerk.clone()))
+    };
     config.gateways = gateways;
     config.max_staleness = args.max_staleness.map(|Span(most)| most);
     if let Some(workers) = args.workers {
@@ -175,7 +179,7 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     if let Some(Size(bytes)) = args.hold_bytes {
         config.limits.held_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
     }
-    let proxy = start(config, &clerk, &stop)?;
+    let proxy = start(config, &stop)?;
     eprintln!("proxy: requests for job {job} at {}", proxy.local_addr());
     match watch {
         Some(listener) => {
@@ -208,14 +212,9 @@ fn gateways(
     gateways.map(Some).map_err(|error| Failure::new("these gateways cannot be used").because(error))
 }
 
-/// Starts a proxy that goes by a clerk.
-pub(crate) fn start(
-    config: Config,
-    clerk: &Clerk,
-    stop: &CancellationToken,
-) -> Result<Proxy, Failure> {
-    let router = mandoline_proxy::route::Router::new(clerk.clone());
-    Proxy::start(config, router, stop).map_err(|error| match error {
+/// Starts a proxy.
+pub(crate) fn start(config: Config, stop: &CancellationToken) -> Result<Proxy, Failure> {
+    Proxy::start(config, stop).map_err(|error| match error {
         StartError::Bind { address, source } => ports::taken(address, "the proxy", &source),
         error => Failure::new("the proxy did not start").caused_by(&error),
     })

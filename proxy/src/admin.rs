@@ -13,7 +13,6 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1::Builder;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use mandoline_core::generation::Generation;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use tokio::net::{TcpListener, TcpStream};
@@ -24,7 +23,6 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use crate::metrics::Tally;
-use crate::route::Router;
 
 /// Connections at a time: a few probes and scrapers. One more waits in the kernel until another has ended.
 const CONNECTIONS_MAX: usize = 64;
@@ -36,15 +34,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What the admin address knows.
 pub(crate) struct Admin {
     registry: Registry,
-    router: Arc<Router>,
+    tally: Tally,
     stop: CancellationToken,
 }
 
 impl Admin {
-    pub(crate) fn new(tally: Tally, router: Arc<Router>, stop: CancellationToken) -> Self {
+    pub(crate) fn new(tally: Tally, stop: CancellationToken) -> Self {
         let mut registry = Registry::default();
-        registry.register_collector(Box::new(tally));
-        Self { registry, router, stop }
+        registry.register_collector(Box::new(tally.clone()));
+        Self { registry, tally, stop }
     }
 
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
@@ -74,7 +72,7 @@ impl Admin {
     fn ready(&self) -> Response<Full<Bytes>> {
         if self.stop.is_cancelled() {
             text(StatusCode::SERVICE_UNAVAILABLE, "the proxy is stopping\n")
-        } else if self.router.generation() == Generation::ZERO {
+        } else if !self.tally.knows_all() {
             text(StatusCode::SERVICE_UNAVAILABLE, "no assignment has come in yet\n")
         } else {
             text(StatusCode::OK, "ok\n")

@@ -10,7 +10,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep};
 
-use crate::exchange::Exchange;
+use crate::observe::Exchange;
 use crate::pool::Lease;
 use crate::record::Outcome;
 use crate::wire::Abort;
@@ -112,7 +112,7 @@ impl Stream {
     /// Is ready when nothing has come for too long. The timer is set when the first piece has to be waited for, and again
     /// only when it has run out, so that a piece costs no more than a flag.
     fn poll_stall(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let limit = self.worker.config.timeouts.stall;
+        let limit = self.worker.setup().config.timeouts.stall;
         let stall = self.stall.get_or_insert_with(|| {
             self.moved = false;
             Box::pin(sleep(limit))

@@ -25,19 +25,30 @@ use mandoline_core::transit::HandOffId;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
-use crate::exchange::Exchange;
+use crate::hold::Held;
+use crate::identify::sign;
+use crate::job::Job;
 use crate::metrics::{Count, TaskCount};
-use crate::pause::Held;
+use crate::observe::Exchange;
+use crate::passage::{Answer, Passage};
 use crate::pool::{ConnectError, Lease, Upstream};
 use crate::refusal::Refusal;
-use crate::route::{Target, To};
+use crate::setup::{Setup, To};
+use crate::target::{self, Target};
 use crate::upload::{Tape, Upload};
 use crate::worker::Worker;
 use mandoline::gateways::Region;
 use mandoline::http::names::{GENERATION, HOPS, LOAD, SPILL, TRANSIT, hops, strip_hop_by_hop};
 
-/// A task's answer and the connection it comes on.
-pub(crate) type Answer = (Response<Incoming>, Lease);
+/// What is the same for every try.
+struct Trip<'a> {
+    worker: &'a Worker,
+    setup: &'a Setup,
+    job: &'a Job,
+    key: SliceKey,
+    head: &'a Parts,
+    tape: &'a Tape,
+}
 
 /// What one try came to, if not an answer to pass on.
 enum Setback {
@@ -62,31 +73,37 @@ const LAG_PAUSES_MS: [u64; 9] = [5, 10, 20, 40, 80, 160, 320, 640, 1280];
 /// request looks for it, or tasks that contradict each other.
 const TRIES_MAX: usize = 20;
 
+/// The stage `forward`: gets an answer from the task.
+pub(crate) async fn forward(passage: &mut Passage) -> Result<(), Refusal> {
+    let route = passage.route();
+    let To::Job { job, .. } = &route.to;
+    let target = passage.target.take().expect("route has found the task");
+    sign(passage);
+    passage.answer = Some(to_owner(passage, job, target).await?);
+    Ok(())
+}
+
 /// Sends a request to its task, and once more to the fresh owner if it may be repeated.
 ///
 /// An owner, fresh or not, that answers by an older assignment than the proxy's is asked again after a pause: in a move the
 /// old owner, the proxy and the new owner hear of it in any order. One that is giving the slice away is not asked, or not
 /// again: the request is held. Two that refuse it by one assignment are the end, and so are news that do not come.
-pub(crate) async fn forward(
-    worker: &Worker,
-    key: SliceKey,
-    mut target: Target,
-    head: &Parts,
-    tape: &Tape,
-    held: &mut Held<'_>,
-    exchange: &mut Exchange,
-) -> Result<Answer, Refusal> {
+async fn to_owner(passage: &mut Passage, job: &Job, mut target: Target) -> Result<Answer, Refusal> {
+    let Passage { worker, setup, head, tape, line, key, held_until, exchange, .. } = passage;
+    let key = key.expect("key has found the key");
+    let held = &mut Held::new(&job.hold, key, tape, line, held_until);
+    let trip = &Trip { worker, setup, job, key, head, tape };
     let mut pauses = LAG_PAUSES_MS.into_iter();
     let (mut is_fresh, mut in_vain) = (false, false);
     let mut tries = 0;
     loop {
         if target.is_releasing {
-            target = next_owner(worker, key, target.generation, head, held, exchange).await?;
+            target = next_owner(trip, target.generation, held, exchange).await?;
             continue;
         }
         tries += 1;
         exchange.tries(&target);
-        let setback = match attempt(worker, key, &target, head, tape, exchange).await {
+        let setback = match attempt(trip, &target, exchange).await {
             Ok(answer) => {
                 if answer.0.status() != StatusCode::SERVICE_UNAVAILABLE {
                     exchange.is_taken();
@@ -115,20 +132,20 @@ pub(crate) async fn forward(
         let has_news = told.is_some_and(|told| told > target.generation);
         let next = match setback {
             // A task that cannot take what was spilled to it says nothing about the owner, who has not been asked yet.
-            _ if target.is_spilled => worker.lookup.route_to_owner(key, &worker.pool),
+            _ if target.is_spilled => job.lookup.route_to_owner(key, &worker.pool),
             _ if lags => {
                 let Some(pause) = pauses.next() else { return Err(refusal(setback, head)) };
                 sleep(Duration::from_millis(pause)).await;
-                worker.lookup.route_to_owner(key, &worker.pool)
+                job.lookup.route_to_owner(key, &worker.pool)
             }
             Setback::InTransit(told) => {
                 is_fresh = false;
-                Some(next_owner(worker, key, told, head, held, exchange).await?)
+                Some(next_owner(trip, told, held, exchange).await?)
             }
             _ if in_vain || (is_fresh && !has_news) => return Err(refusal(setback, head)),
             _ => {
                 is_fresh = true;
-                let next = worker.lookup.fresh(key, &worker.pool, &target, told).await;
+                let next = job.lookup.fresh(key, &worker.pool, &target, told).await;
                 in_vain = next.as_ref().is_some_and(|next| Some(next.generation) < told);
                 next
             }
@@ -149,16 +166,14 @@ pub(crate) async fn forward(
 
 /// Holds a request until its slice has settled by an assignment newer than `told`, and finds who owns that then.
 async fn next_owner(
-    worker: &Worker,
-    key: SliceKey,
+    trip: &Trip<'_>,
     told: Generation,
-    head: &Parts,
     held: &mut Held<'_>,
     exchange: &mut Exchange,
 ) -> Result<Target, Refusal> {
-    held.settled(told, head).await?;
+    held.settled(told, trip.head).await?;
     exchange.goes_on();
-    worker.lookup.route_to_owner(key, &worker.pool).ok_or(Refusal::Unserved)
+    trip.job.lookup.route_to_owner(trip.key, &trip.worker.pool).ok_or(Refusal::Unserved)
 }
 
 /// What the client is told of a setback that ends its request.
@@ -172,25 +187,18 @@ fn refusal(setback: Setback, head: &Parts) -> Refusal {
     }
 }
 
-async fn attempt(
-    worker: &Worker,
-    key: SliceKey,
-    target: &Target,
-    head: &Parts,
-    tape: &Tape,
-    exchange: &Exchange,
-) -> Result<Answer, Setback> {
+async fn attempt(trip: &Trip<'_>, target: &Target, exchange: &Exchange) -> Result<Answer, Setback> {
     let upstream = match &target.to {
-        To::Task(upstream) => upstream,
-        To::Region(region) => {
-            return by_gateway(worker, key, region, target, head, tape, exchange).await;
+        target::To::Task(upstream) => upstream,
+        target::To::Region(region) => {
+            return by_gateway(trip, region, target, exchange).await;
         }
     };
     upstream.counters.count(TaskCount::Tried);
     if target.is_spilled {
-        worker.counters.count(Count::Spilled);
+        trip.worker.counters.count(Count::Spilled);
     }
-    let answer = exchange_messages(worker, target, upstream, head, tape, exchange).await;
+    let answer = exchange_messages(trip, target, upstream, exchange).await;
     if let (Some(call), Some(verdict)) = (target.call.take(), judged(&answer)) {
         call.ends(verdict);
     }
@@ -217,23 +225,21 @@ fn judged(answer: &Result<Answer, Setback>) -> Option<Verdict> {
 /// Sends a request to a gateway of the region that its key lives in, and to the next where one is not reached. There it may be
 /// forwarded once more, to its task.
 async fn by_gateway(
-    worker: &Worker,
-    key: SliceKey,
+    trip: &Trip<'_>,
     region: &Region,
     target: &Target,
-    head: &Parts,
-    tape: &Tape,
     exchange: &Exchange,
 ) -> Result<Answer, Setback> {
+    let Trip { worker, job, key, head, tape, .. } = *trip;
     if hops(&head.headers).is_some_and(|left| left < 2) {
         let (region, generation) = (region.clone(), target.generation);
         return Err(Setback::Final(Refusal::Crossed { region, generation }));
     }
-    let gateways = worker.lookup.gateways().expect("who has no gateways goes straight");
+    let gateways = job.lookup.gateways().expect("who has no gateways goes straight");
     let mut tried = Vec::new();
     while let Some(gateway) = gateways.next(region, key, &tried) {
         let upstream = worker.pool.gateway(&gateway.address);
-        let answer = exchange_messages(worker, target, &upstream, head, tape, exchange).await;
+        let answer = exchange_messages(trip, target, &upstream, exchange).await;
         match answer {
             Err(Setback::Unreached(error)) => {
                 gateways.failed(&gateway, &error);
@@ -259,13 +265,12 @@ async fn by_gateway(
 }
 
 async fn exchange_messages(
-    worker: &Worker,
+    trip: &Trip<'_>,
     target: &Target,
     upstream: &Rc<Upstream>,
-    head: &Parts,
-    tape: &Tape,
     exchange: &Exchange,
 ) -> Result<Answer, Setback> {
+    let Trip { worker, setup, job, head, tape, .. } = *trip;
     let mut kept_may_do = true;
     loop {
         // A kept connection that turns out closed costs nothing but the look, so this loop ends with a new one.
@@ -279,7 +284,7 @@ async fn exchange_messages(
         };
         let Some(upload) = tape.play() else { return Err(Setback::Broken) };
         let sent = lease.sender.try_send_request(request(target, head, upload));
-        let limit = worker.config.timeouts.response;
+        let limit = setup.config.timeouts.response;
         let Some(answer) = within(sent, limit, exchange.waits_since(), tape).await else {
             let late = if tape.is_waiting() { Refusal::SlowBody } else { Refusal::Late };
             return Err(Setback::Final(late));
@@ -287,7 +292,7 @@ async fn exchange_messages(
         let error = match answer {
             Ok(mut response) => {
                 if let Some(load) = load(&mut response) {
-                    worker.lookup.heard(target, load);
+                    job.lookup.heard(target, load);
                 }
                 if let Some(setback) = refused(&response) {
                     worker.pool.give_back_unread(response.into_body(), lease);
@@ -327,7 +332,7 @@ fn request(target: &Target, head: &Parts, upload: Upload) -> Request<Upload> {
     *request.method_mut() = head.method.clone();
     *request.uri_mut() = head.uri.clone();
     *request.headers_mut() = head.headers.clone();
-    if matches!(target.to, To::Region(_)) {
+    if matches!(target.to, target::To::Region(_)) {
         request.headers_mut().insert(HOPS, HeaderValue::from_static("1"));
     } else if let Some(left) = request.headers_mut().get_mut(HOPS) {
         *left = HeaderValue::from_static("0");

@@ -3,29 +3,24 @@
 //!
 //! hyper has parsed the head by now and refused what is no HTTP; `wire` has watched for what hyper forgives.
 
-use std::borrow::Cow;
-use std::net::IpAddr;
-
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Method, Uri, Version};
 
+use crate::client::Host;
+use crate::passage::Passage;
 use crate::refusal::Refusal;
-use crate::worker::Worker;
 use mandoline::http::names::{SPILL, lists, strip_hop_by_hop};
 
-/// The host that a request is for: from an absolute target, or else from `Host`.
-pub(crate) struct Host(HeaderValue);
-
-impl Host {
-    pub(crate) fn as_str(&self) -> Option<&str> {
-        self.0.to_str().ok().filter(|host| !host.is_empty())
-    }
+/// The stage `identify`.
+pub(crate) fn identify(passage: &mut Passage) -> Result<(), Refusal> {
+    passage.host = check(&passage.worker.pseudonym, &mut passage.head)?;
+    Ok(())
 }
 
 /// Refuses what cannot be passed on safely, and finds out which host is meant.
-pub(crate) fn identify(pseudonym: &str, head: &mut Parts) -> Result<Host, Refusal> {
+pub(crate) fn check(pseudonym: &str, head: &mut Parts) -> Result<Host, Refusal> {
     method(&head.method)?;
     framing(head)?;
     no_upgrade(&head.headers)?;
@@ -121,7 +116,8 @@ fn origin_form(head: &mut Parts) -> Result<(), Refusal> {
 }
 
 /// Takes away what was meant for this hop, and says who the client was and that the request came by here.
-pub(crate) fn sign(worker: &Worker, client: &Client, host: &Host, head: &mut Parts) {
+pub(crate) fn sign(passage: &mut Passage) {
+    let Passage { worker, client, host, head, .. } = passage;
     let headers = &mut head.headers;
     let trailers = lists(headers.get_all(header::TE), "trailers");
     let chunked = headers.contains_key(header::TRANSFER_ENCODING);
@@ -142,33 +138,4 @@ pub(crate) fn sign(worker: &Worker, client: &Client, host: &Host, head: &mut Par
     headers.append(header::FORWARDED, client.forwarded(host));
     headers.insert(header::HOST, host.0.clone());
     head.version = Version::HTTP_11;
-}
-
-/// The other end of a client's connection.
-pub(crate) struct Client {
-    // `for=...;proto=http`, the same for every request.
-    prefix: String,
-}
-
-impl Client {
-    pub(crate) fn new(address: IpAddr) -> Self {
-        let prefix = match address.to_canonical() {
-            IpAddr::V4(v4) => format!("for={v4};proto=http"),
-            IpAddr::V6(v6) => format!("for=\"[{v6}]\";proto=http"),
-        };
-        Self { prefix }
-    }
-
-    fn forwarded(&self, host: &Host) -> HeaderValue {
-        let prefix = &self.prefix;
-        let text = match host.as_str() {
-            None => Cow::Borrowed(prefix),
-            // A port or an IPv6 address is no token, so it is quoted. No host holds a quote: see `is_host_byte`.
-            Some(host) if host.contains([':', '[']) => {
-                Cow::Owned(format!("{prefix};host=\"{host}\""))
-            }
-            Some(host) => Cow::Owned(format!("{prefix};host={host}")),
-        };
-        HeaderValue::try_from(text.into_owned()).expect("addresses and checked hosts fit a header")
-    }
 }

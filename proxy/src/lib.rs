@@ -4,27 +4,37 @@
 //! assignment. A request runs through named stages, in this order and in one function, `serve::serve`:
 //!
 //! ```text
-//! listen -> identify -> key -> pause -> route -> forward -> observe
+//! listen -> identify -> admit -> key -> pause -> route -> forward -> observe
 //! ```
 
 pub mod record;
-pub mod config;
 pub mod metrics;
 mod wire;
 mod refusal;
 mod upload;
+pub mod router;
+pub mod config;
 mod pool;
-pub mod route;
-mod pause;
+mod target;
+mod hold;
+mod job;
+mod setup;
 mod worker;
-mod exchange;
-mod download;
+mod observe;
+mod client;
+mod passage;
 mod identify;
+mod admit;
+mod key;
+mod pause;
+mod route;
 mod forward;
+mod download;
 mod serve;
 pub mod dry_run;
 mod listen;
 mod admin;
+pub mod reload;
 pub mod proxy;
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use crate::identify::Client;
+use crate::client::Client;
 use crate::metrics::Count;
 use crate::refusal::Refusal;
 use crate::serve::serve;
@@ -97,8 +97,6 @@ pub(crate) async fn run(
             None => turn_away(&worker, &stream),
         }
     };
-    let releasing = Rc::clone(&worker);
-    worker.pool.spawn(async move { releasing.hold.release().await });
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -118,7 +116,7 @@ pub(crate) async fn run(
     worker.stopping.set(true);
     last_comers(listener, admit);
     connections.close();
-    if timeout(worker.config.timeouts.grace, connections.wait()).await.is_err() {
+    if timeout(worker.setup().config.timeouts.grace, connections.wait()).await.is_err() {
         warn!(
             connections = connections.len(),
             "Connections were cut off: they took longer than the grace period"
@@ -147,7 +145,7 @@ struct Place {
 
 impl Place {
     fn take(worker: &Rc<Worker>, open_connections: &Arc<AtomicUsize>) -> Option<Self> {
-        if open_connections.fetch_add(1, Relaxed) >= worker.config.limits.connections {
+        if open_connections.fetch_add(1, Relaxed) >= worker.setup().config.limits.connections {
             open_connections.fetch_sub(1, Relaxed);
             return None;
         }
@@ -165,23 +163,23 @@ impl Drop for Place {
 /// Serves one client's requests, one after the other.
 async fn connection(place: Place, stream: TcpStream, peer: SocketAddr, stop: CancellationToken) {
     let worker = &place.worker;
-    if let Err(error) = set_up(&stream, worker.config.timeouts.stall) {
+    if let Err(error) = set_up(&stream, worker.setup().config.timeouts.stall) {
         debug!(%error, "Client left before it was served");
         return;
     }
     let client = Rc::new(Client::new(peer.ip()));
     let watch = Watch::default();
-    let wire = Wire::new(stream, watch.clone(), worker.config.timeouts.header);
+    let wire = Wire::new(stream, watch.clone(), worker.setup().config.timeouts.header);
     let service = service_fn(|request: Request<Incoming>| {
         let seen = watch.head_is_parsed(request.version(), !request.body().is_end_stream());
         serve(Rc::clone(worker), Rc::clone(&client), request, seen)
     });
-    let limits = &worker.config.limits;
+    let limits = worker.setup().config.limits;
     let mut builder = Builder::new();
     builder
         .timer(TokioTimer::new())
         // For hyper the wait for a head begins with the end of the request before.
-        .header_read_timeout(worker.config.timeouts.client_idle)
+        .header_read_timeout(worker.setup().config.timeouts.client_idle)
         .max_headers(limits.headers)
         .max_header_size(limits.header_bytes)
         // Twice the head, so that one that is too large is noticed as such and not as a buffer that is full.

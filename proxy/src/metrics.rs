@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use mandoline::gateways::{Gateway, GatewayStats, Gateways, Link};
 use mandoline_core::generation::Generation;
+use mandoline_core::name::JobName;
 use mandoline_core::task::{Address, SessionId};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet};
@@ -204,6 +205,20 @@ const AVOIDED: (&str, &str) = (
     "mandoline_proxy_tasks_avoided",
     "Tasks that are avoided for a while, since requests to them fail though they heartbeat",
 );
+const RELOADS: (&str, &str) =
+    ("mandoline_proxy_reloads", "Configurations that came into force while the proxy ran");
+const RELOADS_REFUSED: (&str, &str) = (
+    "mandoline_proxy_reloads_refused",
+    "Configurations that were refused while the proxy ran: the one before stayed in force",
+);
+const RELOAD_LAST_REFUSED: (&str, &str) = (
+    "mandoline_proxy_reload_last_refused",
+    "One if the newest configuration was refused, so that an older one is in force",
+);
+/// What is known of each job.
+type JobGauge = ((&'static str, &'static str), fn(&Known) -> u64);
+const JOB_GAUGES: [JobGauge; 2] =
+    [(GENERATION, |known| known.generation.number), (AVOIDED, |known| known.avoided as u64)];
 const HELD: (&str, &str) = ("mandoline_proxy_requests_held", "Requests that are held");
 const HELD_BYTES: (&str, &str) =
     ("mandoline_proxy_held_bytes", "Heads and read bodies of requests that are held");
@@ -383,12 +398,27 @@ pub struct TaskStats {
 #[derive(Clone)]
 pub struct Tally {
     workers: Arc<[Arc<Counters>]>,
-    known: Arc<dyn Fn() -> Known + Send + Sync>,
-    gateways: Option<Gateways>,
+    known: Arc<dyn Fn() -> Knowledge + Send + Sync>,
 }
 
-/// What the clerk says when it is asked.
+/// What the configuration in force says when it is asked.
+pub(crate) struct Knowledge {
+    pub(crate) jobs: Vec<Known>,
+    pub(crate) gateways: Option<Gateways>,
+    pub(crate) reloads: Reloads,
+}
+
+/// How configurations came into force after the first, or not.
+#[derive(Default)]
+pub(crate) struct Reloads {
+    pub(crate) taken: u64,
+    pub(crate) refused: u64,
+    pub(crate) last_refused: bool,
+}
+
+/// What a job's clerk says when it is asked.
 pub(crate) struct Known {
+    pub(crate) job: JobName,
     pub(crate) generation: Generation,
     /// How many tasks are avoided.
     pub(crate) avoided: usize,
@@ -403,10 +433,9 @@ impl fmt::Debug for Tally {
 impl Tally {
     pub(crate) fn new(
         workers: Arc<[Arc<Counters>]>,
-        known: impl Fn() -> Known + Send + Sync + 'static,
-        gateways: Option<Gateways>,
+        known: impl Fn() -> Knowledge + Send + Sync + 'static,
     ) -> Self {
-        Self { workers, known: Arc::new(known), gateways }
+        Self { workers, known: Arc::new(known) }
     }
 
     /// Adds everything up. Each number is right; two numbers may be a request apart.
@@ -444,8 +473,13 @@ impl Tally {
             connections: self.sum(Count::ConnectionsOpened).saturating_sub(closed),
             connects: self.sum(Count::Connects),
             tasks: self.tasks(),
-            gateways: self.gateways.as_ref().map(Gateways::stats).unwrap_or_default(),
+            gateways: (self.known)().gateways.as_ref().map(Gateways::stats).unwrap_or_default(),
         }
+    }
+
+    /// Says whether each job that requests are routed to has an assignment.
+    pub(crate) fn knows_all(&self) -> bool {
+        (self.known)().jobs.iter().all(|known| known.generation != Generation::ZERO)
     }
 
     fn sum(&self, what: Count) -> u64 {
@@ -501,20 +535,32 @@ impl Collector for Tally {
             let sum = ConstCounter::new(self.sum(what));
             sum.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
         }
-        let Known { generation, avoided } = (self.known)();
-        let number = i64::try_from(generation.number).unwrap_or(i64::MAX);
         let now = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         let gauges = [
             (IN_FLIGHT, now(stats.in_flight)),
             (HELD, now(stats.held)),
             (HELD_BYTES, now(stats.held_bytes)),
             (CONNECTIONS, now(stats.connections)),
-            (GENERATION, number),
-            (AVOIDED, avoided as i64),
         ];
         for ((name, help), value) in gauges {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+        }
+        let Knowledge { jobs, reloads, .. } = (self.known)();
+        for ((name, help), value) in [(RELOADS, reloads.taken), (RELOADS_REFUSED, reloads.refused)]
+        {
+            let family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            ConstCounter::new(value).encode(family)?;
+        }
+        let (name, help) = RELOAD_LAST_REFUSED;
+        let gauge = ConstGauge::new(i64::from(reloads.last_refused));
+        gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
+        for ((name, help), value) in JOB_GAUGES {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for known in &jobs {
+                let gauge = ConstGauge::new(now(value(known)));
+                gauge.encode(family.encode_family(&[("job", known.job.as_str())])?)?;
+            }
         }
         for (what, name, help) in TASK_COUNTS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
@@ -624,8 +670,12 @@ mod tests {
         gateways.failed(&gateway, &fmt::Error);
         gateways.lost();
         let generation = Generation { incarnation: 1, number: 42 };
-        let known = move || Known { generation, avoided: 1 };
-        let tally = Tally::new(workers, known, Some(gateways));
+        let known = move || Knowledge {
+            jobs: vec![Known { job: "kv".parse().unwrap(), generation, avoided: 1 }],
+            gateways: Some(gateways.clone()),
+            reloads: Reloads { taken: 3, refused: 2, last_refused: true },
+        };
+        let tally = Tally::new(workers, known);
         let stats = tally.stats();
         assert_eq!((stats.requests, stats.answered, stats.in_flight, stats.retried), (4, 2, 2, 2));
         assert_eq!(stats.tasks[&SessionId(7)].tried, 2);
@@ -638,8 +688,11 @@ mod tests {
         for line in [
             "mandoline_proxy_requests_total 4",
             "mandoline_proxy_requests_in_flight 2",
-            "mandoline_proxy_assignment_generation 42",
-            "mandoline_proxy_tasks_avoided 1",
+            "mandoline_proxy_assignment_generation{job=\"kv\"} 42",
+            "mandoline_proxy_reloads_total 3",
+            "mandoline_proxy_reloads_refused_total 2",
+            "mandoline_proxy_reload_last_refused 1",
+            "mandoline_proxy_tasks_avoided{job=\"kv\"} 1",
             "mandoline_proxy_task_requests_total{task=\"s7\",address=\"127.0.0.1:1\"} 2",
             "mandoline_proxy_request_duration_seconds_count 2",
             "mandoline_proxy_request_duration_seconds_bucket{le=\"0.001024\"} 2",

@@ -29,8 +29,8 @@ pub(crate) struct Pool {
     upstreams: RefCell<HashMap<SessionId, Rc<Upstream>>>,
     // As many as the configuration names.
     gateways: RefCell<HashMap<Address, Rc<Upstream>>>,
-    timeouts: Timeouts,
-    limits: Limits,
+    timeouts: Cell<Timeouts>,
+    limits: Cell<Limits>,
     counters: Arc<Counters>,
     drivers: TaskTracker,
 }
@@ -83,7 +83,14 @@ impl Pool {
     pub(crate) fn new(timeouts: Timeouts, limits: Limits, counters: Arc<Counters>) -> Self {
         let drivers = TaskTracker::new();
         let (upstreams, gateways) = Default::default();
+        let (timeouts, limits) = (Cell::new(timeouts), Cell::new(limits));
         Self { upstreams, gateways, timeouts, limits, counters, drivers }
+    }
+
+    /// Goes by other time-outs and limits, for connections that are opened from now on.
+    pub(crate) fn set(&self, timeouts: Timeouts, limits: Limits) {
+        self.timeouts.set(timeouts);
+        self.limits.set(limits);
     }
 
     /// Gives a task's counters and connections.
@@ -110,7 +117,7 @@ impl Pool {
             address: address.clone(),
             idle: RefCell::default(),
             used: Cell::new(Instant::now()),
-            limit: self.limits.idle_per_task,
+            limit: self.limits.get().idle_per_task,
             counters,
         }
     }
@@ -137,13 +144,14 @@ impl Pool {
     async fn open(&self, upstream: &Rc<Upstream>) -> Result<Lease, ConnectError> {
         let address = &upstream.address;
         let refused = |error| ConnectError::Refused(address.clone(), error);
-        let connecting = timeout(self.timeouts.connect, TcpStream::connect(address.as_str()));
+        let connecting = timeout(self.timeouts.get().connect, TcpStream::connect(address.as_str()));
         let stream =
             connecting.await.map_err(|_| ConnectError::Late(address.clone()))?.map_err(refused)?;
         stream.set_nodelay(true).map_err(refused)?;
         let mut builder = Builder::new();
-        builder.max_headers(self.limits.headers).max_header_size(self.limits.header_bytes);
-        builder.max_buf_size(2 * self.limits.header_bytes);
+        let limits = self.limits.get();
+        builder.max_headers(limits.headers).max_header_size(limits.header_bytes);
+        builder.max_buf_size(2 * limits.header_bytes);
         let made = builder.handshake(TokioIo::new(stream)).await;
         let (sender, connection) = made.map_err(|error| refused(io::Error::other(error)))?;
         self.drivers.spawn_local(async move {
@@ -198,7 +206,7 @@ impl Pool {
     /// Closes connections that were not used for too long, and forgets tasks that are gone.
     pub(crate) fn sweep(&self, now: Instant) {
         self.upstreams.borrow_mut().retain(|session, upstream| {
-            let is_idle = upstream.sweep(now, self.timeouts.idle);
+            let is_idle = upstream.sweep(now, self.timeouts.get().idle);
             let gone = is_idle && upstream.used.get() + FORGET_AFTER <= now;
             if gone {
                 self.counters.forget(*session);
@@ -206,7 +214,7 @@ impl Pool {
             !gone
         });
         for gateway in self.gateways.borrow().values() {
-            gateway.sweep(now, self.timeouts.idle);
+            gateway.sweep(now, self.timeouts.get().idle);
         }
     }
 

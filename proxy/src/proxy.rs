@@ -18,7 +18,7 @@ use crate::admin::{self, Admin};
 use crate::config::{Config, ConfigError};
 use crate::listen::{self, Share};
 use crate::metrics::{Counters, Stats, Tally};
-use crate::route::Router;
+use crate::reload::Reloader;
 use crate::worker::Worker;
 
 /// A running proxy. Dropping it tells it to stop and does not wait.
@@ -27,6 +27,7 @@ pub struct Proxy {
     local: SocketAddr,
     admin: Option<SocketAddr>,
     tally: Tally,
+    reloader: Reloader,
     stop: CancellationToken,
     // Ends the admin address, after the workers have ended.
     stopped: CancellationToken,
@@ -63,14 +64,9 @@ pub enum StartError {
 }
 
 impl Proxy {
-    /// Starts a proxy that routes by `router` until `stop` is cancelled. Its sockets are bound when this returns.
-    pub fn start(
-        config: Config,
-        router: Router,
-        stop: &CancellationToken,
-    ) -> Result<Self, StartError> {
-        config.check()?;
-        let (config, router) = (Arc::new(config), Arc::new(router));
+    /// Starts a proxy that runs until `stop` is cancelled. Its sockets are bound when this returns.
+    pub fn start(config: Config, stop: &CancellationToken) -> Result<Self, StartError> {
+        let config = Arc::new(config.check()?);
         let bind_error = |address| move |source| StartError::Bind { address, source };
         let workers = config.workers.get();
         let (sockets, local) =
@@ -82,27 +78,31 @@ impl Proxy {
             }
         };
         let counters: Arc<[Arc<Counters>]> = (0..workers).map(|_| Arc::default()).collect();
-        let routed_by = Arc::clone(&router);
+        let (reloader, changes) = Reloader::new(Arc::clone(&config), workers);
+        let in_force = reloader.clone();
         let mut proxy = Self {
             local,
             admin: admin_socket.as_ref().and_then(|socket| socket.local_addr().ok()),
-            tally: Tally::new(
-                Arc::clone(&counters),
-                move || routed_by.known(),
-                config.gateways.clone(),
-            ),
+            tally: Tally::new(Arc::clone(&counters), move || in_force.knowledge()),
+            reloader,
             stop: stop.child_token(),
             stopped: CancellationToken::new(),
             threads: Vec::with_capacity(workers),
             admin_thread: None,
         };
         let open_connections = Arc::new(AtomicUsize::new(0));
-        for (n, (socket, counters)) in sockets.into_iter().zip(&*counters).enumerate() {
-            let (config, router, counters) =
-                (Arc::clone(&config), Arc::clone(&router), Arc::clone(counters));
+        let workers_own = sockets.into_iter().zip(&*counters).zip(changes);
+        for (n, ((socket, counters), mut changes)) in workers_own.enumerate() {
+            let (config, counters) = (Arc::clone(&config), Arc::clone(counters));
             let (open_connections, stop) = (Arc::clone(&open_connections), proxy.stop.clone());
             let body = async move |listener| {
-                let worker = Rc::new(Worker::new(config, &router, counters));
+                let worker = Rc::new(Worker::new(config, counters));
+                let reloading = Rc::clone(&worker);
+                worker.pool.spawn(async move {
+                    while let Some(change) = changes.recv().await {
+                        reloading.reload(Arc::clone(&change.config));
+                    }
+                });
                 listen::run(worker, listener, open_connections, stop).await;
             };
             // On an error `proxy` is dropped, which stops the workers that have begun.
@@ -111,17 +111,17 @@ impl Proxy {
             );
         }
         if let Some(socket) = admin_socket {
-            let (tally, router) = (proxy.tally.clone(), Arc::clone(&router));
+            let tally = proxy.tally.clone();
             let (stop, stopped) = (proxy.stop.clone(), proxy.stopped.clone());
             let body = async move |listener| {
-                admin::run(Arc::new(Admin::new(tally, router, stop)), listener, stopped).await;
+                admin::run(Arc::new(Admin::new(tally, stop)), listener, stopped).await;
             };
             proxy.admin_thread = Some(
                 spawn("mandoline-proxy-admin".to_owned(), socket, body)
                     .map_err(StartError::Worker)?,
             );
         }
-        info!(address = %local, workers, key = %config.key, "Proxy listens");
+        info!(address = %local, workers, routes = config.routes.len(), "Proxy listens");
         Ok(proxy)
     }
 
@@ -133,6 +133,11 @@ impl Proxy {
     /// Says where `/metrics` and its like are served.
     pub const fn admin_addr(&self) -> Option<SocketAddr> {
         self.admin
+    }
+
+    /// Gives a handle by which another configuration comes into force.
+    pub fn reloader(&self) -> Reloader {
+        self.reloader.clone()
     }
 
     /// Adds up what was done so far.

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{Response, StatusCode};
+use http::{Method, Response, StatusCode};
 
 use crate::record::Outcome;
 use crate::wire::Doubt;
@@ -31,6 +31,12 @@ pub(crate) enum Refusal {
     /// The client stopped sending the body.
     #[error("the body of the request stopped coming")]
     SlowBody,
+    /// No route takes it.
+    #[error("this proxy has no route for this host and path")]
+    NoRoute,
+    /// The routes for its host and path take other methods.
+    #[error("this proxy has routes for this host and path, but not for this method")]
+    OtherMethods(Vec<Method>),
     /// `CONNECT` and `TRACE` are for other kinds of proxies.
     #[error("this proxy does not take the method {0}")]
     Method(&'static str),
@@ -108,7 +114,8 @@ impl Refusal {
         match self {
             Self::Malformed(_) | Self::Doubt(_) | Self::Key(_) => StatusCode::BAD_REQUEST,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
-            Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::Method(_) | Self::OtherMethods(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::Expectation => StatusCode::EXPECTATION_FAILED,
             Self::Upgrade | Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Self::Loop => StatusCode::LOOP_DETECTED,
@@ -134,7 +141,9 @@ impl Refusal {
             | Self::Doubt(_)
             | Self::Key(_)
             | Self::SlowBody
+            | Self::NoRoute
             | Self::Method(_)
+            | Self::OtherMethods(_)
             | Self::Expectation
             | Self::Upgrade
             | Self::TransferCoding
@@ -158,11 +167,12 @@ impl Refusal {
             | Self::Key(_)
             | Self::SlowBody
             | Self::Method(_)
+            | Self::OtherMethods(_)
             | Self::Expectation
             | Self::Upgrade
             | Self::TransferCoding => "mandoline; error=http_request_error",
             Self::Loop | Self::Astray(_) => "mandoline; error=proxy_loop_detected",
-            Self::Crossed { .. } => "mandoline; error=destination_not_found",
+            Self::NoRoute | Self::Crossed { .. } => "mandoline; error=destination_not_found",
             Self::Unserved
             | Self::TooOld(_)
             | Self::Moving
@@ -192,9 +202,17 @@ impl Refusal {
         if self.status() == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
-        if matches!(self, Self::Method(_)) {
+        match self {
             // Which methods the task takes only the task knows; an empty list is allowed (RFC 9110, 10.2.1).
-            headers.insert(header::ALLOW, HeaderValue::from_static(""));
+            Self::Method(_) => {
+                headers.insert(header::ALLOW, HeaderValue::from_static(""));
+            }
+            Self::OtherMethods(methods) => {
+                let methods: Vec<&str> = methods.iter().map(Method::as_str).collect();
+                let methods = HeaderValue::try_from(methods.join(", "));
+                headers.insert(header::ALLOW, methods.expect("methods are tokens"));
+            }
+            _ => {}
         }
         // What follows a request whose framing is in doubt cannot be trusted to be a request.
         if matches!(

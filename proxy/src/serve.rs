@@ -6,24 +6,26 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::request::Parts;
 use http::{Request, Response};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use mandoline_core::key::SliceKey;
 use tokio::time::timeout;
 
-use crate::config::Config;
+use crate::admit::admit;
+use crate::client::Client;
 use crate::download::{Download, Stream};
-use crate::exchange::Exchange;
-use crate::forward::{Answer, forward};
-use crate::identify::{Client, Host, identify, sign};
+use crate::forward::forward;
+use crate::identify::identify;
+use crate::key::key;
 use crate::metrics::Count;
-use crate::pause::Held;
+use crate::passage::Passage;
+use crate::pause::pause;
 use crate::record::Outcome;
 use crate::refusal::Refusal;
+use crate::route::route;
+use crate::setup::To;
 use crate::upload::Tape;
-use crate::wire::{Abort, Line, Seen};
+use crate::wire::Seen;
 use crate::worker::Worker;
 
 /// Answers one request, whatever comes.
@@ -33,77 +35,56 @@ pub(crate) async fn serve(
     request: Request<Incoming>,
     seen: Seen,
 ) -> Result<Response<Download>, Infallible> {
-    let mut exchange = Exchange::begin(&worker);
-    let (mut head, body) = request.into_parts();
-    let waits_for_leave = head.headers.contains_key(header::EXPECT);
-    let tape = Tape::new(body, &worker.replay_room, seen.body);
-    let answer = match seen.doubt {
+    let doubt = seen.doubt;
+    let mut passage = Passage::begin(worker, client, request, seen);
+    let stopping = Rc::clone(&passage.worker);
+    let passed = match doubt {
         Some(doubt) => Err(Refusal::Doubt(doubt)),
-        None => stages(&worker, &client, &mut head, &tape, &seen.line, &mut exchange).await,
+        None => stages(&mut passage).await,
     };
-    let mut response = match answer {
-        Ok(answer) => pass_on(&worker, answer, exchange, seen.abort),
-        Err(refusal) => {
-            // A client that waits for leave to send its body will see the answer first.
-            if !waits_for_leave && refusal != Refusal::Left {
-                linger(&worker, tape);
-            }
-            refuse(&worker, &refusal, exchange)
-        }
+    let mut response = match passed {
+        Ok(()) => pass_on(passage),
+        Err(refusal) => refuse(passage, &refusal),
     };
-    if worker.stopping.get() {
+    if stopping.stopping.get() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     Ok(response)
 }
 
-/// The stages in their order. Each may end the request.
-async fn stages(
-    worker: &Worker,
-    client: &Client,
-    head: &mut Parts,
-    tape: &Tape,
-    line: &Line,
-    exchange: &mut Exchange,
-) -> Result<Answer, Refusal> {
-    let host = identify(&worker.pseudonym, head)?;
-    let key = key(&worker.config, head, &host)?;
-    exchange.has_key(key);
-    let mut held = Held::new(&worker.hold, key, tape, line);
-    if held.in_turn(head).await? {
-        exchange.goes_on();
+/// The stages in their order. Each may end the request, and a route has only those that it needs.
+async fn stages(passage: &mut Passage) -> Result<(), Refusal> {
+    identify(passage)?;
+    admit(passage)?;
+    match passage.route().to {
+        To::Job { .. } => {
+            key(passage).await?;
+            pause(passage).await?;
+            route(passage)?;
+            forward(passage).await
+        }
     }
-    let target = worker.lookup.route(key, &worker.pool).ok_or(Refusal::Unserved)?;
-    if let Some(most) = worker.config.max_staleness {
-        worker.lookup.check_age(most).map_err(Refusal::TooOld)?;
-    }
-    sign(worker, client, &host, head);
-    forward(worker, key, target, head, tape, &mut held, exchange).await
 }
 
-/// Finds the key where the configuration says that it is.
-pub(crate) fn key(config: &Config, head: &Parts, host: &Host) -> Result<SliceKey, Refusal> {
-    let key = config.key.find_of(head, host.as_str());
-    key.map_err(|miss| Refusal::Key(format!("{miss}; the key is {}", config.key.describe())))
-}
-
-/// Passes a task's answer on.
-fn pass_on(
-    worker: &Rc<Worker>,
-    (response, lease): Answer,
-    mut exchange: Exchange,
-    abort: Option<Abort>,
-) -> Response<Download> {
+/// Passes a task's answer on. The exchange ends with its last byte, and is observed then.
+fn pass_on(passage: Passage) -> Response<Download> {
+    let Passage { worker, answer, mut exchange, abort, .. } = passage;
+    let (response, lease) = answer.expect("forward has got an answer");
     let (mut head, body) = response.into_parts();
     head.headers.append(header::VIA, worker.via(head.version));
     exchange.answers(head.status);
     let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };
-    let stream = Stream::new(body, lease, Rc::clone(worker), exchange, outcome, abort);
+    let stream = Stream::new(body, lease, worker, exchange, outcome, abort);
     Response::from_parts(head, Download::Task(Box::new(stream)))
 }
 
 /// Answers in the task's place.
-fn refuse(worker: &Rc<Worker>, refusal: &Refusal, mut exchange: Exchange) -> Response<Download> {
+fn refuse(passage: Passage, refusal: &Refusal) -> Response<Download> {
+    let Passage { worker, mut exchange, tape, waits_for_leave, .. } = passage;
+    // A client that waits for leave to send its body will see the answer first.
+    if !waits_for_leave && *refusal != Refusal::Left {
+        linger(&worker, tape);
+    }
     if matches!(refusal, Refusal::Unserved) {
         worker.counters.count(Count::Unserved);
     }

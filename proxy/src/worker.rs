@@ -1,26 +1,22 @@
 //! What one core has to itself: its connections, its counters, and what is the same for every request it serves.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
 use http::Version;
 use http::header::HeaderValue;
 
-use crate::config::Config;
+use crate::config::Checked;
 use crate::metrics::Counters;
-use crate::pause::Hold;
 use crate::pool::Pool;
-use crate::route::{Lookup, Router};
+use crate::setup::Setup;
 
 /// What one core has to itself.
 pub(crate) struct Worker {
-    pub(crate) config: Arc<Config>,
-    pub(crate) lookup: Lookup,
+    setup: RefCell<Rc<Setup>>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) pool: Pool,
-    /// Requests that wait for the slices of their keys to settle.
-    pub(crate) hold: Hold,
     /// Bytes of request bodies that may still be kept for a second try.
     pub(crate) replay_room: Rc<Cell<usize>>,
     /// Whether the proxy is stopping, so that each connection ends with its next answer.
@@ -32,7 +28,8 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(config: Arc<Config>, router: &Router, counters: Arc<Counters>) -> Self {
+    /// Makes a worker that does nothing yet. To be called on the worker's own thread, for it starts tasks there.
+    pub(crate) fn new(config: Arc<Checked>, counters: Arc<Counters>) -> Self {
         let pseudonym = format!("mandoline-{}", config.id);
         let via = |version: &str| {
             HeaderValue::try_from(format!("{version} {pseudonym}"))
@@ -41,20 +38,37 @@ impl Worker {
         let (via_10, via_11) = (via("1.0"), via("1.1"));
         let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
         let replay_room = Rc::new(Cell::new(config.limits.replay_bytes));
-        let lookup = Lookup::new(router, config.gateways.clone());
-        let hold = Hold::new(&config, router, Arc::clone(&counters));
+        let setup = Rc::new(Setup::new(config, None, &counters));
+        let setup = RefCell::new(setup);
         let stopping = Cell::new(false);
-        Self {
-            config,
-            lookup,
-            counters,
-            pool,
-            hold,
-            replay_room,
-            stopping,
-            pseudonym,
-            via_10,
-            via_11,
+        let worker =
+            Self { setup, counters, pool, replay_room, stopping, pseudonym, via_10, via_11 };
+        worker.begin(&worker.setup(), None);
+        worker
+    }
+
+    /// Gives the configuration in force.
+    pub(crate) fn setup(&self) -> Rc<Setup> {
+        Rc::clone(&self.setup.borrow())
+    }
+
+    /// Goes by another configuration from now on. Requests under way end by the one that they began with.
+    pub(crate) fn reload(&self, config: Arc<Checked>) {
+        let before = self.setup();
+        self.pool.set(config.timeouts, config.limits);
+        let kept = before.config.limits.replay_bytes.saturating_sub(self.replay_room.get());
+        self.replay_room.set(config.limits.replay_bytes.saturating_sub(kept));
+        let setup = Rc::new(Setup::new(config, Some(&before), &self.counters));
+        self.begin(&setup, Some(&before));
+        before.jobs_not_in(Some(&setup)).for_each(|job| job.hold.retire());
+        self.setup.replace(setup);
+    }
+
+    /// Starts what lives beside the requests of each new job.
+    fn begin(&self, setup: &Setup, before: Option<&Setup>) {
+        for job in setup.jobs_not_in(before) {
+            let job = Rc::clone(job);
+            self.pool.spawn(async move { job.hold.release().await });
         }
     }
 

@@ -363,6 +363,11 @@ impl Clerk {
         &self.inner.job
     }
 
+    /// Says whether two handles are on one clerk.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// Gives the newest assignment that is known.
     pub fn assignment(&self) -> Option<Arc<Assignment>> {
         self.inner.current.borrow().clone()

@@ -82,7 +82,7 @@ async fn callers_stay_in_their_zone_until_a_task_there_fails() {
     let metrics = get(cluster.nodes[0].client, "GET", "/metrics", "").unwrap().body;
     assert!(metrics.contains("mandoline_assigner_job_tasks_avoided{job=\"kv\"} 1"), "{metrics}");
     let metrics = get(proxy.admin, "GET", "/metrics", "").unwrap().body;
-    assert!(metrics.contains("mandoline_proxy_tasks_avoided 1"), "{metrics}");
+    assert!(metrics.contains("mandoline_proxy_tasks_avoided{job=\"kv\"} 1"), "{metrics}");
 
     let outcomes = callers.stop().await;
     let failed = outcomes.iter().filter(|outcome| !outcome.is_good()).count();

@@ -209,7 +209,7 @@ fn by_proxies_a_local_key_is_served_near_and_a_remote_one_where_it_lives() {
     for proxy in far.iter().chain([&near]) {
         // It may have asked a node that had not heard of all.
         until("a proxy to know what has settled", || {
-            let known = proxy.count("mandoline_proxy_assignment_generation");
+            let known = proxy.count("mandoline_proxy_assignment_generation{job=\"kv\"}");
             (known >= generation).then_some(())
         });
     }

@@ -41,7 +41,7 @@ use mandoline_core::spec::JobSpec;
 use mandoline_proto::pb;
 use mandoline_proxy::config::Config;
 use mandoline_proxy::dry_run::DryRun;
-use mandoline_proxy::route::Router;
+use mandoline_proxy::router::Router;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -361,8 +361,8 @@ impl Everyone {
             std::future::ready(Ok::<_, Infallible>(Response::new(to.session)))
         });
         let stub = BoxService::new(RouteLayer::new(clerk.clone(), key.clone()).layer(notes));
-        let config = Config::new("127.0.0.1:0".parse()?, key.clone());
-        let proxy = DryRun::new(config, &Router::new(clerk.clone()));
+        let router = Router::new(clerk.clone());
+        let proxy = DryRun::new(Config::new("127.0.0.1:0".parse()?, key.clone(), router))?;
         let layer = |task: &Served| {
             let slicelet = Arc::clone(&task.slicelet);
             Layered(BackhaulLayer::new(&task.address, slicelet, clerk.clone(), key.clone()))

@@ -16,6 +16,7 @@ use mandoline_core::task::Address;
 use mandoline_proto::pb;
 use mandoline_proxy::config::Config as ProxyConfig;
 use mandoline_proxy::proxy::Proxy;
+use mandoline_proxy::router::Router;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -101,9 +102,9 @@ impl Town {
         let tally = Arc::new(Tally::default());
         let config = ProxyConfig {
             observer: Some(tally.observer(&newest)),
-            ..ProxyConfig::new(listen, KeyFrom::path(1))
+            ..ProxyConfig::new(listen, KeyFrom::path(1), Router::new(clerk.clone()))
         };
-        let proxy = crate::proxy::start(config, &clerk, &CancellationToken::new())?;
+        let proxy = crate::proxy::start(config, &CancellationToken::new())?;
         let next_task = tasks.len();
         Ok(Self {
             job,

@@ -29,9 +29,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::config::route::Destination;
 use crate::metrics::Stats;
 use crate::proxy::Proxy;
-use crate::route::Router;
+use crate::router::Router;
 
 /// Longer than anything here takes, and short enough that a hang gets its name.
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
@@ -68,8 +69,13 @@ pub(super) struct Owners {
 impl Owners {
     /// Nothing is known.
     pub(super) fn none() -> Self {
+        Self::none_of("kv")
+    }
+
+    /// Nothing is known of this job.
+    pub(super) fn none_of(job: &str) -> Self {
         let hub = Hub::new();
-        let clerk = Clerk::follow_hub(&hub, job()).unwrap();
+        let clerk = Clerk::follow_hub(&hub, job.parse().unwrap()).unwrap();
         Self { hub, clerk }
     }
 
@@ -145,7 +151,8 @@ impl Owners {
         self.tell(Assignment { spill, ..made(number, runs) }).await;
     }
 
-    async fn tell(&self, assignment: Assignment) {
+    async fn tell(&self, mut assignment: Assignment) {
+        assignment.job = self.clerk.job().clone();
         let generation = assignment.generation;
         self.hub.publish(Arc::new(assignment), None);
         self.clerk.wait_for(generation, DEADLINE).await.unwrap();
@@ -200,8 +207,8 @@ impl Stage {
     }
 
     pub(super) fn with(owners: Owners, change: impl FnOnce(&mut Config)) -> Self {
-        let proxy =
-            Proxy::start(config(change), owners.router(), &CancellationToken::new()).unwrap();
+        let config = config(&owners, change);
+        let proxy = Proxy::start(config, &CancellationToken::new()).unwrap();
         Self { proxy, owners }
     }
 
@@ -219,12 +226,19 @@ impl Stage {
     }
 }
 
-pub(super) fn config(change: impl FnOnce(&mut Config)) -> Config {
-    let mut config = Config::new("127.0.0.1:0".parse().unwrap(), "path:1".parse().unwrap());
+pub(super) fn config(owners: &Owners, change: impl FnOnce(&mut Config)) -> Config {
+    let (listen, key) = ("127.0.0.1:0".parse().unwrap(), "path:1".parse().unwrap());
+    let mut config = Config::new(listen, key, owners.router());
     config.workers = NonZeroUsize::MIN;
     config.id = "p1".parse().unwrap();
     change(&mut config);
     config
+}
+
+/// Has the only route find its key elsewhere.
+pub(super) fn key_at(config: &mut Config, place: &str) {
+    let Destination::Job { key, .. } = &mut config.routes[0].to;
+    *key = place.parse().unwrap();
 }
 
 pub(super) async fn talk(address: SocketAddr, request: &[u8]) -> String {

@@ -34,18 +34,20 @@ async fn a_taken_address_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = taken.local_addr().unwrap();
     let owners = Owners::none();
-    let start = |config| Proxy::start(config, owners.router(), &CancellationToken::new());
-    for config in
-        [config(|config| config.listen = address), config(|config| config.admin = Some(address))]
-    {
+    let start = |config| Proxy::start(config, &CancellationToken::new());
+    for config in [
+        config(&owners, |config| config.listen = address),
+        config(&owners, |config| config.admin = Some(address)),
+    ] {
         let Err(StartError::Bind { address: named, .. }) = start(config) else {
             panic!("the address is taken")
         };
         assert_eq!(named, address);
     }
     // Neither is a port shared with another proxy, though workers share theirs.
-    let first = start(config(|config| config.workers = NonZeroUsize::new(2).unwrap())).unwrap();
-    let second = start(config(|config| config.listen = first.local_addr()));
+    let first =
+        start(config(&owners, |config| config.workers = NonZeroUsize::new(2).unwrap())).unwrap();
+    let second = start(config(&owners, |config| config.listen = first.local_addr()));
     let error = second.unwrap_err().to_string();
     let wanted = format!(
         "the proxy cannot listen on {}: give another address, or stop what listens there",
@@ -56,8 +58,8 @@ async fn a_taken_address_is_named() {
 
 #[tokio::test]
 async fn a_configuration_that_cannot_work_is_refused() {
-    let config = config(|config| config.limits.connections = 0);
-    let refused = Proxy::start(config, Owners::none().router(), &CancellationToken::new());
+    let config = config(&Owners::none(), |config| config.limits.connections = 0);
+    let refused = Proxy::start(config, &CancellationToken::new());
     assert!(matches!(refused, Err(StartError::Config(_))));
 }
 
@@ -160,7 +162,7 @@ async fn operators_see_whether_it_lives_is_ready_and_what_it_does() {
     for line in [
         "mandoline_proxy_requests_total 1".to_owned(),
         "mandoline_proxy_requests_answered_total 1".to_owned(),
-        "mandoline_proxy_assignment_generation 7".to_owned(),
+        "mandoline_proxy_assignment_generation{job=\"kv\"} 7".to_owned(),
         format!("mandoline_proxy_task_requests_total{{task=\"s3\",address=\"{address}\"}} 1"),
     ] {
         assert!(metrics.contains(&line), "{line}: {metrics}");

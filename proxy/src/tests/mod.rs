@@ -1,6 +1,7 @@
 //! The proxy as clients and tasks see it: real sockets, real hyper tasks, and raw bytes where framing is the question.
 
 mod harness;
+mod reloads;
 mod routing;
 mod framing;
 mod bodies;

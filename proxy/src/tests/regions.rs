@@ -8,7 +8,7 @@ use mandoline_core::key::SliceKey;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
-use super::harness::{Backend, Owners, Stage};
+use super::harness::{Backend, Owners, Stage, key_at};
 use crate::config::Config;
 
 /// A request for a key of the lower half of all keys, or of the upper.
@@ -266,7 +266,7 @@ async fn who_lags_or_is_ahead_is_asked_again_once_both_know_the_same() {
 #[tokio::test]
 async fn a_group_of_keys_lies_together() {
     let (low, high) = (Backend::echo("low").await, Backend::echo("high").await);
-    let stage = Stage::with(Owners::none(), |config| config.key = "path:0/path:1".parse().unwrap());
+    let stage = Stage::with(Owners::none(), |config| key_at(config, "path:0/path:1"));
     let group = SliceKey::grouped(b"eu", b"").0 & !0xFFFF_FFFF;
     let runs = [(0, 1, low.address), (group, 2, high.address), (group + (1 << 32), 1, low.address)];
     stage.owners.give(1, &runs).await;

@@ -2,7 +2,7 @@
 
 use mandoline_core::key::SliceKey;
 
-use super::harness::{Backend, Owners, Stage, status};
+use super::harness::{Backend, Owners, Stage, key_at, status};
 
 const GET: &str = "GET /kv/a HTTP/1.1\r\nhost: shop.example\r\nconnection: close\r\n\r\n";
 
@@ -123,7 +123,7 @@ async fn another_proxys_name_in_via_is_no_loop() {
 async fn an_absolute_target_outweighs_host() {
     let backend = Backend::echo("task").await;
     let stage = Stage::with(Owners::all(backend.address).await, |config| {
-        config.key = "host".parse().unwrap();
+        key_at(config, "host");
     });
     let cases = [
         ("http://Shop.example:81/kv/a?b", "GET /kv/a?b HTTP/1.1", "host: Shop.example:81"),
@@ -153,7 +153,7 @@ async fn the_key_is_taken_from_where_the_configuration_says() {
     ];
     for (key, line) in cases {
         let stage = Stage::with(Owners::all(backend.address).await, |config| {
-            config.key = key.parse().unwrap();
+            key_at(config, key);
         });
         let good =
             format!("GET /?user=7 HTTP/1.1\r\nhost: 7\r\n{line}\r\nconnection: close\r\n\r\n");
@@ -198,7 +198,7 @@ async fn a_request_without_one_usable_key_is_told_what_was_expected() {
     ];
     for (key, line, extra, wanted) in cases {
         let stage = Stage::with(Owners::all(backend.address).await, |config| {
-            config.key = key.parse().unwrap();
+            key_at(config, key);
         });
         let answer =
             stage.talk(&format!("{line}\r\nhost: a\r\n{extra}connection: close\r\n\r\n")).await;

@@ -11,7 +11,7 @@ use mandoline_proto::pb::offer_reply::Reply as Answer;
 use mandoline_proto::pb::tasks_client::TasksClient;
 use mandoline_proxy::config::Config;
 use mandoline_proxy::proxy::Proxy;
-use mandoline_proxy::route::Router;
+use mandoline_proxy::router::Router;
 use tokio::time::{Instant, interval};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
@@ -206,8 +206,8 @@ async fn a_proxy_tells_what_it_could_not_deliver() {
     let clerk = clerk.start().unwrap();
     clerk.ready().await;
     let (stop, any) = (CancellationToken::new(), "127.0.0.1:0".parse().unwrap());
-    let config = Config::new(any, KeyFrom::path(1));
-    let proxy = Proxy::start(config, Router::new(clerk), &stop).unwrap();
+    let config = Config::new(any, KeyFrom::path(1), Router::new(clerk));
+    let proxy = Proxy::start(config, &stop).unwrap();
     let local = proxy.local_addr();
     let told = async || {
         let asked = tokio::task::spawn_blocking(move || ask(local, "GET", "/kv/key", ""));

@@ -1,29 +1,40 @@
-//! What a proxy is told before it starts. Where it comes from (flags, environment, a file) is the caller's business.
+//! What a proxy is told, when it starts and when it reloads. Where it comes from (flags, environment, a file) is the caller's business.
 
+pub mod matching;
+pub mod route;
+
+use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
+use std::ops::Deref;
 use std::str::FromStr;
 use std::time::Duration;
 
 use mandoline::gateways::Gateways;
 use mandoline::http::key::KeyFrom;
+use mandoline_core::name::JobName;
 
+use crate::config::matching::{Ambiguous, Match, Table};
+use crate::config::route::{Destination, Route};
 use crate::record::Observer;
+use crate::router::Router;
 
 /// The longest name of a proxy, in bytes: a DNS label.
 pub const ID_MAX_BYTES: usize = 63;
 
-/// What a proxy is told before it starts.
+/// What a proxy is told.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where requests come in. Port 0 takes any free port.
     pub listen: SocketAddr,
     /// Where `/metrics`, `/livez` and `/readyz` are served, if anywhere.
     pub admin: Option<SocketAddr>,
-    /// Where the key is in a request.
-    pub key: KeyFrom,
+    /// The jobs that routes lead to, and what knows who serves their keys.
+    pub jobs: BTreeMap<JobName, Router>,
+    /// Where which requests go. The most specific one takes a request, wherever it stands in the list.
+    pub routes: Vec<Route>,
     /// The own region and the gateways of others, if requests for what lives there go by those. None sends each to its task.
     pub gateways: Option<Gateways>,
     /// How many cores to use: each gets a thread, a runtime, a listening socket and a connection pool of its own.
@@ -42,12 +53,19 @@ pub struct Config {
 }
 
 impl Config {
-    /// Takes what has no good default, and defaults for the rest.
-    pub fn new(listen: SocketAddr, key: KeyFrom) -> Self {
+    /// Takes what has no good default, and defaults for the rest: one route for everything, to the job that `router` knows.
+    pub fn new(listen: SocketAddr, key: KeyFrom, router: Router) -> Self {
+        let job = router.job().clone();
+        let route = Route {
+            name: job.as_str().into(),
+            matches: Match::default(),
+            to: Destination::Job { job: job.clone(), key },
+        };
         Self {
             listen,
             admin: None,
-            key,
+            jobs: [(job, router)].into(),
+            routes: vec![route],
             gateways: None,
             workers: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             id: ProxyId::random(),
@@ -58,8 +76,21 @@ impl Config {
         }
     }
 
-    /// Refuses values that no proxy could work with.
-    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+    /// Refuses values that no proxy could work with, and sorts the routes.
+    pub fn check(self) -> Result<Checked, ConfigError> {
+        self.check_values()?;
+        for route in &self.routes {
+            let Destination::Job { job, .. } = &route.to;
+            if !self.jobs.contains_key(job) {
+                let (route, job) = (route.name.clone(), job.clone());
+                return Err(ConfigError::NoJob { route, job });
+            }
+        }
+        let table = Table::new(self.routes.iter().map(|route| &route.matches))?;
+        Ok(Checked { config: self, table })
+    }
+
+    fn check_values(&self) -> Result<(), ConfigError> {
         let Timeouts { connect, header, client_idle, response, stall, idle, hold, grace: _ } =
             self.timeouts;
         let timeouts = [
@@ -107,6 +138,28 @@ impl Config {
     }
 }
 
+/// A configuration that a proxy can work with.
+#[derive(Clone, Debug)]
+pub struct Checked {
+    config: Config,
+    table: Table,
+}
+
+impl Checked {
+    /// Gives the routes by how specific they are.
+    pub const fn table(&self) -> &Table {
+        &self.table
+    }
+}
+
+impl Deref for Checked {
+    type Target = Config;
+
+    fn deref(&self) -> &Config {
+        &self.config
+    }
+}
+
 /// The most workers: twice the threads of the largest machines in common use.
 pub const WORKERS_MAX: usize = 1024;
 /// The longest time-out: a day, since nobody waits longer and clocks overflow somewhere.
@@ -115,6 +168,17 @@ pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// A configuration held a value that no proxy could work with.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
+    /// One request could take two routes.
+    #[error(transparent)]
+    Ambiguous(#[from] Ambiguous),
+    /// A route leads to a job that is not there.
+    #[error("route {route} leads to job {job}, which is not among the jobs")]
+    NoJob {
+        /// Which route.
+        route: Box<str>,
+        /// Which job.
+        job: JobName,
+    },
     /// A time-out was zero or longer than a day.
     #[error("the {name} time-out is {length:?}: give more than 0s and at most 24h")]
     Timeout {
@@ -274,18 +338,32 @@ mod tests {
 
     #[test]
     fn values_that_cannot_work_are_refused_by_name() {
-        let good = Config::new("127.0.0.1:0".parse().unwrap(), "host".parse().unwrap());
-        assert_eq!(good.check(), Ok(()));
-        let mut bad = good.clone();
-        bad.timeouts.connect = Duration::ZERO;
-        let error = bad.check().unwrap_err().to_string();
-        assert_eq!(error, "the connect time-out is 0ns: give more than 0s and at most 24h");
-        let mut bad = good.clone();
-        bad.limits.header_bytes = 100;
-        let error = bad.check().unwrap_err().to_string();
-        assert_eq!(error, "the limit header_bytes is 100: give 8192 to 1048576");
-        let mut bad = good;
-        bad.workers = NonZeroUsize::MAX;
-        assert!(bad.check().is_err());
+        let job: JobName = "kv".parse().unwrap();
+        let clerk = mandoline::Clerk::follow_hub(&mandoline::Hub::new(), job).unwrap();
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let good = Config::new(listen, "host".parse().unwrap(), Router::new(clerk));
+        assert!(good.clone().check().is_ok());
+        let refused = |change: fn(&mut Config)| {
+            let mut bad = good.clone();
+            change(&mut bad);
+            bad.check().unwrap_err().to_string()
+        };
+        assert_eq!(
+            refused(|bad| bad.timeouts.connect = Duration::ZERO),
+            "the connect time-out is 0ns: give more than 0s and at most 24h"
+        );
+        assert_eq!(
+            refused(|bad| bad.limits.header_bytes = 100),
+            "the limit header_bytes is 100: give 8192 to 1048576"
+        );
+        assert!(refused(|bad| bad.workers = NonZeroUsize::MAX).starts_with("the limit workers"));
+        assert_eq!(
+            refused(|bad| bad.routes.push(bad.routes[0].clone())),
+            "routes 1 and 2 both take */*, and neither is more specific: tell them apart by host, path, method or headers"
+        );
+        assert_eq!(
+            refused(|bad| bad.jobs.clear()),
+            "route kv leads to job kv, which is not among the jobs"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! One request from its head to the last byte of its answer. Whatever happens, its end is counted once: when the exchange
+//! The stage `observe`: one request from its head to the last byte of its answer. Whatever happens, its end is counted once: when the exchange
 //! is dropped, with the last thing that was known.
 
 use std::rc::Rc;
@@ -9,14 +9,17 @@ use mandoline_core::key::SliceKey;
 use mandoline_core::task::SessionId;
 use tokio::time::Instant;
 
+use crate::job::Job;
 use crate::metrics::Count;
 use crate::record::{Outcome, Record};
-use crate::route::Target;
+use crate::target::Target;
 use crate::worker::Worker;
 
 /// One request, under way.
 pub(crate) struct Exchange {
     worker: Rc<Worker>,
+    // Where it counts as offered, once it has a key.
+    job: Option<Rc<Job>>,
     began: Instant,
     // When it began, or was last let go on.
     waits_since: Instant,
@@ -36,6 +39,7 @@ impl Exchange {
         let began = Instant::now();
         Self {
             worker: Rc::clone(worker),
+            job: None,
             began,
             waits_since: began,
             key: None,
@@ -60,9 +64,10 @@ impl Exchange {
     }
 
     /// The request's key is known: from here on it counts as offered, second tries apart.
-    pub(crate) fn has_key(&mut self, key: SliceKey) {
+    pub(crate) fn has_key(&mut self, key: SliceKey, job: &Rc<Job>) {
         self.key = Some(key);
-        self.worker.lookup.offered(key);
+        job.lookup.offered(key);
+        self.job = Some(Rc::clone(job));
     }
 
     pub(crate) fn tries(&mut self, target: &Target) {
@@ -103,11 +108,11 @@ impl Drop for Exchange {
             outcome: self.outcome,
             duration: self.began.elapsed(),
         };
-        if let (Some(key), Outcome::Failed) = (self.key, self.outcome) {
-            self.worker.lookup.failed(key);
+        if let (Some(key), Some(job), Outcome::Failed) = (self.key, &self.job, self.outcome) {
+            job.lookup.failed(key);
         }
         self.worker.counters.record(&record);
-        if let Some(observer) = &self.worker.config.observer {
+        if let Some(observer) = &self.worker.setup().config.observer {
             observer.observe(&record);
         }
     }

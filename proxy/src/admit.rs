@@ -1,0 +1,22 @@
+//! The stage `admit`: which route takes the request, if any.
+
+use crate::config::matching::Astray;
+use crate::passage::Passage;
+use crate::refusal::Refusal;
+
+/// Finds the route that takes the request.
+pub(crate) fn admit(passage: &mut Passage) -> Result<(), Refusal> {
+    let route = passage.setup.route(&passage.head, passage.host.as_str()).map_err(refusal)?;
+    passage.route = Some(route.clone());
+    Ok(())
+}
+
+pub(crate) fn refusal(astray: Astray) -> Refusal {
+    match astray {
+        Astray::NoRoute => Refusal::NoRoute,
+        Astray::Method(methods) => Refusal::OtherMethods(methods),
+        Astray::Dots => Refusal::Malformed(
+            "the path has . or .. between slashes: send the path that it leads to",
+        ),
+    }
+}

@@ -1,0 +1,506 @@
+//! Which route takes a request: the most specific one, by host, then path, then method, then headers. Pure.
+//!
+//! Two routes of which neither is more specific and which one request could match are refused when the table is made, so that
+//! no request ever depends on the order of lines in a file.
+
+use std::borrow::Cow;
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use http::header::{HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{HeaderMap, Method};
+
+/// Which requests a route takes: those that fit all that is given. With nothing given it takes all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Match {
+    /// The host that is asked for, without its port.
+    pub host: Option<HostPattern>,
+    /// The path, without its query.
+    pub path: Option<PathPattern>,
+    /// Any of these methods; all if there is none.
+    pub methods: Vec<Method>,
+    /// Headers that must be there with exactly this value.
+    pub headers: BTreeMap<HeaderKey, HeaderValue>,
+}
+
+/// The name of a header, in an order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeaderKey(pub HeaderName);
+
+impl Ord for HeaderKey {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.0.as_str().cmp(other.0.as_str())
+    }
+}
+
+impl PartialOrd for HeaderKey {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// `shop.example.com`, or `*.example.com` for every name below.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum HostPattern {
+    /// This host. In lower case.
+    Exact(Box<str>),
+    /// Every host whose name ends with this, which begins with a dot. In lower case.
+    Below(Box<str>),
+}
+
+/// `/carts` for this path alone, `/carts/*` for it and everything below.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum PathPattern {
+    /// This path.
+    Exact(Box<str>),
+    /// This path, without a slash at its end, and everything below.
+    Below(Box<str>),
+}
+
+/// Why a text is no pattern.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PatternError {
+    /// No host.
+    #[error(
+        "{0:?} is no host: give a name such as shop.example.com, or *.example.com for all below it, without a port"
+    )]
+    Host(String),
+    /// No path.
+    #[error(
+        "{0:?} is no path: begin it with /, and end it with /* to take everything below; it has no . or .. between slashes, no query and no other *"
+    )]
+    Path(String),
+}
+
+impl FromStr for HostPattern {
+    type Err = PatternError;
+
+    fn from_str(text: &str) -> Result<Self, PatternError> {
+        let lower = text.to_ascii_lowercase();
+        let (name, below) = match lower.strip_prefix("*.") {
+            Some(name) => (name, true),
+            None => (lower.as_str(), false),
+        };
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+        let is_address = name.starts_with('[') && name.ends_with(']');
+        let good = !name.is_empty()
+            && name.len() <= HOST_MAX_BYTES
+            && (is_address || name.bytes().all(allowed))
+            && !name.starts_with('.')
+            && !name.ends_with('.');
+        match (good, below) {
+            (false, _) => Err(PatternError::Host(text.chars().take(HOST_MAX_BYTES).collect())),
+            (true, false) => Ok(Self::Exact(name.into())),
+            (true, true) => Ok(Self::Below(lower[1..].into())),
+        }
+    }
+}
+
+/// The longest host: a DNS name.
+const HOST_MAX_BYTES: usize = 253;
+
+impl FromStr for PathPattern {
+    type Err = PatternError;
+
+    fn from_str(text: &str) -> Result<Self, PatternError> {
+        let (path, below) = match text.strip_suffix("/*") {
+            Some(path) => (path, true),
+            None => (text, false),
+        };
+        let good = (path.starts_with('/') || (below && path.is_empty()))
+            && !path.contains(['*', '?', '#', '%'])
+            && path.bytes().all(|b| b.is_ascii_graphic())
+            && plain(path).is_some();
+        match (good, below) {
+            (false, _) => Err(PatternError::Path(text.chars().take(HOST_MAX_BYTES).collect())),
+            (true, false) => Ok(Self::Exact(path.into())),
+            (true, true) => Ok(Self::Below(path.into())),
+        }
+    }
+}
+
+impl fmt::Display for HostPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact(host) => f.write_str(host),
+            Self::Below(host) => write!(f, "*{host}"),
+        }
+    }
+}
+
+impl fmt::Display for PathPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact(path) => f.write_str(path),
+            Self::Below(path) => write!(f, "{path}/*"),
+        }
+    }
+}
+
+/// As in a configuration: `shop.example.com/carts/* GET x-canary=yes`.
+impl fmt::Display for Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Some(host) => host.fmt(f)?,
+            None => f.write_str("*")?,
+        }
+        match &self.path {
+            Some(path) => path.fmt(f)?,
+            None => f.write_str("/*")?,
+        }
+        for (n, method) in self.methods.iter().enumerate() {
+            write!(f, "{}{method}", if n == 0 { ' ' } else { ',' })?;
+        }
+        for (name, value) in &self.headers {
+            write!(f, " {}={}", name.0, String::from_utf8_lossy(value.as_bytes()))?;
+        }
+        Ok(())
+    }
+}
+
+/// What decides between two routes that both take a request: the greater.
+type Rank = (HostRank, PathRank, bool, usize);
+type HostRank = (bool, usize);
+type PathRank = (bool, usize);
+
+impl Match {
+    fn rank(&self) -> Rank {
+        let host = match &self.host {
+            Some(HostPattern::Exact(host)) => (true, host.len()),
+            Some(HostPattern::Below(host)) => (false, host.len()),
+            None => (false, 0),
+        };
+        // Below the root is everything, and yet more than nothing was said.
+        let path = match &self.path {
+            Some(PathPattern::Exact(path)) => (true, path.len() + 1),
+            Some(PathPattern::Below(path)) => (false, path.len() + 1),
+            None => (false, 0),
+        };
+        (host, path, !self.methods.is_empty(), self.headers.len())
+    }
+
+    fn takes(&self, asked: &Asked<'_>) -> bool {
+        self.takes_but_for_method(asked) && self.takes_method(asked.method)
+    }
+
+    fn takes_method(&self, method: &Method) -> bool {
+        self.methods.is_empty() || self.methods.contains(method)
+    }
+
+    fn takes_but_for_method(&self, asked: &Asked<'_>) -> bool {
+        self.host.as_ref().is_none_or(|host| host.takes(asked.host))
+            && self.path.as_ref().is_none_or(|path| path.takes(asked.path))
+            && self.headers.iter().all(|(name, value)| {
+                asked.headers.get_all(&name.0).iter().any(|given| given == value)
+            })
+    }
+
+    /// Says whether there is a request that both take, and neither is more specific.
+    fn vies_with(&self, other: &Self) -> bool {
+        let methods = self.methods.is_empty()
+            || other.methods.is_empty()
+            || self.methods.iter().any(|method| other.methods.contains(method));
+        let headers = self
+            .headers
+            .iter()
+            .all(|(name, value)| other.headers.get(name).is_none_or(|theirs| theirs == value));
+        self.rank() == other.rank()
+            && self.host == other.host
+            && self.path == other.path
+            && methods
+            && headers
+    }
+}
+
+impl HostPattern {
+    fn takes(&self, host: &str) -> bool {
+        match self {
+            Self::Exact(own) => host.eq_ignore_ascii_case(own),
+            Self::Below(end) => host
+                .len()
+                .checked_sub(end.len())
+                .filter(|at| *at > 0)
+                .and_then(|at| host.get(at..))
+                .is_some_and(|found| found.eq_ignore_ascii_case(end)),
+        }
+    }
+}
+
+impl PathPattern {
+    fn takes(&self, path: &[u8]) -> bool {
+        match self {
+            Self::Exact(own) => path == own.as_bytes(),
+            Self::Below(own) => path
+                .strip_prefix(own.as_bytes())
+                .is_some_and(|rest| rest.is_empty() || rest[0] == b'/'),
+        }
+    }
+}
+
+/// What of a request decides which route takes it.
+struct Asked<'a> {
+    host: &'a str,
+    path: &'a [u8],
+    method: &'a Method,
+    headers: &'a HeaderMap,
+}
+
+/// All routes, the most specific first. It gives the place that a route had in the list it was made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    entries: Vec<(Match, usize)>,
+    reads_paths: bool,
+}
+
+/// Why there is no table.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "routes {first} and {second} both take {what}, and neither is more specific: tell them apart by host, path, method or headers"
+)]
+pub struct Ambiguous {
+    /// The place of one, counted from 1.
+    pub first: usize,
+    /// The place of the other.
+    pub second: usize,
+    /// What both take.
+    pub what: String,
+}
+
+/// Why no route takes a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Astray {
+    /// No route is for such a request.
+    NoRoute,
+    /// Routes are, but for other methods.
+    Method(Vec<Method>),
+    /// The path has `.` or `..` between slashes, so that it may lead elsewhere for whoever reads it next.
+    Dots,
+}
+
+impl Table {
+    /// Sorts routes by how specific they are.
+    pub fn new<'a>(matches: impl IntoIterator<Item = &'a Match>) -> Result<Self, Ambiguous> {
+        let mut entries: Vec<(Match, usize)> =
+            matches.into_iter().cloned().enumerate().map(|(place, m)| (m, place)).collect();
+        // Sorting is stable, so those that vie stay in the order they were written in.
+        entries.sort_by_key(|(given, _)| Reverse(given.rank()));
+        for (n, (one, first)) in entries.iter().enumerate() {
+            let rivals =
+                entries[n + 1..].iter().take_while(|(other, _)| other.rank() == one.rank());
+            for (other, second) in rivals {
+                if one.vies_with(other) {
+                    let (first, second) = (first + 1, second + 1);
+                    return Err(Ambiguous { first, second, what: other.to_string() });
+                }
+            }
+        }
+        let reads_paths = entries.iter().any(|(given, _)| given.path.is_some());
+        Ok(Self { entries, reads_paths })
+    }
+
+    /// Finds the route for a request to `host`, which may have a port.
+    pub fn find(&self, head: &Parts, host: Option<&str>) -> Result<usize, Astray> {
+        // One route for everything is what most proxies have.
+        if let [(only, place)] = &self.entries[..]
+            && *only == Match::default()
+        {
+            return Ok(*place);
+        }
+        let path = head.uri.path();
+        let path = if self.reads_paths {
+            plain(path).ok_or(Astray::Dots)?
+        } else {
+            path.as_bytes().into()
+        };
+        let asked = Asked {
+            host: without_port(host.unwrap_or_default()),
+            path: &path,
+            method: &head.method,
+            headers: &head.headers,
+        };
+        let found = self.entries.iter().find(|(given, _)| given.takes(&asked));
+        found.map(|(_, place)| *place).ok_or_else(|| self.astray(&asked))
+    }
+
+    fn astray(&self, asked: &Asked<'_>) -> Astray {
+        let others = self.entries.iter().filter(|(given, _)| given.takes_but_for_method(asked));
+        let mut methods: Vec<Method> =
+            others.flat_map(|(given, _)| given.methods.iter().cloned()).collect();
+        methods.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+        methods.dedup();
+        if methods.is_empty() { Astray::NoRoute } else { Astray::Method(methods) }
+    }
+}
+
+fn without_port(host: &str) -> &str {
+    let host = match host.rfind(']') {
+        Some(end) => &host[..=end],
+        None => host.split_once(':').map_or(host, |(name, _)| name),
+    };
+    host.strip_suffix('.').unwrap_or(host)
+}
+
+/// Gives a path with what was encoded for no reason decoded; nothing if it has `.` or `..` between slashes. An encoded slash is
+/// part of a name and stays as it is.
+fn plain(path: &str) -> Option<Cow<'_, [u8]>> {
+    let bytes = path.as_bytes();
+    let decoded: Cow<'_, [u8]> = if bytes.contains(&b'%') {
+        let mut all = Vec::with_capacity(bytes.len());
+        let mut at = 0;
+        while let Some(byte) = bytes.get(at) {
+            let digit = |at: usize| bytes.get(at).and_then(|b| char::from(*b).to_digit(16));
+            match (byte, digit(at + 1).zip(digit(at + 2))) {
+                (b'%', Some((high, low))) if (high, low) != (2, 15) => {
+                    all.push((high * 16 + low) as u8);
+                    at += 3;
+                }
+                _ => {
+                    all.push(*byte);
+                    at += 1;
+                }
+            }
+        }
+        all.into()
+    } else {
+        bytes.into()
+    };
+    let dotted = decoded.split(|b| *b == b'/').any(|name| matches!(name, b"." | b".."));
+    (!dotted).then_some(decoded)
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    /// `HOST/PATH METHOD,.. name=value`, each but the first may be left out; `*` is any host.
+    fn read(text: &str) -> Match {
+        let mut words = text.split(' ');
+        let place = words.next().unwrap();
+        let at = place.find('/').unwrap_or(place.len());
+        let (host, path) = place.split_at(at);
+        let mut read = Match {
+            host: (host != "*").then(|| host.parse().unwrap()),
+            path: (!path.is_empty()).then(|| path.parse().unwrap()),
+            ..Match::default()
+        };
+        for word in words {
+            match word.split_once('=') {
+                Some((name, value)) => {
+                    let name = HeaderKey(name.parse().unwrap());
+                    read.headers.insert(name, value.parse().unwrap());
+                }
+                None => read.methods = word.split(',').map(|m| m.parse().unwrap()).collect(),
+            }
+        }
+        read
+    }
+
+    fn table(routes: &[&str]) -> Result<Table, Ambiguous> {
+        let routes: Vec<Match> = routes.iter().map(|route| read(route)).collect();
+        Table::new(&routes)
+    }
+
+    fn find(table: &Table, request: &str) -> Result<usize, Astray> {
+        let mut words = request.split(' ');
+        let (method, place) = (words.next().unwrap(), words.next().unwrap());
+        let (host, path) = place.split_at(place.find('/').unwrap());
+        let mut head = Request::builder().method(method).uri(path);
+        for (name, value) in words.map(|word| word.split_once('=').unwrap()) {
+            head = head.header(name, value);
+        }
+        table.find(&head.body(()).unwrap().into_parts().0, Some(host))
+    }
+
+    #[test]
+    fn the_most_specific_route_takes_a_request() {
+        let table = table(&[
+            "*/*",
+            "*.example.com",
+            "shop.example.com",
+            "shop.example.com/carts/*",
+            "shop.example.com/carts/new",
+            "shop.example.com/carts/* GET",
+            "shop.example.com/carts/* GET x-canary=yes",
+            "*/carts/*",
+        ])
+        .unwrap();
+        for (request, route) in [
+            ("GET other.org/", 0),
+            ("GET a.example.com/", 1),
+            ("GET example.com/", 0),
+            ("GET a.b.example.com:8080/x", 1),
+            ("GET shop.example.com/", 2),
+            ("GET SHOP.Example.com.:80/", 2),
+            ("POST shop.example.com/carts", 3),
+            ("POST shop.example.com/carts/1/2", 3),
+            ("POST shop.example.com/cartsx", 2),
+            ("GET shop.example.com/carts/new", 4),
+            ("GET shop.example.com/carts/1", 5),
+            ("GET shop.example.com/carts/1 x-canary=yes", 6),
+            ("GET shop.example.com/carts/1 x-canary=no", 5),
+            ("GET other.org/carts", 7),
+            ("GET other.org/%63arts/1", 7),
+            ("GET other.org/x%2fcarts", 0),
+        ] {
+            assert_eq!(find(&table, request), Ok(route), "{request}");
+        }
+    }
+
+    #[test]
+    fn a_request_that_no_route_takes_is_told_why() {
+        let table = table(&["a.org/x/* GET", "a.org/x/* PUT,DELETE", "a.org/y"]).unwrap();
+        assert_eq!(find(&table, "GET b.org/x"), Err(Astray::NoRoute));
+        assert_eq!(find(&table, "GET a.org/z"), Err(Astray::NoRoute));
+        assert_eq!(find(&table, "PUT a.org/y"), Ok(2));
+        let methods = vec![Method::DELETE, Method::GET, Method::PUT];
+        assert_eq!(find(&table, "POST a.org/x/1"), Err(Astray::Method(methods)));
+        for dots in ["/x/../y", "/x/%2e%2E/y", "/./x", "/x/.."] {
+            assert_eq!(find(&table, &format!("GET a.org{dots}")), Err(Astray::Dots), "{dots}");
+        }
+        assert_eq!(find(&table, "GET a.org/x/..."), Ok(0));
+    }
+
+    #[test]
+    fn two_routes_for_one_request_are_refused() {
+        for (routes, places) in [
+            (&["*/a", "*/b", "*/a"][..], (1, 3)),
+            (&["a.org", "A.ORG"], (1, 2)),
+            (&["a.org/x GET,PUT", "a.org/x PUT"], (1, 2)),
+            (&["a.org x=1", "a.org y=2"], (1, 2)),
+            (&["*", "*"], (1, 2)),
+        ] {
+            let error = table(routes).unwrap_err();
+            assert_eq!((error.first, error.second), places, "{routes:?}");
+        }
+        for fine in [
+            &["a.org/x GET", "a.org/x PUT"][..],
+            &["a.org x=1", "a.org x=2"],
+            &["a.org x=1", "a.org GET"],
+            &["a.org", "b.org", "*.org", "*"],
+            &["*/*", "*"],
+        ] {
+            assert!(table(fine).is_ok(), "{fine:?}");
+        }
+    }
+
+    #[test]
+    fn patterns_are_read_strictly() {
+        for good in ["a.org", "*.a.org", "localhost", "[::1]", "10.0.0.1"] {
+            assert_eq!(good.parse::<HostPattern>().unwrap().to_string(), good);
+        }
+        for bad in ["", "*", "*.", "a.*.org", "a.org:80", "a org", ".a.org", "a.org.", "a/b"] {
+            assert!(bad.parse::<HostPattern>().is_err(), "{bad}");
+        }
+        for good in ["/", "/*", "/a", "/a/*", "/a/b.c/..."] {
+            assert_eq!(good.parse::<PathPattern>().unwrap().to_string(), good);
+        }
+        for bad in ["", "*", "a", "/a*", "/*/a", "/a?b", "/a b", "/a/../b", "/%61", "//../"] {
+            assert!(bad.parse::<PathPattern>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! One job as one worker knows it: where its keys are, and its requests that are held.
+
+use std::sync::Arc;
+
+use mandoline::gateways::Gateways;
+
+use crate::config::Config;
+use crate::hold::Hold;
+use crate::metrics::Counters;
+use crate::router::Router;
+use crate::target::Lookup;
+
+/// One job as one worker knows it.
+pub(crate) struct Job {
+    router: Router,
+    pub(crate) lookup: Lookup,
+    /// Requests that wait for the slices of their keys to settle.
+    pub(crate) hold: Hold,
+}
+
+impl Job {
+    pub(crate) fn new(config: &Config, router: &Router, counters: Arc<Counters>) -> Self {
+        let lookup = Lookup::new(router, config.gateways.clone());
+        let hold = Hold::new(config, router, counters);
+        Self { router: router.clone(), lookup, hold }
+    }
+
+    /// Says whether it is what a configuration asks for, so that it can stay when that comes into force.
+    pub(crate) fn suits(&self, router: &Router, gateways: Option<&Gateways>) -> bool {
+        let same_gateways = match (self.lookup.gateways(), gateways) {
+            (None, None) => true,
+            (Some(own), Some(other)) => own.is(other),
+            _ => false,
+        };
+        same_gateways && self.router.is(router)
+    }
+}

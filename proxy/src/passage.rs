@@ -1,0 +1,83 @@
+//! One request on its way through the stages: what each of them finds out, for those that come after it.
+
+use std::rc::Rc;
+
+use http::request::Parts;
+use http::{Request, Response, header};
+use hyper::body::Incoming;
+use mandoline_core::key::SliceKey;
+use tokio::time::Instant;
+
+use crate::client::{Client, Host};
+use crate::observe::Exchange;
+use crate::pool::Lease;
+use crate::setup::{Route, Setup};
+use crate::target::Target;
+use crate::upload::Tape;
+use crate::wire::{Abort, Line, Seen};
+use crate::worker::Worker;
+
+/// A task's answer and the connection it comes on.
+pub(crate) type Answer = (Response<Incoming>, Lease);
+
+/// One request on its way through the stages.
+pub(crate) struct Passage {
+    pub(crate) worker: Rc<Worker>,
+    /// What was in force when the request came in.
+    pub(crate) setup: Rc<Setup>,
+    pub(crate) client: Rc<Client>,
+    pub(crate) head: Parts,
+    pub(crate) tape: Tape,
+    pub(crate) line: Line,
+    pub(crate) abort: Option<Abort>,
+    pub(crate) exchange: Exchange,
+    /// Whether the client waits for leave to send its body.
+    pub(crate) waits_for_leave: bool,
+    /// From `identify` on.
+    pub(crate) host: Host,
+    /// From `admit` on.
+    pub(crate) route: Option<Rc<Route>>,
+    /// From `key` on, where the route leads to a job.
+    pub(crate) key: Option<SliceKey>,
+    /// Until when the request is held at most, once it was.
+    pub(crate) held_until: Option<Instant>,
+    /// From `route` on.
+    pub(crate) target: Option<Target>,
+    /// From `forward` on.
+    pub(crate) answer: Option<Answer>,
+}
+
+impl Passage {
+    /// Begins with a head that was parsed.
+    pub(crate) fn begin(
+        worker: Rc<Worker>,
+        client: Rc<Client>,
+        request: Request<Incoming>,
+        seen: Seen,
+    ) -> Self {
+        let exchange = Exchange::begin(&worker);
+        let (head, body) = request.into_parts();
+        Self {
+            setup: worker.setup(),
+            client,
+            waits_for_leave: head.headers.contains_key(header::EXPECT),
+            head,
+            tape: Tape::new(body, &worker.replay_room, seen.body),
+            line: seen.line,
+            abort: seen.abort,
+            exchange,
+            host: Host::unknown(),
+            route: None,
+            key: None,
+            held_until: None,
+            target: None,
+            answer: None,
+            worker,
+        }
+    }
+
+    /// Gives the route that the request takes. Each stage after `admit` may ask.
+    pub(crate) fn route(&self) -> Rc<Route> {
+        Rc::clone(self.route.as_ref().expect("admit has found the route"))
+    }
+}

@@ -1,0 +1,131 @@
+//! The configuration in force, and how another one takes its place: between two requests of each worker, in all workers, or not
+//! at all. What cannot change while the proxy runs is refused by name, and what was in force stays.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio::sync::{mpsc, oneshot};
+use tracing::info;
+
+use crate::config::{Checked, Config, ConfigError};
+use crate::metrics::{Knowledge, Reloads};
+use crate::router::Router;
+
+/// The configuration in force, and the workers that go by it. Clones are the same.
+#[derive(Clone)]
+pub struct Reloader(Arc<Inner>);
+
+struct Inner {
+    // Whoever changes it holds it until all workers were told.
+    in_force: Mutex<Arc<Checked>>,
+    workers: Vec<mpsc::UnboundedSender<Change>>,
+    taken: AtomicU64,
+    refused: AtomicU64,
+    last_refused: AtomicBool,
+}
+
+/// What a worker is to go by from now on.
+pub(crate) struct Change {
+    pub(crate) config: Arc<Checked>,
+    /// Dropped when it does.
+    _done: oneshot::Sender<()>,
+}
+
+/// Why a configuration did not come into force. The one before stays.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReloadError {
+    /// It holds what cannot work.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// It changes what only a restart can change.
+    #[error("{0} cannot change while the proxy runs: restart it for that, or leave {0} as it was")]
+    Restart(&'static str),
+}
+
+impl Reloader {
+    pub(crate) fn new(
+        config: Arc<Checked>,
+        workers: usize,
+    ) -> (Self, Vec<mpsc::UnboundedReceiver<Change>>) {
+        let (workers, changes) = (0..workers).map(|_| mpsc::unbounded_channel()).unzip();
+        let in_force = Mutex::new(config);
+        let (taken, refused, last_refused) = Default::default();
+        (Self(Arc::new(Inner { in_force, workers, taken, refused, last_refused })), changes)
+    }
+
+    /// Brings a configuration into force: each request that comes in after this has returned goes by it.
+    pub async fn reload(&self, config: Config) -> Result<(), ReloadError> {
+        let told = self.tell(config).inspect_err(|_| self.refused())?;
+        for worker in told {
+            // A worker that has ended needs no configuration.
+            let _: Result<(), _> = worker.await;
+        }
+        Ok(())
+    }
+
+    /// Counts a configuration that could not even be read.
+    pub fn refused(&self) {
+        self.0.refused.fetch_add(1, Relaxed);
+        self.0.last_refused.store(true, Relaxed);
+    }
+
+    fn tell(&self, config: Config) -> Result<Vec<oneshot::Receiver<()>>, ReloadError> {
+        let config = Arc::new(config.check()?);
+        let mut in_force = self.lock();
+        if let Some(what) = fixed(&in_force, &config) {
+            return Err(ReloadError::Restart(what));
+        }
+        *in_force = Arc::clone(&config);
+        let told = self.0.workers.iter().map(|worker| {
+            let (done, is_done) = oneshot::channel();
+            // Whoever cannot be told has ended.
+            drop(worker.send(Change { config: Arc::clone(&config), _done: done }));
+            is_done
+        });
+        let told = told.collect();
+        self.0.taken.fetch_add(1, Relaxed);
+        self.0.last_refused.store(false, Relaxed);
+        info!(routes = config.routes.len(), "Configuration is in force");
+        Ok(told)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Arc<Checked>> {
+        self.0.in_force.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Gives the configuration in force.
+    pub(crate) fn in_force(&self) -> Arc<Checked> {
+        Arc::clone(&self.lock())
+    }
+
+    pub(crate) fn knowledge(&self) -> Knowledge {
+        let config = self.in_force();
+        Knowledge {
+            jobs: config.jobs.values().map(Router::known).collect(),
+            gateways: config.gateways.clone(),
+            reloads: Reloads {
+                taken: self.0.taken.load(Relaxed),
+                refused: self.0.refused.load(Relaxed),
+                last_refused: self.0.last_refused.load(Relaxed),
+            },
+        }
+    }
+}
+
+/// Names what differs and only a restart can change: sockets and threads.
+fn fixed(old: &Config, new: &Config) -> Option<&'static str> {
+    let changes = [
+        ("listen", old.listen != new.listen),
+        ("admin", old.admin != new.admin),
+        ("workers", old.workers != new.workers),
+        ("id", old.id != new.id),
+    ];
+    changes.into_iter().find_map(|(what, changed)| changed.then_some(what))
+}
+
+impl fmt::Debug for Reloader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reloader").field("in_force", &self.in_force()).finish_non_exhaustive()
+    }
+}

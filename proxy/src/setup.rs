@@ -1,0 +1,80 @@
+//! The configuration in force, made ready for one worker: a request keeps the one that it began with, whatever comes.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use http::request::Parts;
+use mandoline::http::key::KeyFrom;
+use mandoline_core::name::JobName;
+
+use crate::config::Checked;
+use crate::config::matching::Astray;
+use crate::config::route::Destination;
+use crate::job::Job;
+use crate::metrics::Counters;
+
+/// The configuration in force, as one worker has it.
+pub(crate) struct Setup {
+    pub(crate) config: Arc<Checked>,
+    routes: Vec<Rc<Route>>,
+    jobs: BTreeMap<JobName, Rc<Job>>,
+}
+
+/// Where some requests go.
+pub(crate) struct Route {
+    pub(crate) to: To,
+}
+
+/// Where a route's requests go.
+pub(crate) enum To {
+    /// To the task that owns the key.
+    Job { job: Rc<Job>, key: KeyFrom },
+}
+
+impl Setup {
+    /// Makes a configuration ready. What stays as it is in `before` is taken from there, with all that it has under way.
+    pub(crate) fn new(
+        config: Arc<Checked>,
+        before: Option<&Self>,
+        counters: &Arc<Counters>,
+    ) -> Self {
+        let jobs: BTreeMap<JobName, Rc<Job>> = config
+            .jobs
+            .iter()
+            .map(|(name, router)| {
+                let known = before.and_then(|before| before.jobs.get(name));
+                let known = known.filter(|job| job.suits(router, config.gateways.as_ref()));
+                let fresh = || Rc::new(Job::new(&config, router, Arc::clone(counters)));
+                (name.clone(), known.map_or_else(fresh, Rc::clone))
+            })
+            .collect();
+        let routes = config.routes.iter().map(|route| {
+            let to = match &route.to {
+                Destination::Job { job, key } => {
+                    let job = jobs.get(job).expect("the configuration was checked");
+                    To::Job { job: Rc::clone(job), key: key.clone() }
+                }
+            };
+            Rc::new(Route { to })
+        });
+        let routes = routes.collect();
+        Self { config, routes, jobs }
+    }
+
+    /// Gives the jobs that are not in another one, or not the same there.
+    pub(crate) fn jobs_not_in<'a>(
+        &'a self,
+        other: Option<&'a Self>,
+    ) -> impl Iterator<Item = &'a Rc<Job>> {
+        let there = move |job: &Rc<Job>| {
+            other.is_some_and(|other| other.jobs.values().any(|theirs| Rc::ptr_eq(job, theirs)))
+        };
+        self.jobs.values().filter(move |job| !there(job))
+    }
+
+    /// Finds the route that takes a request.
+    pub(crate) fn route(&self, head: &Parts, host: Option<&str>) -> Result<&Rc<Route>, Astray> {
+        Ok(&self.routes[self.config.table().find(head, host)?])
+    }
+}
