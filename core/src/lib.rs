@@ -26,6 +26,7 @@ pub mod brake;
 pub mod offers;
 pub mod delta;
 pub mod spill;
+pub mod flags;
 pub mod forecast;
 pub mod watch;
 pub mod lease;
