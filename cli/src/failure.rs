@@ -29,6 +29,13 @@ impl Failure {
         self.because(chain(error))
     }
 
+    /// Says where in a file.
+    #[must_use]
+    pub(crate) fn at(mut self, place: impl fmt::Display) -> Self {
+        self.what = format!("{place}: {}", self.what);
+        self
+    }
+
     /// Adds what to try.
     #[must_use]
     pub(crate) fn try_this(mut self, hint: impl fmt::Display) -> Self {

@@ -6,6 +6,8 @@ mod text;
 mod file;
 mod job_file;
 mod job_text;
+#[cfg(test)]
+mod schema;
 mod job_schema;
 mod keys;
 mod ports;
@@ -63,7 +65,7 @@ enum Command {
     #[command(subcommand)]
     Cluster(operate::ClusterCommand),
     Assigner(Box<node::NodeArgs>),
-    Proxy(Box<proxy::ProxyArgs>),
+    Proxy(Box<proxy::ProxyCommand>),
     Agent(Box<agent::AgentArgs>),
     Distributor(Box<distributor::DistributorArgs>),
     #[command(subcommand)]

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::de::{Deserialize, Deserializer, Visitor};
 
 /// A value that is given by its text form.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Text<T>(pub(crate) T);
 
 impl<T: FromStr> FromStr for Text<T> {

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use crate::metrics::Tally;
+use crate::reload::Reloader;
 
 /// Connections at a time: a few probes and scrapers. One more waits in the kernel until another has ended.
 const CONNECTIONS_MAX: usize = 64;
@@ -35,26 +36,40 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub(crate) struct Admin {
     registry: Registry,
     tally: Tally,
+    reloader: Reloader,
     stop: CancellationToken,
 }
 
 impl Admin {
-    pub(crate) fn new(tally: Tally, stop: CancellationToken) -> Self {
+    pub(crate) fn new(tally: Tally, reloader: Reloader, stop: CancellationToken) -> Self {
         let mut registry = Registry::default();
         registry.register_collector(Box::new(tally.clone()));
-        Self { registry, tally, stop }
+        Self { registry, tally, reloader, stop }
     }
 
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
-        if known && !matches!(*request.method(), Method::GET | Method::HEAD) {
-            return text(StatusCode::METHOD_NOT_ALLOWED, "ask with GET\n");
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+        match (request.uri().path(), reads) {
+            ("/metrics", true) => self.metrics(),
+            ("/livez", true) => text(StatusCode::OK, "ok\n"),
+            ("/readyz", true) => self.ready(),
+            ("/metrics" | "/livez" | "/readyz", false) => {
+                text(StatusCode::METHOD_NOT_ALLOWED, "ask with GET\n")
+            }
+            ("/reload", _) if *request.method() == Method::POST => self.reload().await,
+            ("/reload", _) => text(StatusCode::METHOD_NOT_ALLOWED, "ask with POST\n"),
+            _ => text(StatusCode::NOT_FOUND, "try /metrics, /livez, /readyz, or POST /reload\n"),
         }
-        match request.uri().path() {
-            "/metrics" => self.metrics(),
-            "/livez" => text(StatusCode::OK, "ok\n"),
-            "/readyz" => self.ready(),
-            _ => text(StatusCode::NOT_FOUND, "try /metrics, /livez or /readyz\n"),
+    }
+
+    async fn reload(&self) -> Response<Full<Bytes>> {
+        match self.reloader.ask().await {
+            Some(Ok(())) => text(StatusCode::OK, "the configuration is in force\n"),
+            Some(Err(why)) => text(StatusCode::UNPROCESSABLE_ENTITY, format!("{why}\n")),
+            None => text(
+                StatusCode::NOT_IMPLEMENTED,
+                "this proxy was not told where to read a configuration again\n",
+            ),
         }
     }
 
@@ -80,8 +95,8 @@ impl Admin {
     }
 }
 
-fn text(status: StatusCode, text: &'static str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(text));
+fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(text.into()));
     *response.status_mut() = status;
     response
         .headers_mut()
@@ -121,8 +136,8 @@ pub(crate) async fn run(admin: Arc<Admin>, listener: TcpListener, stopped: Cance
 
 async fn connection(admin: Arc<Admin>, stream: TcpStream, stopped: CancellationToken) {
     let service = service_fn(|request| {
-        let answer = admin.answer(&request);
-        async move { Ok::<_, Infallible>(answer) }
+        let admin = Arc::clone(&admin);
+        async move { Ok::<_, Infallible>(admin.answer(&request).await) }
     });
     let mut builder = Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(SILENCE_MAX);

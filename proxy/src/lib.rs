@@ -33,8 +33,8 @@ mod download;
 mod serve;
 pub mod dry_run;
 mod listen;
-mod admin;
 pub mod reload;
+mod admin;
 pub mod proxy;
 
 #[cfg(test)]

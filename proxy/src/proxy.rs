@@ -111,10 +111,10 @@ impl Proxy {
             );
         }
         if let Some(socket) = admin_socket {
-            let tally = proxy.tally.clone();
+            let (tally, reloader) = (proxy.tally.clone(), proxy.reloader.clone());
             let (stop, stopped) = (proxy.stop.clone(), proxy.stopped.clone());
             let body = async move |listener| {
-                admin::run(Arc::new(Admin::new(tally, stop)), listener, stopped).await;
+                admin::run(Arc::new(Admin::new(tally, reloader, stop)), listener, stopped).await;
             };
             proxy.admin_thread = Some(
                 spawn("mandoline-proxy-admin".to_owned(), socket, body)

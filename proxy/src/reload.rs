@@ -23,6 +23,20 @@ struct Inner {
     taken: AtomicU64,
     refused: AtomicU64,
     last_refused: AtomicBool,
+    // Who reads the configuration again when asked.
+    reader: Mutex<Option<mpsc::Sender<Asked>>>,
+}
+
+/// Somebody asks for the configuration to be read again, and waits for what comes of it.
+#[derive(Debug)]
+pub struct Asked(oneshot::Sender<Result<(), String>>);
+
+impl Asked {
+    /// Says what came of it: nothing, or why the configuration before stays in force.
+    pub fn answer(self, done: Result<(), String>) {
+        // Whoever asked may have gone.
+        drop(self.0.send(done));
+    }
 }
 
 /// What a worker is to go by from now on.
@@ -50,8 +64,24 @@ impl Reloader {
     ) -> (Self, Vec<mpsc::UnboundedReceiver<Change>>) {
         let (workers, changes) = (0..workers).map(|_| mpsc::unbounded_channel()).unzip();
         let in_force = Mutex::new(config);
-        let (taken, refused, last_refused) = Default::default();
-        (Self(Arc::new(Inner { in_force, workers, taken, refused, last_refused })), changes)
+        let (taken, refused, last_refused, reader) = Default::default();
+        let inner = Inner { in_force, workers, taken, refused, last_refused, reader };
+        (Self(Arc::new(inner)), changes)
+    }
+
+    /// Hears of those who ask, at the admin address, for the configuration to be read again. Only the last to call this does.
+    pub fn asked(&self) -> mpsc::Receiver<Asked> {
+        let (tell, asked) = mpsc::channel(1);
+        *self.0.reader.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(tell);
+        asked
+    }
+
+    /// Asks for the configuration to be read again; nothing if nobody reads it.
+    pub(crate) async fn ask(&self) -> Option<Result<(), String>> {
+        let reader = self.0.reader.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        let (tell, told) = oneshot::channel();
+        reader?.send(Asked(tell)).await.ok()?;
+        told.await.ok()
     }
 
     /// Brings a configuration into force: each request that comes in after this has returned goes by it.

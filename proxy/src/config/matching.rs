@@ -301,6 +301,11 @@ impl Table {
         Ok(Self { entries, reads_paths })
     }
 
+    /// Gives the places of the routes, the most specific first.
+    pub fn order(&self) -> impl Iterator<Item = usize> {
+        self.entries.iter().map(|(_, place)| *place)
+    }
+
     /// Finds the route for a request to `host`, which may have a port.
     pub fn find(&self, head: &Parts, host: Option<&str>) -> Result<usize, Astray> {
         // One route for everything is what most proxies have.

@@ -61,11 +61,16 @@ impl Config {
             matches: Match::default(),
             to: Destination::Job { job: job.clone(), key },
         };
+        Self::with(listen, [(job, router)].into(), vec![route])
+    }
+
+    /// Takes jobs and routes, and defaults for the rest.
+    pub fn with(listen: SocketAddr, jobs: BTreeMap<JobName, Router>, routes: Vec<Route>) -> Self {
         Self {
             listen,
             admin: None,
-            jobs: [(job, router)].into(),
-            routes: vec![route],
+            jobs,
+            routes,
             gateways: None,
             workers: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             id: ProxyId::random(),

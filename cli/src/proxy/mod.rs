@@ -1,30 +1,60 @@
-//! `mandoline proxy`: the proxy as a process of its own, round a clerk.
+//! `mandoline proxy`: the proxy as a process of its own.
 
+mod file;
+mod clerks;
+mod settings;
+mod check;
+mod reload;
+#[cfg(test)]
+mod schema;
+
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use mandoline::Hub;
-use mandoline::clerk::Clerk;
-use mandoline::gateways::{Gateway, Gateways, Region};
+use mandoline::gateways::{Gateway, Region};
 use mandoline::http::key::KeyFrom;
-use mandoline_assigner::access::connector;
 use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
-use mandoline_proxy::config::Config;
+use mandoline_proxy::config::{Config, ProxyId};
 use mandoline_proxy::proxy::{Proxy, StartError};
-use mandoline_proxy::router::Router;
 use serde::Deserialize;
+use serde_saphyr::Spanned;
 use tokio_util::sync::CancellationToken;
 
 use crate::access_args::AccessArgs;
 use crate::failure::Failure;
-use crate::task::{default_assigners, demo_job};
-use crate::text::{self, Text, overlay};
+use crate::proxy::clerks::Clerks;
+use crate::proxy::file::{JobFile, LimitsFile, RouteFile, TimeoutsFile};
+use crate::proxy::settings::Settings;
+use crate::text::Text;
 use crate::units::{Size, Span};
-use crate::{file, ports, stop};
+use crate::{ports, stop};
+
+/// Sends each request to the task that owns its key
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct ProxyCommand {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    #[command(flatten)]
+    args: Box<ProxyArgs>,
+}
+
+/// What else to do than to run.
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Check(check::CheckArgs),
+    /// Prints the JSON Schema of the configuration file, for editors
+    Schema,
+}
+
+/// The JSON Schema of the configuration file.
+const SCHEMA: &str = include_str!("../../proxy.schema.json");
 
 /// Sends each request to the task that owns its key
 ///
@@ -41,7 +71,15 @@ use crate::{file, ports, stop};
 ///   cache: /var/lib/mandoline/kv.assignment
 ///   region: eu
 ///   gateways: ['us=gw1.us.example:8080', 'us=gw2.us.example:8080']
-#[derive(Debug, Default, Args, Deserialize)]
+///
+/// A file may have routes, to several jobs, in place of job and key (see docs/proxy.md, and mandoline proxy schema):
+///
+///   routes:
+///     - {host: shop.example.com, path: /carts/*, job: carts, key: header:x-user}
+///     - {job: kv, key: path:1}
+///
+/// A changed file comes into force at once, without a restart; so it does on SIGHUP.
+#[derive(Clone, Debug, Default, Args, Deserialize)]
 #[command(verbatim_doc_comment)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct ProxyArgs {
@@ -55,6 +93,9 @@ pub(crate) struct ProxyArgs {
     /// Where /metrics, /livez and /readyz are [default: 127.0.0.1:7480]
     #[arg(long, env = "MANDOLINE_ADMIN", value_name = "IP:PORT")]
     admin: Option<Text<SocketAddr>>,
+    /// What it calls itself in Via; two proxies in a row need different names [default: drawn]
+    #[arg(long, env = "MANDOLINE_PROXY_ID", value_name = "NAME")]
+    id: Option<Text<ProxyId>>,
     /// The job whose tasks serve [default: kv]
     #[arg(long, env = "MANDOLINE_JOB")]
     job: Option<Text<JobName>>,
@@ -107,80 +148,49 @@ pub(crate) struct ProxyArgs {
     hold_bytes: Option<Size>,
     #[command(flatten)]
     access: AccessArgs,
+    #[arg(skip)]
+    routes: Option<Vec<Spanned<RouteFile>>>,
+    #[arg(skip)]
+    jobs: Option<BTreeMap<Text<JobName>, JobFile>>,
+    #[arg(skip)]
+    timeouts: Option<TimeoutsFile>,
+    #[arg(skip)]
+    limits: Option<LimitsFile>,
 }
 
 /// Runs until told to stop.
-pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
-    if let Some(path) = &args.config {
-        let from_file: ProxyArgs = file::read(path)?;
-        overlay!(
-            args, from_file;
-            listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
-            workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness,
-        );
-        args.access.overlay(from_file.access);
+pub(crate) async fn run(command: ProxyCommand) -> Result<ExitCode, Failure> {
+    match command.verb {
+        None => serve(*command.args).await,
+        Some(Verb::Check(args)) => check::run(&args),
+        Some(Verb::Schema) => {
+            print!("{SCHEMA}");
+            Ok(ExitCode::SUCCESS)
+        }
     }
-    let local = |given: Option<Text<SocketAddr>>, port| {
-        given.map_or_else(|| SocketAddr::from(([127, 0, 0, 1], port)), |Text(address)| address)
-    };
-    let listen = local(args.listen, 8080);
-    // The proxy binds with SO_REUSEPORT, beside whoever did so too: find that out first.
-    drop(ports::bind(listen, "requests to the proxy")?);
-    let access = args.access.load()?;
-    let job = args.job.map_or_else(demo_job, |Text(job)| job);
-    let key = args.key.map_or_else(|| KeyFrom::path(1), |Text(key)| key);
-    let (zone, region) = (args.zone, args.region.clone());
-    let gateways = gateways(args.region, args.gateways)?;
-    let stop = stop::on_signal()?;
+}
 
+async fn serve(args: ProxyArgs) -> Result<ExitCode, Failure> {
+    let settings = Settings::of(args.clone())?;
+    // The proxy binds with SO_REUSEPORT, beside whoever did so too: find that out first.
+    drop(ports::bind(settings.listen(), "requests to the proxy")?);
+    let access = settings.access()?;
+    let stop = stop::on_signal()?;
     let hub = Hub::new();
-    let mut builder = Clerk::builder(job.clone())
-        .sources(args.assigners.map_or_else(default_assigners, text::plain))
-        .peers(args.watch_peers.map_or_else(Vec::new, text::plain))
-        .connector(connector(&access))
-        .named(format!("proxy {listen}"))
-        .report_offered(true);
-    if let Some(zone) = zone {
-        builder = builder.zone(zone);
-    }
-    if let Some(Text(region)) = region {
-        builder = builder.region(region.to_string());
-    }
-    if let Some(path) = args.cache {
-        builder = builder.cache(path);
-    }
-    let watch = match args.watch_listen {
-        Some(Text(address)) => {
+    let watch = match settings.watch_listen() {
+        Some(address) => {
             access.check(address).map_err(|error| {
                 Failure::new("the watch address is open to strangers").because(error)
             })?;
-            builder = builder.publish_to(hub.clone());
             Some(ports::bind(address, "those who watch")?)
         }
         None => None,
     };
-    let clerk =
-        builder.start().map_err(|e| Failure::new("the clerk did not start").caused_by(&e))?;
-    let mut config = Config {
-        admin: Some(local(args.admin, 7480)),
-        ..Config::new(listen, key, Router::new(clerk.clone()))
-    };
-    config.gateways = gateways;
-    config.max_staleness = args.max_staleness.map(|Span(most)| most);
-    if let Some(workers) = args.workers {
-        config.workers = workers;
-    }
-    if let Some(Span(wait)) = args.hold_wait {
-        config.timeouts.hold = wait;
-    }
-    if let Some(requests) = args.hold_requests {
-        config.limits.held_requests = requests;
-    }
-    if let Some(Size(bytes)) = args.hold_bytes {
-        config.limits.held_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-    }
+    let mut clerks = Clerks::new(access.clone(), watch.is_some().then(|| hub.clone()));
+    let config = settings.config(&mut clerks)?;
     let proxy = start(config, &stop)?;
-    eprintln!("proxy: requests for job {job} at {}", proxy.local_addr());
+    eprintln!("proxy: requests for {} at {}", settings.jobs(), proxy.local_addr());
+    let reloading = tokio::spawn(reload::run(args, clerks, proxy.reloader(), stop.clone()));
     match watch {
         Some(listener) => {
             mandoline_assigner::server::serve_watch(listener, hub, &access, stop.clone())
@@ -190,26 +200,10 @@ pub(crate) async fn run(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         None => stop.cancelled().await,
     }
     proxy.stop().await;
+    // It holds the clerks, which are needed until the last request has ended.
+    reloading.abort();
     eprintln!("proxy: stopped");
     Ok(ExitCode::SUCCESS)
-}
-
-/// What the proxy is to know of regions; nothing if it was told none.
-fn gateways(
-    region: Option<Text<Region>>,
-    gateways: Option<Vec<Text<Gateway>>>,
-) -> Result<Option<Gateways>, Failure> {
-    let given = text::plain(gateways.unwrap_or_default());
-    let Some(Text(region)) = region else {
-        return match given.first() {
-            None => Ok(None),
-            Some(gateway) => Err(Failure::new(format!(
-                "gateway {gateway} is of another region than what? Give --region: the one that this proxy is in"
-            ))),
-        };
-    };
-    let gateways = Gateways::new(region, given);
-    gateways.map(Some).map_err(|error| Failure::new("these gateways cannot be used").because(error))
 }
 
 /// Starts a proxy.

@@ -1,0 +1,120 @@
+//! The clerks of a proxy's jobs: started when a configuration names a job, kept over reloads as long as it asks for the same.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use mandoline::Hub;
+use mandoline::clerk::Clerk;
+use mandoline::gateways::{Gateway, Gateways, Region};
+use mandoline_assigner::access::connector;
+use mandoline_assigner::config::Access;
+use mandoline_core::name::JobName;
+use mandoline_core::task::Address;
+use mandoline_proxy::router::Router;
+
+use crate::failure::Failure;
+
+/// What a clerk is told when it starts: one with the same order is the same one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Order {
+    pub(crate) job: JobName,
+    pub(crate) assigners: Vec<Address>,
+    pub(crate) peers: Vec<Address>,
+    pub(crate) zone: Option<String>,
+    pub(crate) region: Option<Region>,
+    pub(crate) cache: Option<PathBuf>,
+    /// The address that requests come to, by which the assigner names the proxy.
+    pub(crate) listen: SocketAddr,
+}
+
+/// The clerks that run, and the gateways that are known.
+pub(crate) struct Clerks {
+    access: Access,
+    // Who may watch through this proxy, if anyone.
+    hub: Option<Hub>,
+    running: BTreeMap<JobName, (Order, Clerk)>,
+    gateways: Option<(Region, Vec<Gateway>, Gateways)>,
+    idle: bool,
+}
+
+impl Clerks {
+    pub(crate) const fn new(access: Access, hub: Option<Hub>) -> Self {
+        Self { access, hub, running: BTreeMap::new(), gateways: None, idle: false }
+    }
+
+    /// Asks nobody: for a look at a configuration.
+    pub(crate) fn idle() -> Self {
+        let access = Access { tls: None, token: None, insecure: false };
+        Self { idle: true, ..Self::new(access, None) }
+    }
+
+    /// Gives the clerk for an order, a new one unless it runs.
+    pub(crate) fn router(&mut self, order: Order) -> Result<Router, Failure> {
+        if let Some((known, clerk)) = self.running.get(&order.job)
+            && *known == order
+        {
+            return Ok(Router::new(clerk.clone()));
+        }
+        let clerk = self.start(&order)?;
+        let router = Router::new(clerk.clone());
+        self.running.insert(order.job.clone(), (order, clerk));
+        Ok(router)
+    }
+
+    fn start(&self, order: &Order) -> Result<Clerk, Failure> {
+        let failed = |error| Failure::new("the clerk did not start").caused_by(&error);
+        if self.idle {
+            return Clerk::follow_hub(&Hub::new(), order.job.clone()).map_err(failed);
+        }
+        let mut builder = Clerk::builder(order.job.clone())
+            .sources(order.assigners.clone())
+            .peers(order.peers.clone())
+            .connector(connector(&self.access))
+            .named(format!("proxy {}", order.listen))
+            .report_offered(true);
+        if let Some(zone) = &order.zone {
+            builder = builder.zone(zone.clone());
+        }
+        if let Some(region) = &order.region {
+            builder = builder.region(region.to_string());
+        }
+        if let Some(path) = &order.cache {
+            builder = builder.cache(path);
+        }
+        if let Some(hub) = &self.hub {
+            builder = builder.publish_to(hub.clone());
+        }
+        builder.start().map_err(failed)
+    }
+
+    /// Gives what is to be known of regions: the same handle as long as the same is asked for.
+    pub(crate) fn gateways(
+        &mut self,
+        region: Option<Region>,
+        given: Vec<Gateway>,
+    ) -> Result<Option<Gateways>, Failure> {
+        let Some(region) = region else {
+            return match given.first() {
+                None => Ok(None),
+                Some(gateway) => Err(Failure::new(format!(
+                    "gateway {gateway} is of another region than what? Give --region: the one that this proxy is in"
+                ))),
+            };
+        };
+        if let Some((home, known, gateways)) = &self.gateways
+            && (home, known) == (&region, &given)
+        {
+            return Ok(Some(gateways.clone()));
+        }
+        let gateways = Gateways::new(region.clone(), given.clone())
+            .map_err(|error| Failure::new("these gateways cannot be used").because(error))?;
+        self.gateways = Some((region, given, gateways.clone()));
+        Ok(Some(gateways))
+    }
+
+    /// Lets go of the clerks of jobs that are not among these.
+    pub(crate) fn keep(&mut self, jobs: &BTreeMap<JobName, Router>) {
+        self.running.retain(|job, _| jobs.contains_key(job));
+    }
+}

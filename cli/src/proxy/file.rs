@@ -1,0 +1,140 @@
+//! The sections of a proxy's configuration file that have no flag of their own: routes, jobs, time-outs and limits. What is left out
+//! has its default; what is not known is refused, with its line and what was probably meant.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use http::Method;
+use http::header::{HeaderName, HeaderValue};
+use mandoline::http::key::KeyFrom;
+use mandoline_core::name::JobName;
+use mandoline_proxy::config::matching::{HeaderKey, HostPattern, Match, PathPattern};
+use mandoline_proxy::config::route::{Destination, Route};
+use mandoline_proxy::config::{Limits, Timeouts};
+use serde::Deserialize;
+
+use crate::failure::Failure;
+use crate::text::Text;
+use crate::units::{Size, Span};
+
+/// Which requests go where.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RouteFile {
+    name: Option<String>,
+    host: Option<Text<HostPattern>>,
+    path: Option<Text<PathPattern>>,
+    methods: Option<Vec<Text<Method>>>,
+    headers: Option<BTreeMap<String, String>>,
+    job: Option<Text<JobName>>,
+    key: Option<Text<KeyFrom>>,
+}
+
+/// What is different for one job.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct JobFile {
+    /// Where its last assignment is kept.
+    pub(crate) cache: Option<PathBuf>,
+}
+
+/// How long to wait for what.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct TimeoutsFile {
+    connect: Option<Span>,
+    header: Option<Span>,
+    client_idle: Option<Span>,
+    response: Option<Span>,
+    stall: Option<Span>,
+    idle: Option<Span>,
+    grace: Option<Span>,
+}
+
+/// How much to take at most.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct LimitsFile {
+    connections: Option<usize>,
+    header_bytes: Option<Size>,
+    headers: Option<usize>,
+    idle_per_task: Option<usize>,
+    replay_bytes: Option<Size>,
+}
+
+impl RouteFile {
+    /// Makes the route. The text of what it takes is its name unless it has one.
+    pub(crate) fn route(&self) -> Result<Route, Failure> {
+        let matches = Match {
+            host: self.host.clone().map(|Text(host)| host),
+            path: self.path.clone().map(|Text(path)| path),
+            methods: crate::text::plain(self.methods.clone().unwrap_or_default()),
+            headers: self.headers()?,
+        };
+        let name = self.name.clone().unwrap_or_else(|| matches.to_string());
+        let Some(Text(job)) = self.job.clone() else {
+            return Err(Failure::new(format!("route {name:?} leads nowhere"))
+                .try_this("give it a job, and the key if that is not path:1"));
+        };
+        let key = self.key.clone().map_or_else(|| KeyFrom::path(1), |Text(key)| key);
+        Ok(Route { name: name.into(), matches, to: Destination::Job { job, key } })
+    }
+
+    fn headers(&self) -> Result<BTreeMap<HeaderKey, HeaderValue>, Failure> {
+        let given = self.headers.iter().flatten();
+        given
+            .map(|(name, value)| {
+                let bad = |what| Failure::new(format!("{name}: {value:?} is no header's {what}"));
+                let name = HeaderName::try_from(name.as_str()).map_err(|_| bad("name"))?;
+                let value = HeaderValue::try_from(value).map_err(|_| bad("value"))?;
+                Ok((HeaderKey(name), value))
+            })
+            .collect()
+    }
+
+    /// Names the job that the route leads to.
+    pub(crate) fn job(&self) -> Option<&JobName> {
+        self.job.as_ref().map(|Text(job)| job)
+    }
+}
+
+impl TimeoutsFile {
+    /// Changes what is given.
+    pub(crate) fn apply(self, to: &mut Timeouts) {
+        let Self { connect, header, client_idle, response, stall, idle, grace } = self;
+        for (given, place) in [
+            (connect, &mut to.connect),
+            (header, &mut to.header),
+            (client_idle, &mut to.client_idle),
+            (response, &mut to.response),
+            (stall, &mut to.stall),
+            (idle, &mut to.idle),
+            (grace, &mut to.grace),
+        ] {
+            if let Some(Span(length)) = given {
+                *place = length;
+            }
+        }
+    }
+}
+
+impl LimitsFile {
+    /// Changes what is given.
+    pub(crate) fn apply(self, to: &mut Limits) {
+        let Self { connections, header_bytes, headers, idle_per_task, replay_bytes } = self;
+        let bytes = |size: Option<Size>| {
+            size.map(|Size(bytes)| usize::try_from(bytes).unwrap_or(usize::MAX))
+        };
+        for (given, place) in [
+            (connections, &mut to.connections),
+            (bytes(header_bytes), &mut to.header_bytes),
+            (headers, &mut to.headers),
+            (idle_per_task, &mut to.idle_per_task),
+            (bytes(replay_bytes), &mut to.replay_bytes),
+        ] {
+            if let Some(most) = given {
+                *place = most;
+            }
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! What flags, environment and file say together, and the configuration that a proxy makes of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use mandoline::http::key::KeyFrom;
+use mandoline_assigner::config::Access;
+use mandoline_core::name::JobName;
+use mandoline_proxy::config::matching::{Ambiguous, Match};
+use mandoline_proxy::config::route::{Destination, Route};
+use mandoline_proxy::config::{Checked, Config, ConfigError};
+use mandoline_proxy::router::Router;
+use serde_saphyr::Spanned;
+
+use crate::failure::Failure;
+use crate::file;
+use crate::proxy::ProxyArgs;
+use crate::proxy::clerks::{Clerks, Order};
+use crate::proxy::file::RouteFile;
+use crate::task::{default_assigners, demo_job};
+use crate::text::{Text, overlay, plain};
+use crate::units::{Size, Span};
+
+/// What flags, environment and file say together.
+pub(crate) struct Settings {
+    args: ProxyArgs,
+    /// The file, for messages.
+    name: Option<PathBuf>,
+}
+
+impl Settings {
+    /// Reads the file, if there is one. Flags and environment win over it.
+    pub(crate) fn of(mut args: ProxyArgs) -> Result<Self, Failure> {
+        let name = args.config.clone();
+        if let Some(path) = &name {
+            let from_file: ProxyArgs = file::read(path)?;
+            overlay!(
+                args, from_file;
+                listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
+                workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id,
+                routes, jobs, timeouts, limits,
+            );
+            args.access.overlay(from_file.access);
+        }
+        let settings = Self { args, name };
+        settings.routes_or_job()?;
+        Ok(settings)
+    }
+
+    /// Refuses a configuration that says two things of where requests go.
+    fn routes_or_job(&self) -> Result<(), Failure> {
+        let ProxyArgs { routes, job, key, cache, .. } = &self.args;
+        let single = [("job", job.is_some()), ("key", key.is_some()), ("cache", cache.is_some())];
+        match (routes, single.iter().find(|(_, given)| *given)) {
+            (Some(_), Some((what, _))) => Err(Failure::new(format!(
+                "both routes and {what} are given"
+            ))
+            .try_this(
+                "give each route its job and key, and a job's cache under jobs, or have no routes",
+            )),
+            (Some(routes), None) if routes.is_empty() => Err(Failure::new("routes is empty")
+                .try_this("give at least one route, or leave routes out for one job")),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn listen(&self) -> SocketAddr {
+        local(self.args.listen.as_ref(), 8080)
+    }
+
+    pub(crate) fn watch_listen(&self) -> Option<SocketAddr> {
+        self.args.watch_listen.as_ref().map(|Text(address)| *address)
+    }
+
+    pub(crate) fn access(&self) -> Result<Access, Failure> {
+        self.args.access.load()
+    }
+
+    /// Names the jobs, for messages.
+    pub(crate) fn jobs(&self) -> String {
+        let names: Vec<String> = self.job_names().iter().map(|job| format!("job {job}")).collect();
+        names.join(", ")
+    }
+
+    fn job_names(&self) -> BTreeSet<JobName> {
+        match &self.args.routes {
+            Some(routes) => routes.iter().filter_map(|route| route.value.job().cloned()).collect(),
+            None => [self.job()].into(),
+        }
+    }
+
+    fn job(&self) -> JobName {
+        self.args.job.clone().map_or_else(demo_job, |Text(job)| job)
+    }
+
+    /// Makes the configuration, and starts the clerks that it needs.
+    pub(crate) fn config(&self, clerks: &mut Clerks) -> Result<Config, Failure> {
+        let args = &self.args;
+        let region = args.region.clone().map(|Text(region)| region);
+        let gateways = plain(args.gateways.clone().unwrap_or_default());
+        let gateways = clerks.gateways(region, gateways)?;
+        let routes = self.routes()?;
+        let jobs = self.job_names().into_iter().map(|job| {
+            let router = clerks.router(self.order(job.clone()))?;
+            Ok((job, router))
+        });
+        let jobs: BTreeMap<JobName, Router> = jobs.collect::<Result<_, Failure>>()?;
+        let mut config = Config::with(self.listen(), jobs, routes);
+        config.admin = Some(local(args.admin.as_ref(), 7480));
+        config.gateways = gateways;
+        config.max_staleness = args.max_staleness.map(|Span(most)| most);
+        if let Some(workers) = args.workers {
+            config.workers = workers;
+        }
+        if let Some(Text(id)) = &args.id {
+            config.id = id.clone();
+        }
+        if let Some(timeouts) = args.timeouts {
+            timeouts.apply(&mut config.timeouts);
+        }
+        if let Some(limits) = args.limits {
+            limits.apply(&mut config.limits);
+        }
+        if let Some(Span(wait)) = args.hold_wait {
+            config.timeouts.hold = wait;
+        }
+        if let Some(requests) = args.hold_requests {
+            config.limits.held_requests = requests;
+        }
+        if let Some(Size(bytes)) = args.hold_bytes {
+            config.limits.held_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        }
+        Ok(config)
+    }
+
+    fn order(&self, job: JobName) -> Order {
+        let args = &self.args;
+        let cache = match &args.routes {
+            None => args.cache.clone(),
+            Some(_) => {
+                let own = args.jobs.as_ref().and_then(|jobs| jobs.get(&Text(job.clone())));
+                own.and_then(|own| own.cache.clone())
+            }
+        };
+        Order {
+            job,
+            assigners: args.assigners.clone().map_or_else(default_assigners, plain),
+            peers: args.watch_peers.clone().map_or_else(Vec::new, plain),
+            zone: args.zone.clone(),
+            region: args.region.clone().map(|Text(region)| region),
+            cache,
+            listen: self.listen(),
+        }
+    }
+
+    fn routes(&self) -> Result<Vec<Route>, Failure> {
+        let Some(routes) = &self.args.routes else {
+            let job = self.job();
+            let key = self.args.key.clone().map_or_else(|| KeyFrom::path(1), |Text(key)| key);
+            let name = job.as_str().into();
+            let to = Destination::Job { job, key };
+            return Ok(vec![Route { name, matches: Match::default(), to }]);
+        };
+        let mut made: Vec<Route> = Vec::with_capacity(routes.len());
+        for route in routes {
+            let one = route.value.route().map_err(|failure| failure.at(self.place(route)))?;
+            if let Some(earlier) = made.iter().position(|earlier| earlier.name == one.name)
+                && earlier_differs(&made[earlier], &one)
+            {
+                let place = self.place(&routes[earlier]);
+                return Err(Failure::new(format!("two routes are called {:?}", one.name))
+                    .because(format!("the other is at {place}"))
+                    .at(self.place(route)));
+            }
+            made.push(one);
+        }
+        Ok(made)
+    }
+
+    /// Says where in the file a route is.
+    fn place(&self, route: &Spanned<RouteFile>) -> String {
+        let name = self.name.as_ref().map_or_else(|| "-".into(), |path| path.display().to_string());
+        format!("{name}:{}:{}", route.referenced.line(), route.referenced.column())
+    }
+
+    /// Checks what was made of it; where two routes are to blame, it says where both are.
+    pub(crate) fn check(&self, config: Config) -> Result<Checked, Failure> {
+        config.check().map_err(|error| self.explain(&error))
+    }
+
+    /// Says in words, and with places of the file, why a configuration cannot work.
+    pub(crate) fn explain(&self, error: &ConfigError) -> Failure {
+        let failure = Failure::new("the configuration cannot work").because(error);
+        match (error, &self.args.routes) {
+            (ConfigError::Ambiguous(Ambiguous { first, second, .. }), Some(routes)) => {
+                let (one, other) =
+                    (self.place(&routes[first - 1]), self.place(&routes[second - 1]));
+                Failure::new(error).because(format!("one is at {one}")).at(other)
+            }
+            _ => failure,
+        }
+    }
+}
+
+/// Two routes that are one by all they say have no names to blame.
+fn earlier_differs(earlier: &Route, later: &Route) -> bool {
+    earlier.matches != later.matches
+}
+
+fn local(given: Option<&Text<SocketAddr>>, port: u16) -> SocketAddr {
+    given.map_or_else(|| SocketAddr::from(([127, 0, 0, 1], port)), |Text(address)| *address)
+}
