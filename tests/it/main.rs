@@ -21,6 +21,7 @@ mod bad_calls;
 mod same_answer;
 mod backhaul;
 mod during_change;
+mod proxy_reload;
 mod hand;
 mod regions;
 mod langs;

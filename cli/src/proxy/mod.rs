@@ -5,7 +5,6 @@ mod clerks;
 mod settings;
 mod check;
 mod reload;
-#[cfg(test)]
 mod schema;
 
 use std::collections::BTreeMap;
@@ -30,31 +29,11 @@ use crate::access_args::AccessArgs;
 use crate::failure::Failure;
 use crate::proxy::clerks::Clerks;
 use crate::proxy::file::{JobFile, LimitsFile, RouteFile, TimeoutsFile};
+use crate::proxy::schema::SCHEMA;
 use crate::proxy::settings::Settings;
 use crate::text::Text;
 use crate::units::{Size, Span};
 use crate::{ports, stop};
-
-/// Sends each request to the task that owns its key
-#[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true)]
-pub(crate) struct ProxyCommand {
-    #[command(subcommand)]
-    verb: Option<Verb>,
-    #[command(flatten)]
-    args: Box<ProxyArgs>,
-}
-
-/// What else to do than to run.
-#[derive(Debug, Subcommand)]
-enum Verb {
-    Check(check::CheckArgs),
-    /// Prints the JSON Schema of the configuration file, for editors
-    Schema,
-}
-
-/// The JSON Schema of the configuration file.
-const SCHEMA: &str = include_str!("../../proxy.schema.json");
 
 /// Sends each request to the task that owns its key
 ///
@@ -79,8 +58,25 @@ const SCHEMA: &str = include_str!("../../proxy.schema.json");
 ///     - {job: kv, key: path:1}
 ///
 /// A changed file comes into force at once, without a restart; so it does on SIGHUP.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment, args_conflicts_with_subcommands = true)]
+pub(crate) struct ProxyCommand {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    #[command(flatten)]
+    args: Box<ProxyArgs>,
+}
+
+/// What else to do than to run.
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Check(check::CheckArgs),
+    /// Prints the JSON Schema of the configuration file, for editors
+    Schema,
+}
+
+/// The options of a proxy, from flags, environment and file.
 #[derive(Clone, Debug, Default, Args, Deserialize)]
-#[command(verbatim_doc_comment)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct ProxyArgs {
     /// A YAML file with these options; flags and environment win over it
@@ -170,8 +166,10 @@ pub(crate) async fn run(command: ProxyCommand) -> Result<ExitCode, Failure> {
     }
 }
 
-async fn serve(args: ProxyArgs) -> Result<ExitCode, Failure> {
+async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     let settings = Settings::of(args.clone())?;
+    // A name that is drawn is kept when the file is read again.
+    args.id.get_or_insert_with(|| Text(settings.id()));
     // The proxy binds with SO_REUSEPORT, beside whoever did so too: find that out first.
     drop(ports::bind(settings.listen(), "requests to the proxy")?);
     let access = settings.access()?;

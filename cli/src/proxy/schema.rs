@@ -1,145 +1,164 @@
-//! The JSON Schema of the proxy's file and its parser say the same, tested: each example that one takes, the other takes, and the
-//! fields are the same ones. The documentation's examples are examples, too.
+//! The JSON Schema of the proxy's file: what editors and other programs need to know of the form.
+//!
+//! It and the parser say the same, tested: each example that one takes, the other takes, and the fields are the same ones. The
+//! documentation's examples are examples, too.
 
-use std::collections::BTreeSet;
+/// The schema, as `mandoline proxy schema` prints it.
+pub(crate) const SCHEMA: &str = include_str!("../../proxy.schema.json");
 
-use serde_json::Value;
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
 
-use crate::file;
-use crate::proxy::clerks::Clerks;
-use crate::proxy::settings::Settings;
-use crate::proxy::{ProxyArgs, SCHEMA};
-use crate::schema::fits;
+    use serde_json::Value;
 
-fn schema() -> Value {
-    serde_json::from_str(SCHEMA).unwrap()
-}
+    use super::SCHEMA;
+    use crate::file;
+    use crate::proxy::ProxyArgs;
+    use crate::proxy::clerks::Clerks;
+    use crate::proxy::settings::Settings;
+    use crate::schema::fits;
 
-/// Says why a file cannot work, if it cannot.
-async fn fault(yaml: &str) -> Option<String> {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("proxy.yaml");
-    std::fs::write(&path, yaml).unwrap();
-    let checked = Settings::of(ProxyArgs { config: Some(path.clone()), ..ProxyArgs::default() })
-        .and_then(|settings| {
-            let config = settings.config(&mut Clerks::idle())?;
-            settings.check(config).map(drop)
-        });
-    checked
-        .err()
-        .map(|failure| failure.to_string().replace(&path.display().to_string(), "proxy.yaml"))
-}
-
-/// Says whether both take a file; they must agree.
-async fn taken(yaml: &str) -> bool {
-    let value: Value = file::parse(yaml, "-").unwrap();
-    let by_schema = fits(&schema(), &schema(), &value);
-    let by_parser = fault(yaml).await;
-    assert_eq!(by_schema, by_parser.is_none(), "{yaml}\n{by_parser:?}");
-    by_schema
-}
-
-#[tokio::test]
-async fn the_schema_and_the_parser_take_the_same() {
-    for good in [
-        "{}",
-        "{listen: '127.0.0.1:8080', admin: '[::1]:7480', id: edge-1}",
-        "{job: carts, key: header:x-user, cache: /tmp/carts}",
-        "{assigners: ['a:7400', 'b:7400'], watch_peers: ['c:7400'], zone: a}",
-        "{region: eu, gateways: ['us=gw:80']}",
-        "{max_staleness: 1m, workers: 2, hold_wait: 5s, hold_requests: 10, hold_bytes: 1MiB}",
-        "{timeouts: {connect: 500ms, response: 1m}, limits: {connections: 100, header_bytes: 16KiB}}",
-        "{routes: [{job: kv}]}",
-        "{routes: [{host: a.org, path: /x/*, methods: [GET], headers: {x-a: b}, job: kv, key: host}]}",
-        "{routes: [{job: kv}, {host: '*.a.org', job: carts}], jobs: {carts: {cache: /tmp/carts}}}",
-        "{access: {insecure: true}}",
-    ] {
-        assert!(taken(good).await, "{good}");
+    fn schema() -> Value {
+        serde_json::from_str(SCHEMA).unwrap()
     }
-    for bad in [
-        "{lsten: '127.0.0.1:8080'}",
-        "{listen: here}",
-        "{job: a b}",
-        "{workers: 0}",
-        "{hold_wait: 5}",
-        "{hold_bytes: 64}",
-        "{routes: []}",
-        "{routes: [{hots: a.org, job: kv}]}",
-        "{routes: [{path: carts, job: kv}]}",
-        "{routes: [{host: '', job: kv}]}",
-        "{timeouts: {conect: 1s}}",
-        "{limits: {headers: many}}",
-        "{jobs: {kv: {cash: /tmp/kv}}}",
-        "{access: {tls_crt: a}}",
-    ] {
-        assert!(!taken(bad).await, "{bad}");
-    }
-}
 
-#[tokio::test]
-async fn what_is_wrong_has_a_place_and_says_what_was_meant() {
-    for (yaml, expected) in [
-        (
-            "listen: 127.0.0.1:80\nruotes:\n  - {job: kv}\n",
-            "proxy.yaml:2:1: unknown field \"ruotes\"",
-        ),
-        ("routes:\n  - job: kv\n    keey: host\n", "proxy.yaml:3:5: unknown field \"keey\""),
-        ("routes:\n  - job: kv\n    path: carts\n", "proxy.yaml:3:11: path: \"carts\" is no path"),
-        ("routes:\n  - host: a.org\n", "proxy.yaml:2:5: route \"a.org/*\" leads nowhere"),
-        (
-            "routes:\n  - {host: a.org, job: kv}\n  - {job: kv}\n  - {host: A.org, job: carts}\n",
-            "proxy.yaml:4:5: routes 1 and 3 both take a.org/*, and neither is more specific",
-        ),
-        (
-            "routes:\n  - {name: a, job: kv}\n  - {name: a, path: /b, job: kv}\n",
-            "proxy.yaml:3:5: two routes are called",
-        ),
-        ("job: kv\nroutes:\n  - {job: kv}\n", "both routes and job are given"),
-        ("gateways: ['us=gw:80']\n", "gateway us=gw:80 is of another region than what?"),
-        ("timeouts: {connect: 25h}\n", "the configuration cannot work"),
-    ] {
-        let failure = fault(yaml).await.unwrap();
-        assert!(failure.starts_with(&format!("error: {expected}")), "{failure}");
+    /// Says why a file cannot work, if it cannot.
+    async fn fault(yaml: &str) -> Option<String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("proxy.yaml");
+        std::fs::write(&path, yaml).unwrap();
+        let checked =
+            Settings::of(ProxyArgs { config: Some(path.clone()), ..ProxyArgs::default() })
+                .and_then(|settings| {
+                    let config = settings.config(&mut Clerks::idle())?;
+                    settings.check(config).map(drop)
+                });
+        checked
+            .err()
+            .map(|failure| failure.to_string().replace(&path.display().to_string(), "proxy.yaml"))
     }
-    let failure = fault("ruotes: []\n").await.unwrap();
-    assert!(failure.ends_with("did you mean \"routes\"?"), "{failure}");
-}
 
-/// Each object of the schema, and a file that has a field in it which nobody knows.
-#[tokio::test]
-async fn the_fields_are_the_parsers() {
-    for (pointer, yaml) in [
-        ("/properties", "{nothing_like_it: 1}"),
-        ("/properties/access/properties", "{access: {nothing_like_it: 1}}"),
-        ("/properties/timeouts/properties", "{timeouts: {nothing_like_it: 1}}"),
-        ("/properties/limits/properties", "{limits: {nothing_like_it: 1}}"),
-        ("/properties/jobs/additionalProperties/properties", "{jobs: {kv: {nothing_like_it: 1}}}"),
-        ("/$defs/route/properties", "{routes: [{nothing_like_it: 1}]}"),
-    ] {
-        let failure = fault(yaml).await.unwrap();
-        let known = failure.split("known here: ").nth(1).unwrap().lines().next().unwrap();
-        let by_parser: BTreeSet<&str> = known.split(", ").collect();
-        let schema = schema();
-        let fields = schema.pointer(pointer).unwrap().as_object().unwrap();
-        assert_eq!(
-            fields.keys().map(String::as_str).collect::<BTreeSet<_>>(),
-            by_parser,
-            "{pointer}"
-        );
-        let page = include_str!("../../../docs/proxy.md");
-        for field in fields.keys() {
-            assert!(page.contains(&format!("`{field}`")), "docs/proxy.md does not name {field}");
+    /// Says whether both take a file; they must agree.
+    async fn taken(yaml: &str) -> bool {
+        let value: Value = file::parse(yaml, "-").unwrap();
+        let by_schema = fits(&schema(), &schema(), &value);
+        let by_parser = fault(yaml).await;
+        assert_eq!(by_schema, by_parser.is_none(), "{yaml}\n{by_parser:?}");
+        by_schema
+    }
+
+    #[tokio::test]
+    async fn the_schema_and_the_parser_take_the_same() {
+        for good in [
+            "{}",
+            "{listen: '127.0.0.1:8080', admin: '[::1]:7480', id: edge-1}",
+            "{job: carts, key: header:x-user, cache: /tmp/carts}",
+            "{assigners: ['a:7400', 'b:7400'], watch_peers: ['c:7400'], zone: a}",
+            "{region: eu, gateways: ['us=gw:80']}",
+            "{max_staleness: 1m, workers: 2, hold_wait: 5s, hold_requests: 10, hold_bytes: 1MiB}",
+            "{timeouts: {connect: 500ms, response: 1m}, limits: {connections: 100, header_bytes: 16KiB}}",
+            "{routes: [{job: kv}]}",
+            "{routes: [{host: a.org, path: /x/*, methods: [GET], headers: {x-a: b}, job: kv, key: host}]}",
+            "{routes: [{job: kv}, {host: '*.a.org', job: carts}], jobs: {carts: {cache: /tmp/carts}}}",
+            "{access: {insecure: true}}",
+        ] {
+            assert!(taken(good).await, "{good}");
+        }
+        for bad in [
+            "{lsten: '127.0.0.1:8080'}",
+            "{listen: here}",
+            "{job: a b}",
+            "{workers: 0}",
+            "{hold_wait: 5}",
+            "{hold_bytes: 64}",
+            "{routes: []}",
+            "{routes: [{hots: a.org, job: kv}]}",
+            "{routes: [{path: carts, job: kv}]}",
+            "{routes: [{host: '', job: kv}]}",
+            "{timeouts: {conect: 1s}}",
+            "{limits: {headers: many}}",
+            "{jobs: {kv: {cash: /tmp/kv}}}",
+            "{access: {tls_crt: a}}",
+        ] {
+            assert!(!taken(bad).await, "{bad}");
         }
     }
-}
 
-#[tokio::test]
-async fn the_documentation_has_good_examples() {
-    let page = include_str!("../../../docs/proxy.md");
-    let examples: Vec<&str> =
-        page.split("```yaml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
-    assert!(examples.len() > 1, "{examples:?}");
-    for example in examples {
-        assert!(taken(example).await, "{example}");
+    #[tokio::test]
+    async fn what_is_wrong_has_a_place_and_says_what_was_meant() {
+        for (yaml, expected) in [
+            (
+                "listen: 127.0.0.1:80\nruotes:\n  - {job: kv}\n",
+                "proxy.yaml:2:1: unknown field \"ruotes\"",
+            ),
+            ("routes:\n  - job: kv\n    keey: host\n", "proxy.yaml:3:5: unknown field \"keey\""),
+            (
+                "routes:\n  - job: kv\n    path: carts\n",
+                "proxy.yaml:3:11: path: \"carts\" is no path",
+            ),
+            ("routes:\n  - host: a.org\n", "proxy.yaml:2:5: route \"a.org/*\" leads nowhere"),
+            (
+                "routes:\n  - {host: a.org, job: kv}\n  - {job: kv}\n  - {host: A.org, job: carts}\n",
+                "proxy.yaml:4:5: routes 1 and 3 both take a.org/*, and neither is more specific",
+            ),
+            (
+                "routes:\n  - {name: a, job: kv}\n  - {name: a, path: /b, job: kv}\n",
+                "proxy.yaml:3:5: two routes are called",
+            ),
+            ("job: kv\nroutes:\n  - {job: kv}\n", "both routes and job are given"),
+            ("gateways: ['us=gw:80']\n", "gateway us=gw:80 is of another region than what?"),
+            ("timeouts: {connect: 25h}\n", "the configuration cannot work"),
+        ] {
+            let failure = fault(yaml).await.unwrap();
+            assert!(failure.starts_with(&format!("error: {expected}")), "{failure}");
+        }
+        let failure = fault("ruotes: []\n").await.unwrap();
+        assert!(failure.ends_with("did you mean \"routes\"?"), "{failure}");
+    }
+
+    /// Each object of the schema, and a file that has a field in it which nobody knows.
+    #[tokio::test]
+    async fn the_fields_are_the_parsers() {
+        for (pointer, yaml) in [
+            ("/properties", "{nothing_like_it: 1}"),
+            ("/properties/access/properties", "{access: {nothing_like_it: 1}}"),
+            ("/properties/timeouts/properties", "{timeouts: {nothing_like_it: 1}}"),
+            ("/properties/limits/properties", "{limits: {nothing_like_it: 1}}"),
+            (
+                "/properties/jobs/additionalProperties/properties",
+                "{jobs: {kv: {nothing_like_it: 1}}}",
+            ),
+            ("/$defs/route/properties", "{routes: [{nothing_like_it: 1}]}"),
+        ] {
+            let failure = fault(yaml).await.unwrap();
+            let known = failure.split("known here: ").nth(1).unwrap().lines().next().unwrap();
+            let by_parser: BTreeSet<&str> = known.split(", ").collect();
+            let schema = schema();
+            let fields = schema.pointer(pointer).unwrap().as_object().unwrap();
+            assert_eq!(
+                fields.keys().map(String::as_str).collect::<BTreeSet<_>>(),
+                by_parser,
+                "{pointer}"
+            );
+            let page = include_str!("../../../docs/proxy.md");
+            for field in fields.keys() {
+                assert!(
+                    page.contains(&format!("`{field}`")),
+                    "docs/proxy.md does not name {field}"
+                );
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn the_documentation_has_good_examples() {
+        let page = include_str!("../../../docs/proxy.md");
+        let examples: Vec<&str> =
+            page.split("```yaml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+        assert!(examples.len() > 1, "{examples:?}");
+        for example in examples {
+            assert!(taken(example).await, "{example}");
+        }
     }
 }

@@ -9,7 +9,7 @@ use mandoline_assigner::config::Access;
 use mandoline_core::name::JobName;
 use mandoline_proxy::config::matching::{Ambiguous, Match};
 use mandoline_proxy::config::route::{Destination, Route};
-use mandoline_proxy::config::{Checked, Config, ConfigError};
+use mandoline_proxy::config::{Checked, Config, ConfigError, ProxyId};
 use mandoline_proxy::router::Router;
 use serde_saphyr::Spanned;
 
@@ -43,6 +43,7 @@ impl Settings {
             );
             args.access.overlay(from_file.access);
         }
+        args.id.get_or_insert_with(|| Text(ProxyId::random()));
         let settings = Self { args, name };
         settings.routes_or_job()?;
         Ok(settings)
@@ -67,6 +68,11 @@ impl Settings {
 
     pub(crate) fn listen(&self) -> SocketAddr {
         local(self.args.listen.as_ref(), 8080)
+    }
+
+    pub(crate) fn id(&self) -> ProxyId {
+        let Text(id) = self.args.id.as_ref().expect("one was drawn if none was given");
+        id.clone()
     }
 
     pub(crate) fn watch_listen(&self) -> Option<SocketAddr> {
@@ -113,9 +119,7 @@ impl Settings {
         if let Some(workers) = args.workers {
             config.workers = workers;
         }
-        if let Some(Text(id)) = &args.id {
-            config.id = id.clone();
-        }
+        config.id = self.id();
         if let Some(timeouts) = args.timeouts {
             timeouts.apply(&mut config.timeouts);
         }

@@ -140,12 +140,11 @@ impl fmt::Display for PathPattern {
     }
 }
 
-/// As in a configuration: `shop.example.com/carts/* GET x-canary=yes`.
+/// In short: `shop.example.com/carts/* GET x-canary=yes`.
 impl fmt::Display for Match {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            Some(host) => host.fmt(f)?,
-            None => f.write_str("*")?,
+        if let Some(host) = &self.host {
+            host.fmt(f)?;
         }
         match &self.path {
             Some(path) => path.fmt(f)?,

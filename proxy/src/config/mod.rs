@@ -364,7 +364,7 @@ mod tests {
         assert!(refused(|bad| bad.workers = NonZeroUsize::MAX).starts_with("the limit workers"));
         assert_eq!(
             refused(|bad| bad.routes.push(bad.routes[0].clone())),
-            "routes 1 and 2 both take */*, and neither is more specific: tell them apart by host, path, method or headers"
+            "routes 1 and 2 both take /*, and neither is more specific: tell them apart by host, path, method or headers"
         );
         assert_eq!(
             refused(|bad| bad.jobs.clear()),
