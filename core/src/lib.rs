@@ -28,6 +28,7 @@ pub mod delta;
 pub mod spill;
 pub mod flags;
 pub mod forecast;
+pub mod ramp;
 pub mod watch;
 pub mod lease;
 pub mod roster;
