@@ -142,8 +142,7 @@ mod tests {
     #[test]
     fn two_that_begin_together_do_not_let_go_together() {
         let over = Duration::from_secs(1);
-        let [one, two] =
-            [1, 2].map(|seed| run(Ramp::new(Time::ZERO, 100, over, seed), 100, &[]));
+        let [one, two] = [1, 2].map(|seed| run(Ramp::new(Time::ZERO, 100, over, seed), 100, &[]));
         let apart = one.iter().zip(&two).filter(|(a, b)| a.since(**b) + b.since(**a) > MS);
         assert!(apart.count() > 50);
     }

@@ -1,6 +1,7 @@
 //! Where a proxy would send a request, by the stages that real requests run through, without sending it: for tests that ask everybody
 //! who routes for the same keys.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use http::request::Parts;
@@ -8,6 +9,8 @@ use mandoline::{Generation, SessionId};
 
 use crate::admit;
 use crate::config::{Checked, Config, ConfigError};
+use crate::hold::book::Book;
+use crate::hold::queue::House;
 use crate::identify;
 use crate::key;
 use crate::metrics::Counters;
@@ -27,7 +30,9 @@ impl DryRun {
         let counters = Arc::new(Counters::default());
         let config: Arc<Checked> = Arc::new(config.check()?);
         let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
-        Ok(Self { setup: Setup::new(config, None, &counters), pool })
+        let book = Arc::new(Book::new(1, config.limits));
+        let house = Rc::new(House::new(book, counters));
+        Ok(Self { setup: Setup::new(config, None, &house), pool })
     }
 
     /// Gives the task that a request with this head would go to, and the assignment that says so; the status of the answer if it

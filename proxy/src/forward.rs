@@ -25,7 +25,7 @@ use mandoline_core::transit::HandOffId;
 use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
 
-use crate::hold::Held;
+use crate::hold::{Held, Waiter};
 use crate::identify::sign;
 use crate::job::Job;
 use crate::metrics::{Count, TaskCount};
@@ -89,9 +89,10 @@ pub(crate) async fn forward(passage: &mut Passage) -> Result<(), Refusal> {
 /// old owner, the proxy and the new owner hear of it in any order. One that is giving the slice away is not asked, or not
 /// again: the request is held. Two that refuse it by one assignment are the end, and so are news that do not come.
 async fn to_owner(passage: &mut Passage, job: &Job, mut target: Target) -> Result<Answer, Refusal> {
-    let Passage { worker, setup, head, tape, line, key, held_until, exchange, .. } = passage;
+    let waits_for_leave = passage.waits_for_leave;
+    let Passage { worker, setup, head, tape, line, key, stays, exchange, .. } = passage;
     let key = key.expect("key has found the key");
-    let held = &mut Held::new(&job.hold, key, tape, line, held_until);
+    let held = &mut Held::new(&job.hold, key, Waiter { head, tape, line, stays, waits_for_leave });
     let trip = &Trip { worker, setup, job, key, head, tape };
     let mut pauses = LAG_PAUSES_MS.into_iter();
     let (mut is_fresh, mut in_vain) = (false, false);
@@ -171,7 +172,7 @@ async fn next_owner(
     held: &mut Held<'_>,
     exchange: &mut Exchange,
 ) -> Result<Target, Refusal> {
-    held.settled(told, trip.head).await?;
+    held.settled(told).await?;
     exchange.goes_on();
     trip.job.lookup.route_to_owner(trip.key, &trip.worker.pool).ok_or(Refusal::Unserved)
 }

@@ -1,28 +1,30 @@
 //! One job as one worker knows it: where its keys are, and its requests that are held.
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use mandoline::gateways::Gateways;
+use mandoline_core::name::JobName;
 
 use crate::config::Config;
-use crate::hold::Hold;
-use crate::metrics::Counters;
+use crate::hold::queue::House;
+use crate::hold::settling::Settling;
 use crate::router::Router;
 use crate::target::Lookup;
 
 /// One job as one worker knows it.
 pub(crate) struct Job {
+    pub(crate) name: Rc<JobName>,
     router: Router,
     pub(crate) lookup: Lookup,
     /// Requests that wait for the slices of their keys to settle.
-    pub(crate) hold: Hold,
+    pub(crate) hold: Settling,
 }
 
 impl Job {
-    pub(crate) fn new(config: &Config, router: &Router, counters: Arc<Counters>) -> Self {
+    pub(crate) fn new(config: &Config, router: &Router, house: &Rc<House>) -> Self {
         let lookup = Lookup::new(router, config.gateways.clone());
-        let hold = Hold::new(config, router, counters);
-        Self { router: router.clone(), lookup, hold }
+        let hold = Settling::new(router.clerk().clone(), config.timeouts.hold, house);
+        Self { name: Rc::new(router.job().clone()), router: router.clone(), lookup, hold }
     }
 
     /// Says whether it is what a configuration asks for, so that it can stay when that comes into force.

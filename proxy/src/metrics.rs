@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mandoline::gateways::{Gateway, GatewayStats, Gateways, Link};
+use mandoline_core::flags::{PauseId, Scope};
 use mandoline_core::generation::Generation;
 use mandoline_core::name::JobName;
 use mandoline_core::task::{Address, SessionId};
@@ -27,7 +28,6 @@ pub(crate) struct Counters {
     cells: [AtomicU64; COUNTS.len()],
     durations: Durations,
     holds: Durations,
-    held_bytes: AtomicU64,
     tasks: Mutex<BTreeMap<SessionId, Arc<TaskCounters>>>,
 }
 
@@ -69,9 +69,10 @@ pub(crate) enum Count {
     HoldsLate,
     HoldsLeft,
     HoldsRefused,
+    HoldsFailed,
 }
 
-const COUNTS: [(Count, &str, &str); 21] = [
+const COUNTS: [(Count, &str, &str); 22] = [
     (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
     (
         Count::Answered,
@@ -135,12 +136,12 @@ const COUNTS: [(Count, &str, &str); 21] = [
     (
         Count::Holds,
         "mandoline_proxy_holds",
-        "Times that a request was held while the slice of its key moved",
+        "Times that a request was held, by a pause or while the slice of its key moved",
     ),
     (
         Count::HoldsReleased,
         "mandoline_proxy_holds_released",
-        "Holds that ended with the slice served again",
+        "Holds that ended with the slice served again, or the pause over",
     ),
     (
         Count::HoldsLate,
@@ -152,6 +153,11 @@ const COUNTS: [(Count, &str, &str); 21] = [
         Count::HoldsRefused,
         "mandoline_proxy_holds_refused",
         "Requests that were not held since too many others were, or too many bytes",
+    ),
+    (
+        Count::HoldsFailed,
+        "mandoline_proxy_holds_failed",
+        "Holds that ended because their pause was to end so: with 503",
     ),
 ];
 
@@ -222,6 +228,37 @@ const JOB_GAUGES: [JobGauge; 2] =
 const HELD: (&str, &str) = ("mandoline_proxy_requests_held", "Requests that are held");
 const HELD_BYTES: (&str, &str) =
     ("mandoline_proxy_held_bytes", "Heads and read bodies of requests that are held");
+/// What is told of each pause: those that are in force, and the last few that were.
+type PauseNumber = ((&'static str, &'static str), fn(&PauseStats) -> u64);
+const PAUSE_GAUGES: [PauseNumber; 3] = [
+    (
+        (
+            "mandoline_proxy_pause_in_flight",
+            "Requests in the pause's scope that had begun before it and have not ended",
+        ),
+        |pause| pause.in_flight,
+    ),
+    (("mandoline_proxy_pause_held", "Requests that the pause holds"), |pause| pause.held),
+    (
+        ("mandoline_proxy_pause_held_bytes", "Heads and read bodies of requests that it holds"),
+        |pause| pause.held_bytes,
+    ),
+];
+const PAUSE_COUNTS: [PauseNumber; 6] = [
+    (("mandoline_proxy_pause_holds", "Requests that the pause has held"), |pause| pause.holds),
+    (("mandoline_proxy_pause_released", "Requests that it let go on"), |pause| pause.released),
+    (
+        ("mandoline_proxy_pause_failed", "Requests that it refused at its end, as it was to"),
+        |pause| pause.failed,
+    ),
+    (("mandoline_proxy_pause_late", "Requests that could not be held for so long"), |pause| {
+        pause.late
+    }),
+    (("mandoline_proxy_pause_left", "Requests whose client left meanwhile"), |pause| pause.left),
+    (("mandoline_proxy_pause_refused", "Requests that were not held for want of room"), |pause| {
+        pause.refused
+    }),
+];
 const REGION_LOST: (&str, &str) = (
     "mandoline_proxy_requests_region_lost",
     "Requests for keys of a region none of whose gateways accepted a connection",
@@ -312,10 +349,6 @@ impl Counters {
         self.count(how);
         self.holds.record(after);
     }
-
-    pub(crate) fn holds_bytes(&self, bytes: usize) {
-        self.held_bytes.store(bytes as u64, Relaxed);
-    }
 }
 
 impl TaskCounters {
@@ -353,14 +386,16 @@ pub struct Stats {
     pub spilled: u64,
     /// Heads that were no HTTP, too large or too slow, and so did not become requests.
     pub malformed: u64,
-    /// Times that a request was held while the slice of its key moved.
+    /// Times that a request was held, by a pause or while the slice of its key moved.
     pub holds: u64,
-    /// Those of them that ended with the slice served again.
+    /// Those of them that ended with the slice served again, or the pause over.
     pub holds_released: u64,
     /// Those that ended because the request had been held for as long as it may be.
     pub holds_late: u64,
     /// Those that ended because the client left.
     pub holds_left: u64,
+    /// Those that ended because their pause was to end so.
+    pub holds_failed: u64,
     /// Requests that were not held since too many others were.
     pub holds_refused: u64,
     /// Requests that are held, now.
@@ -373,8 +408,43 @@ pub struct Stats {
     pub connects: u64,
     /// Each task that was tried in the last minutes.
     pub tasks: BTreeMap<SessionId, TaskStats>,
+    /// Each pause that was told of lately.
+    pub pauses: Vec<PauseStats>,
     /// What became of requests that left the region by its gateways.
     pub gateways: GatewayStats,
+}
+
+/// What a proxy has to say of a pause.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PauseStats {
+    /// Which one.
+    pub id: PauseId,
+    /// Which requests it holds.
+    pub scope: Scope,
+    /// Whether every worker goes by it: from then on no request in its scope begins.
+    pub in_force: bool,
+    /// Whether it has ended; those whom it held are let go over a while.
+    pub ended: bool,
+    /// How long it lasts yet at most, to the last request that it holds.
+    pub lasts_yet: Duration,
+    /// Requests in its scope that had begun before it and have not ended, now.
+    pub in_flight: u64,
+    /// Requests that it holds, now.
+    pub held: u64,
+    /// Their heads, and bodies as far as they were read, in bytes, now.
+    pub held_bytes: u64,
+    /// Requests that it has held.
+    pub holds: u64,
+    /// Those of them that it let go.
+    pub released: u64,
+    /// Those that it refused in the end, as it was to.
+    pub failed: u64,
+    /// Those that could not wait so long.
+    pub late: u64,
+    /// Those whose client left.
+    pub left: u64,
+    /// Requests that it did not hold, since too many were held already.
+    pub refused: u64,
 }
 
 /// What a proxy has sent to one task so far.
@@ -406,6 +476,9 @@ pub(crate) struct Knowledge {
     pub(crate) jobs: Vec<Known>,
     pub(crate) gateways: Option<Gateways>,
     pub(crate) reloads: Reloads,
+    /// Heads and read bodies of requests that are held.
+    pub(crate) held_bytes: u64,
+    pub(crate) pauses: Vec<PauseStats>,
 }
 
 /// How configurations came into force after the first, or not.
@@ -447,10 +520,10 @@ impl Tally {
                 .sum(),
             self.sum(Count::ConnectionsClosed) + self.sum(Count::ConnectionsTurnedAway),
         ];
-        let requests = self.sum(Count::Requests);
+        let (requests, known) = (self.sum(Count::Requests), (self.known)());
         let holds = self.sum(Count::Holds);
-        let [released, late, left] =
-            [Count::HoldsReleased, Count::HoldsLate, Count::HoldsLeft].map(|c| self.sum(c));
+        let ends = [Count::HoldsReleased, Count::HoldsLate, Count::HoldsLeft, Count::HoldsFailed];
+        let [released, late, left, failed] = ends.map(|c| self.sum(c));
         Stats {
             requests,
             in_flight: requests.saturating_sub(ended),
@@ -467,13 +540,15 @@ impl Tally {
             holds_released: released,
             holds_late: late,
             holds_left: left,
+            holds_failed: failed,
             holds_refused: self.sum(Count::HoldsRefused),
-            held: holds.saturating_sub(released + late + left),
-            held_bytes: self.workers.iter().map(|worker| worker.held_bytes.load(Relaxed)).sum(),
+            held: holds.saturating_sub(released + late + left + failed),
+            held_bytes: known.held_bytes,
             connections: self.sum(Count::ConnectionsOpened).saturating_sub(closed),
             connects: self.sum(Count::Connects),
             tasks: self.tasks(),
-            gateways: (self.known)().gateways.as_ref().map(Gateways::stats).unwrap_or_default(),
+            pauses: known.pauses,
+            gateways: known.gateways.as_ref().map(Gateways::stats).unwrap_or_default(),
         }
     }
 
@@ -546,6 +621,7 @@ impl Collector for Tally {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
+        Self::encode_pauses(&stats.pauses, &mut encoder)?;
         let Knowledge { jobs, reloads, .. } = (self.known)();
         for ((name, help), value) in [(RELOADS, reloads.taken), (RELOADS_REFUSED, reloads.refused)]
         {
@@ -591,6 +667,24 @@ impl Collector for Tally {
 }
 
 impl Tally {
+    fn encode_pauses(pauses: &[PauseStats], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        for ((name, help), value) in PAUSE_GAUGES {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for pause in pauses {
+                let gauge = ConstGauge::new(i64::try_from(value(pause)).unwrap_or(i64::MAX));
+                gauge.encode(family.encode_family(&[("pause", pause.id.to_string())])?)?;
+            }
+        }
+        for ((name, help), value) in PAUSE_COUNTS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for pause in pauses {
+                let labels = [("pause", pause.id.to_string())];
+                ConstCounter::new(value(pause)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+
     fn encode_gateways(stats: &GatewayStats, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let (name, help) = REGION_LOST;
         let lost = ConstCounter::new(stats.lost);
@@ -663,17 +757,34 @@ mod tests {
         workers[0].count(Count::Holds);
         workers[1].count(Count::Holds);
         workers[1].hold_ended(Count::HoldsReleased, Duration::from_millis(3));
-        workers[0].holds_bytes(77);
         let gateway: Gateway = "us=127.0.0.1:9".parse().unwrap();
         let gateways = Gateways::new("eu".parse().unwrap(), [gateway.clone()]).unwrap();
         gateways.next(&gateway.region, SliceKey(1), &[]).unwrap();
         gateways.failed(&gateway, &fmt::Error);
         gateways.lost();
+        let pause = PauseStats {
+            id: PauseId(7),
+            scope: Scope::default(),
+            in_force: true,
+            ended: false,
+            lasts_yet: Duration::from_millis(1_500),
+            in_flight: 1,
+            held: 2,
+            held_bytes: 77,
+            holds: 20,
+            released: 3,
+            failed: 4,
+            late: 5,
+            left: 6,
+            refused: 7,
+        };
         let generation = Generation { incarnation: 1, number: 42 };
         let known = move || Knowledge {
             jobs: vec![Known { job: "kv".parse().unwrap(), generation, avoided: 1 }],
             gateways: Some(gateways.clone()),
             reloads: Reloads { taken: 3, refused: 2, last_refused: true },
+            held_bytes: 77,
+            pauses: vec![pause.clone()],
         };
         let tally = Tally::new(workers, known);
         let stats = tally.stats();
@@ -699,6 +810,15 @@ mod tests {
             "mandoline_proxy_request_duration_seconds_bucket{le=\"+Inf\"} 2",
             "mandoline_proxy_requests_held 1",
             "mandoline_proxy_held_bytes 77",
+            "mandoline_proxy_pause_in_flight{pause=\"p7\"} 1",
+            "mandoline_proxy_pause_held{pause=\"p7\"} 2",
+            "mandoline_proxy_pause_held_bytes{pause=\"p7\"} 77",
+            "mandoline_proxy_pause_holds_total{pause=\"p7\"} 20",
+            "mandoline_proxy_pause_released_total{pause=\"p7\"} 3",
+            "mandoline_proxy_pause_failed_total{pause=\"p7\"} 4",
+            "mandoline_proxy_pause_late_total{pause=\"p7\"} 5",
+            "mandoline_proxy_pause_left_total{pause=\"p7\"} 6",
+            "mandoline_proxy_pause_refused_total{pause=\"p7\"} 7",
             "mandoline_proxy_hold_duration_seconds_count 1",
             "mandoline_proxy_requests_region_lost_total 1",
             "mandoline_proxy_gateway_requests_total{region=\"us\",address=\"127.0.0.1:9\"} 1",

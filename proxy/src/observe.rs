@@ -9,6 +9,7 @@ use mandoline_core::key::SliceKey;
 use mandoline_core::task::SessionId;
 use tokio::time::Instant;
 
+use crate::hold::flights::{Facts, Flight};
 use crate::job::Job;
 use crate::metrics::Count;
 use crate::record::{Outcome, Record};
@@ -31,6 +32,8 @@ pub(crate) struct Exchange {
     first_try_right: bool,
     status: Option<StatusCode>,
     outcome: Outcome,
+    // Once no pause holds it.
+    flight: Option<Flight>,
 }
 
 impl Exchange {
@@ -50,6 +53,7 @@ impl Exchange {
             first_try_right: false,
             status: None,
             outcome: Outcome::Abandoned,
+            flight: None,
         }
     }
 
@@ -68,6 +72,11 @@ impl Exchange {
         self.key = Some(key);
         job.lookup.offered(key);
         self.job = Some(Rc::clone(job));
+    }
+
+    /// No pause holds it any more: whoever begins one may wait for its end.
+    pub(crate) fn is_past_pauses(&mut self, facts: Facts) {
+        self.flight = Some(self.worker.gates.flights.begins(facts));
     }
 
     pub(crate) fn tries(&mut self, target: &Target) {
@@ -110,6 +119,9 @@ impl Drop for Exchange {
         };
         if let (Some(key), Some(job), Outcome::Failed) = (self.key, &self.job, self.outcome) {
             job.lookup.failed(key);
+        }
+        if let Some(flight) = self.flight.take() {
+            self.worker.gates.flights.ends(flight);
         }
         self.worker.counters.record(&record);
         if let Some(observer) = &self.worker.setup().config.observer {

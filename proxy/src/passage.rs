@@ -6,9 +6,9 @@ use http::request::Parts;
 use http::{Request, Response, header};
 use hyper::body::Incoming;
 use mandoline_core::key::SliceKey;
-use tokio::time::Instant;
 
 use crate::client::{Client, Host};
+use crate::hold::Stays;
 use crate::observe::Exchange;
 use crate::pool::Lease;
 use crate::setup::{Route, Setup};
@@ -39,8 +39,8 @@ pub(crate) struct Passage {
     pub(crate) route: Option<Rc<Route>>,
     /// From `key` on, where the route leads to a job.
     pub(crate) key: Option<SliceKey>,
-    /// Until when the request is held at most, once it was.
-    pub(crate) held_until: Option<Instant>,
+    /// What its waits have come to so far.
+    pub(crate) stays: Stays,
     /// From `route` on.
     pub(crate) target: Option<Target>,
     /// From `forward` on.
@@ -69,7 +69,7 @@ impl Passage {
             host: Host::unknown(),
             route: None,
             key: None,
-            held_until: None,
+            stays: Stays::default(),
             target: None,
             answer: None,
             worker,

@@ -16,6 +16,7 @@ use tracing::info;
 
 use crate::admin::{self, Admin};
 use crate::config::{Config, ConfigError};
+use crate::hold::book::Book;
 use crate::listen::{self, Share};
 use crate::metrics::{Counters, Stats, Tally};
 use crate::reload::Reloader;
@@ -80,10 +81,12 @@ impl Proxy {
         let counters: Arc<[Arc<Counters>]> = (0..workers).map(|_| Arc::default()).collect();
         let (reloader, changes) = Reloader::new(Arc::clone(&config), workers);
         let in_force = reloader.clone();
+        let book = Arc::new(Book::new(workers, config.limits));
+        let known = Arc::clone(&book);
         let mut proxy = Self {
             local,
             admin: admin_socket.as_ref().and_then(|socket| socket.local_addr().ok()),
-            tally: Tally::new(Arc::clone(&counters), move || in_force.knowledge()),
+            tally: Tally::new(Arc::clone(&counters), move || in_force.knowledge(&known)),
             reloader,
             stop: stop.child_token(),
             stopped: CancellationToken::new(),
@@ -94,9 +97,10 @@ impl Proxy {
         let workers_own = sockets.into_iter().zip(&*counters).zip(changes);
         for (n, ((socket, counters), mut changes)) in workers_own.enumerate() {
             let (config, counters) = (Arc::clone(&config), Arc::clone(counters));
+            let book = Arc::clone(&book);
             let (open_connections, stop) = (Arc::clone(&open_connections), proxy.stop.clone());
             let body = async move |listener| {
-                let worker = Rc::new(Worker::new(config, counters));
+                let worker = Rc::new(Worker::new(config, counters, book));
                 let reloading = Rc::clone(&worker);
                 worker.pool.spawn(async move {
                     while let Some(change) = changes.recv().await {

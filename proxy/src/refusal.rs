@@ -1,10 +1,14 @@
 //! Every answer that the proxy makes itself, with its status, its `Proxy-Status` (RFC 9209) and a text that says what to do.
 
 use std::borrow::Cow;
+use std::fmt;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Method, Response, StatusCode};
+
+use mandoline_core::flags::PauseId;
 
 use crate::record::Outcome;
 use crate::wire::Doubt;
@@ -74,6 +78,12 @@ pub(crate) enum Refusal {
     /// The key was on its way to another task for longer than a request is held.
     #[error("this key has been moving to another task for too long: try again in a second")]
     HeldLong,
+    /// A pause held the request, and does not any longer, or not at all.
+    #[error("{0}")]
+    Paused(Paused),
+    /// The client said how long it would wait, and has waited for as long.
+    #[error("the request was held for longer than its client said that it waits")]
+    Deadline,
     /// The client left while its request was held: nobody reads this.
     #[error("the client left before the key was served again")]
     Left,
@@ -109,6 +119,64 @@ pub(crate) enum Refusal {
     Full,
 }
 
+/// A request that a pause held, and does not any longer, or not at all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Paused {
+    pub(crate) pause: PauseId,
+    pub(crate) why: WhyPaused,
+    /// How long the pause lasts yet at most, to the last request that it holds.
+    pub(crate) lasts_yet: Duration,
+}
+
+/// Why a pause does not hold a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WhyPaused {
+    /// So many are held, and no more may be.
+    Requests(usize),
+    /// So many bytes are held, and no more may be.
+    Bytes(usize),
+    /// It was held for so long, and no request is held for longer.
+    Long(Duration),
+    /// The pause is over, and those whom it held were to be refused then.
+    Fails,
+}
+
+impl Paused {
+    /// Whole seconds, at least one: less would ask for it all at once.
+    fn retry_after(&self) -> u64 {
+        let seconds = self.lasts_yet.as_secs() + u64::from(self.lasts_yet.subsec_nanos() > 0);
+        seconds.max(1)
+    }
+}
+
+/// What whoever runs the service reads at three in the morning: what holds it, for how long yet, and how to end it.
+impl fmt::Display for Paused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (pause, seconds) = (self.pause, self.retry_after());
+        let what = match self.why {
+            WhyPaused::Fails => {
+                return write!(
+                    f,
+                    "the pause {pause}, which held this request, has lasted for as long as it may, and was to refuse what it \
+                     held then (--at-end fail): try again in a second"
+                );
+            }
+            WhyPaused::Requests(most) => format!("and as many wait as may ({most})"),
+            WhyPaused::Bytes(most) => {
+                format!("and what waits takes as much room as it may ({most} bytes)")
+            }
+            WhyPaused::Long(most) => {
+                format!("and this one has waited for as long as it may ({} s)", most.as_secs())
+            }
+        };
+        write!(
+            f,
+            "requests like this one are held by the pause {pause}, {what}: try again in {seconds} s, when it is over at the \
+             latest; `mandoline pause list` says why it is, `mandoline pause end {pause}` ends it"
+        )
+    }
+}
+
 impl Refusal {
     pub(crate) fn status(&self) -> StatusCode {
         match self {
@@ -126,12 +194,13 @@ impl Refusal {
             | Self::Moving
             | Self::HeldFull
             | Self::HeldLong
+            | Self::Paused(_)
             | Self::Left
             | Self::BrokenRepeatable
             | Self::Lost(_)
             | Self::Full => StatusCode::SERVICE_UNAVAILABLE,
             Self::Broken | Self::Garbled(_) | Self::Astray(_) => StatusCode::BAD_GATEWAY,
-            Self::Late => StatusCode::GATEWAY_TIMEOUT,
+            Self::Late | Self::Deadline => StatusCode::GATEWAY_TIMEOUT,
         }
     }
 
@@ -178,13 +247,23 @@ impl Refusal {
             | Self::Moving
             | Self::HeldFull
             | Self::HeldLong
+            | Self::Paused(_)
             | Self::Left => "mandoline; error=destination_unavailable",
+            Self::Deadline => "mandoline; error=http_response_timeout",
             Self::Unreached => "mandoline; error=connection_refused",
             Self::Broken | Self::BrokenRepeatable => "mandoline; error=connection_terminated",
             Self::Garbled(_) => "mandoline; error=http_protocol_error",
             Self::Late => "mandoline; error=http_response_timeout",
             Self::Full => "mandoline; error=connection_limit_reached",
         })
+    }
+
+    /// Says in how many seconds there is any use in trying again.
+    fn retry_after(&self) -> u64 {
+        match self {
+            Self::Paused(paused) => paused.retry_after(),
+            _ => 1,
+        }
     }
 
     pub(crate) fn response(&self) -> Response<Bytes> {
@@ -200,7 +279,7 @@ impl Refusal {
             headers.insert(GENERATION, generation.expect("a generation is two numbers and a dot"));
         }
         if self.status() == StatusCode::SERVICE_UNAVAILABLE {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(self.retry_after()));
         }
         match self {
             // Which methods the task takes only the task knows; an empty list is allowed (RFC 9110, 10.2.1).
@@ -213,6 +292,17 @@ impl Refusal {
                 headers.insert(header::ALLOW, methods.expect("methods are tokens"));
             }
             _ => {}
+        }
+        // To a client of gRPC a status of HTTP says little (grpc-status 4: DEADLINE_EXCEEDED).
+        if matches!(self, Self::Deadline) {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert("grpc-status", HeaderValue::from_static("4"));
+            let message = HeaderValue::try_from(self.to_string());
+            headers.insert("grpc-message", message.expect("it is words"));
+            let empty = Bytes::new();
+            let (mut head, _) = response.into_parts();
+            head.status = StatusCode::OK;
+            return Response::from_parts(head, empty);
         }
         // What follows a request whose framing is in doubt cannot be trusted to be a request.
         if matches!(

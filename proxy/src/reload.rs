@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use crate::config::{Checked, Config, ConfigError};
+use crate::hold::book::Book;
 use crate::metrics::{Knowledge, Reloads};
 use crate::router::Router;
 
@@ -129,7 +130,7 @@ impl Reloader {
         Arc::clone(&self.lock())
     }
 
-    pub(crate) fn knowledge(&self) -> Knowledge {
+    pub(crate) fn knowledge(&self, book: &Book) -> Knowledge {
         let config = self.in_force();
         Knowledge {
             jobs: config.jobs.values().map(Router::known).collect(),
@@ -139,6 +140,8 @@ impl Reloader {
                 refused: self.0.refused.load(Relaxed),
                 last_refused: self.0.last_refused.load(Relaxed),
             },
+            held_bytes: book.room.bytes() as u64,
+            pauses: book.stats(),
         }
     }
 }

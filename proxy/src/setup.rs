@@ -11,8 +11,8 @@ use mandoline_core::name::JobName;
 use crate::config::Checked;
 use crate::config::matching::Astray;
 use crate::config::route::Destination;
+use crate::hold::queue::House;
 use crate::job::Job;
-use crate::metrics::Counters;
 
 /// The configuration in force, as one worker has it.
 pub(crate) struct Setup {
@@ -34,18 +34,14 @@ pub(crate) enum To {
 
 impl Setup {
     /// Makes a configuration ready. What stays as it is in `before` is taken from there, with all that it has under way.
-    pub(crate) fn new(
-        config: Arc<Checked>,
-        before: Option<&Self>,
-        counters: &Arc<Counters>,
-    ) -> Self {
+    pub(crate) fn new(config: Arc<Checked>, before: Option<&Self>, house: &Rc<House>) -> Self {
         let jobs: BTreeMap<JobName, Rc<Job>> = config
             .jobs
             .iter()
             .map(|(name, router)| {
                 let known = before.and_then(|before| before.jobs.get(name));
                 let known = known.filter(|job| job.suits(router, config.gateways.as_ref()));
-                let fresh = || Rc::new(Job::new(&config, router, Arc::clone(counters)));
+                let fresh = || Rc::new(Job::new(&config, router, house));
                 (name.clone(), known.map_or_else(fresh, Rc::clone))
             })
             .collect();

@@ -5,6 +5,9 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::error::Error;
+use std::future::poll_fn;
+use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -22,6 +25,9 @@ pub(crate) const REPLAY_MAX_BYTES: usize = 64 << 10;
 
 /// The most pieces that are kept, so that a body of single bytes does not cost more to list than to keep.
 const PIECES_MAX: usize = 1024;
+
+/// More than comes in one piece: hyper's buffer is twice the longest head.
+const PIECE_MAX_BYTES: usize = 64 << 10;
 
 /// The body of one request.
 pub(crate) struct Tape {
@@ -45,6 +51,17 @@ pub(crate) enum UploadError {
     /// This try was given up.
     #[error("the body is sent elsewhere by now")]
     GivenUp,
+}
+
+/// What came of reading on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Gathered {
+    /// The body has ended, or there is no room for more.
+    Enough,
+    /// The client has left.
+    Gone,
+    /// What it sends is no body.
+    Broken,
 }
 
 struct Reel {
@@ -140,12 +157,54 @@ impl Tape {
 
     /// Says whether the client has more to send than was read.
     pub(crate) fn is_coming(&self) -> bool {
-        self.reel.as_ref().is_some_and(|reel| !reel.borrow().source.is_end_stream())
+        self.reel.as_ref().is_some_and(|reel| {
+            let reel = reel.borrow();
+            !reel.ended && !reel.source.is_end_stream()
+        })
+    }
+
+    /// Reads on while nobody takes the body, up to about `most` bytes and only where there is room: `reserve` is asked for it
+    /// beforehand. May be given up at any time.
+    pub(crate) async fn gather(
+        &self,
+        most: usize,
+        mut reserve: impl FnMut(usize) -> bool,
+    ) -> Gathered {
+        let Some(reel) = &self.reel else { return Gathered::Enough };
+        let mut room = 0;
+        loop {
+            let rest = reel.borrow().rest();
+            if rest == 0 || reel.borrow().kept_bytes > most {
+                return Gathered::Enough;
+            }
+            let next = PIECE_MAX_BYTES.min(rest);
+            if room < next {
+                if !reserve(next - room) {
+                    return Gathered::Enough;
+                }
+                room = next;
+            }
+            let gathered = poll_fn(|context| reel.borrow_mut().poll_gather(context)).await;
+            match gathered {
+                Ok(length) => room = room.saturating_sub(length),
+                Err(gathered) => return gathered,
+            }
+        }
     }
 
     /// Says whether the client's body broke off.
     pub(crate) fn is_broken(&self) -> bool {
         self.reel.as_ref().is_some_and(|reel| reel.borrow().broken)
+    }
+}
+
+/// Says whether a body broke off, or is not well formed.
+fn why_broken(error: &hyper::Error) -> Gathered {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    match cause.map(io::Error::kind) {
+        // What hyper makes of chunks that are none.
+        Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) => Gathered::Broken,
+        _ => Gathered::Gone,
     }
 }
 
@@ -165,6 +224,39 @@ impl Reel {
         self.kept_bytes += data.len();
         self.kept.push_back(data.clone());
         self.at += 1;
+    }
+
+    /// Says how much may come that can be kept, in bytes; nothing if there is no use in reading on.
+    fn rest(&self) -> usize {
+        let is_over = self.ended || self.broken || self.source.is_end_stream();
+        let no_room = self.kept.len() >= PIECES_MAX || self.room.get() < PIECE_MAX_BYTES;
+        if is_over || no_room || !self.whole {
+            return 0;
+        }
+        let exact = self.source.size_hint().exact();
+        exact.map_or(usize::MAX, |rest| usize::try_from(rest).unwrap_or(usize::MAX))
+    }
+
+    /// Reads a piece that no try has asked for yet, and says how long it is.
+    fn poll_gather(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, Gathered>> {
+        let polled = ready!(Pin::new(&mut self.source).poll_frame(context));
+        self.moved = Instant::now();
+        let frame = match polled.transpose() {
+            Ok(frame) => frame,
+            Err(error) => {
+                self.broken = true;
+                return Poll::Ready(Err(why_broken(&error)));
+            }
+        };
+        let Some(data) = frame.as_ref().and_then(Frame::data_ref) else {
+            self.ended = true;
+            self.trailers = frame.as_ref().and_then(Frame::trailers_ref).cloned();
+            return Poll::Ready(Err(Gathered::Enough));
+        };
+        self.room.set(self.room.get().saturating_sub(data.len()));
+        self.kept_bytes += data.len();
+        self.kept.push_back(data.clone());
+        Poll::Ready(Ok(data.len()))
     }
 
     /// Lets go of what was sent. What this try has yet to send stays until then.

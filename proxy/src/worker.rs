@@ -8,6 +8,9 @@ use http::Version;
 use http::header::HeaderValue;
 
 use crate::config::Checked;
+use crate::hold::book::Book;
+use crate::hold::gates::Gates;
+use crate::hold::queue::House;
 use crate::metrics::Counters;
 use crate::pool::Pool;
 use crate::setup::Setup;
@@ -15,6 +18,9 @@ use crate::setup::Setup;
 /// What one core has to itself.
 pub(crate) struct Worker {
     setup: RefCell<Rc<Setup>>,
+    house: Rc<House>,
+    /// The pauses that it goes by.
+    pub(crate) gates: Rc<Gates>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) pool: Pool,
     /// Bytes of request bodies that may still be kept for a second try.
@@ -29,7 +35,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     /// Makes a worker that does nothing yet. To be called on the worker's own thread, for it starts tasks there.
-    pub(crate) fn new(config: Arc<Checked>, counters: Arc<Counters>) -> Self {
+    pub(crate) fn new(config: Arc<Checked>, counters: Arc<Counters>, book: Arc<Book>) -> Self {
         let pseudonym = format!("mandoline-{}", config.id);
         let via = |version: &str| {
             HeaderValue::try_from(format!("{version} {pseudonym}"))
@@ -38,12 +44,26 @@ impl Worker {
         let (via_10, via_11) = (via("1.0"), via("1.1"));
         let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
         let replay_room = Rc::new(Cell::new(config.limits.replay_bytes));
-        let setup = Rc::new(Setup::new(config, None, &counters));
+        let house = Rc::new(House::new(book, Arc::clone(&counters)));
+        let gates = Rc::new(Gates::new(Rc::clone(&house), config.flags.clone()));
+        let setup = Rc::new(Setup::new(config, None, &house));
         let setup = RefCell::new(setup);
         let stopping = Cell::new(false);
-        let worker =
-            Self { setup, counters, pool, replay_room, stopping, pseudonym, via_10, via_11 };
+        let worker = Self {
+            setup,
+            house,
+            gates,
+            counters,
+            pool,
+            replay_room,
+            stopping,
+            pseudonym,
+            via_10,
+            via_11,
+        };
         worker.begin(&worker.setup(), None);
+        let gates = Rc::clone(&worker.gates);
+        worker.pool.spawn(async move { gates.run().await });
         worker
     }
 
@@ -56,9 +76,11 @@ impl Worker {
     pub(crate) fn reload(&self, config: Arc<Checked>) {
         let before = self.setup();
         self.pool.set(config.timeouts, config.limits);
+        self.house.book.set(config.limits);
+        self.gates.follow(config.flags.clone());
         let kept = before.config.limits.replay_bytes.saturating_sub(self.replay_room.get());
         self.replay_room.set(config.limits.replay_bytes.saturating_sub(kept));
-        let setup = Rc::new(Setup::new(config, Some(&before), &self.counters));
+        let setup = Rc::new(Setup::new(config, Some(&before), &self.house));
         self.begin(&setup, Some(&before));
         before.jobs_not_in(Some(&setup)).for_each(|job| job.hold.retire());
         self.setup.replace(setup);

@@ -339,7 +339,7 @@ impl Table {
     }
 }
 
-fn without_port(host: &str) -> &str {
+pub(crate) fn without_port(host: &str) -> &str {
     let host = match host.rfind(']') {
         Some(end) => &host[..=end],
         None => host.split_once(':').map_or(host, |(name, _)| name),
@@ -349,7 +349,7 @@ fn without_port(host: &str) -> &str {
 
 /// Gives a path with what was encoded for no reason decoded; nothing if it has `.` or `..` between slashes. An encoded slash is
 /// part of a name and stays as it is.
-fn plain(path: &str) -> Option<Cow<'_, [u8]>> {
+pub(crate) fn plain(path: &str) -> Option<Cow<'_, [u8]>> {
     let bytes = path.as_bytes();
     let decoded: Cow<'_, [u8]> = if bytes.contains(&b'%') {
         let mut all = Vec::with_capacity(bytes.len());

@@ -10,11 +10,15 @@ use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use http::header::{HeaderName, HeaderValue};
 use mandoline::gateways::Gateways;
 use mandoline::http::key::KeyFrom;
+use mandoline_core::flags::Flags;
 use mandoline_core::name::JobName;
+use tokio::sync::watch;
 
 use crate::config::matching::{Ambiguous, Match, Table};
 use crate::config::route::{Destination, Route};
@@ -48,6 +52,10 @@ pub struct Config {
     /// How old what is known of who serves what may be, for a request to go by it; any age unless set. See
     /// [`mandoline::Clerk::check_age`].
     pub max_staleness: Option<Duration>,
+    /// What operators tell every proxy: pauses. By default there is nobody to tell.
+    pub flags: watch::Receiver<Arc<Flags>>,
+    /// Requests that no pause holds.
+    pub exempt: Exempt,
     /// Is told of each request when it has ended.
     pub observer: Option<Observer>,
 }
@@ -77,6 +85,8 @@ impl Config {
             timeouts: Timeouts::default(),
             limits: Limits::default(),
             max_staleness: None,
+            flags: watch::channel(Arc::default()).1,
+            exempt: Exempt::default(),
             observer: None,
         }
     }
@@ -96,7 +106,7 @@ impl Config {
     }
 
     fn check_values(&self) -> Result<(), ConfigError> {
-        let Timeouts { connect, header, client_idle, response, stall, idle, hold, grace: _ } =
+        let Timeouts { connect, header, client_idle, response, stall, idle, hold, pause, grace: _ } =
             self.timeouts;
         let timeouts = [
             ("connect", connect),
@@ -106,6 +116,7 @@ impl Config {
             ("stall", stall),
             ("idle", idle),
             ("hold", hold),
+            ("pause", pause),
         ];
         for (name, length) in timeouts {
             if length.is_zero() || length > TIMEOUT_MAX {
@@ -119,6 +130,8 @@ impl Config {
             idle_per_task,
             held_requests,
             held_bytes: _,
+            paused_requests,
+            paused_bytes: _,
             replay_bytes: _,
         } = self.limits;
         let limits = [
@@ -128,6 +141,7 @@ impl Config {
             ("headers", headers, 1, 10_000),
             ("idle_per_task", idle_per_task, 0, 100_000),
             ("held_requests", held_requests, 0, 1_000_000),
+            ("paused_requests", paused_requests, 0, 1_000_000),
         ];
         for (name, value, least, most) in limits {
             if !(least..=most).contains(&value) {
@@ -206,6 +220,15 @@ pub enum ConfigError {
     },
 }
 
+/// Requests that no pause holds: probes, and those of whoever looks after the service meanwhile. None unless set.
+#[derive(Clone, Debug, Default)]
+pub struct Exempt {
+    /// Requests for exactly these paths, such as `/healthz`.
+    pub paths: Vec<Box<str>>,
+    /// Requests with this header, which is a secret: it is taken out before they are passed on.
+    pub header: Option<(HeaderName, HeaderValue)>,
+}
+
 /// How long to wait for what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
@@ -227,6 +250,9 @@ pub struct Timeouts {
     /// How long a request is held at most, in all, while the slice of its key is on its way to another task. Several
     /// times the default lease (5 s), after which such a slice has an owner again; about as long as callers wait.
     pub hold: Duration,
+    /// How long a request is held at most by pauses, all together. Longer than pauses for maintenance last, for clients that give up
+    /// are noticed by themselves; without it one that never does would be held for as long as a pause may last, an hour.
+    pub pause: Duration,
     /// For requests in flight to finish once the proxy is told to stop.
     pub grace: Duration,
 }
@@ -241,6 +267,7 @@ impl Default for Timeouts {
             stall: Duration::from_secs(300),
             idle: Duration::from_secs(4),
             hold: Duration::from_secs(30),
+            pause: Duration::from_secs(300),
             grace: Duration::from_secs(10),
         }
     }
@@ -257,11 +284,16 @@ pub struct Limits {
     pub headers: usize,
     /// Connections kept open to a task that have nothing to do, for each worker. More are closed.
     pub idle_per_task: usize,
-    /// Requests held at a time while the slices of their keys are on their way to other tasks, shared out evenly to the workers.
-    /// One more gets a 503 at once; with 0 none is held.
+    /// Requests held at a time, by pauses and while the slices of their keys are on their way to other tasks. One more gets a 503 at
+    /// once; with 0 none is held.
     pub held_requests: usize,
     /// The same in bytes of heads and of bodies as far as they were read.
     pub held_bytes: usize,
+    /// Requests that one pause holds at a time. Fewer than are held in all, so that a pause for one service leaves room for what others
+    /// need.
+    pub paused_requests: usize,
+    /// The same in bytes.
+    pub paused_bytes: usize,
     /// Request bodies kept for a second try, over all requests of a worker. Beyond it a body cannot be sent again.
     pub replay_bytes: usize,
 }
@@ -277,6 +309,8 @@ impl Default for Limits {
             // A second's worth of 10,000 requests a second, and 6 KiB for each.
             held_requests: 10_000,
             held_bytes: 64 << 20,
+            paused_requests: 8_000,
+            paused_bytes: 48 << 20,
             replay_bytes: 64 << 20,
         }
     }

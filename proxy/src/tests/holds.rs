@@ -408,7 +408,8 @@ async fn a_body_that_has_not_been_sent_yet_is_held_however_long() {
     };
     let moves = async {
         held(&stage, 2).await;
-        assert!(stage.stats().held_bytes < 10_000, "{:?}", stage.stats());
+        // It is read on while it is held, so that a client that leaves is noticed.
+        assert!(stage.stats().held_bytes <= 1_010_000, "{:?}", stage.stats());
         stage.owners.give(3, &[(0, 2, new.address)]).await;
     };
     let (answer, ()) = tokio::join!(sends, moves);

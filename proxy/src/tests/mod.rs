@@ -7,6 +7,7 @@ mod framing;
 mod bodies;
 mod tries;
 mod holds;
+mod pauses;
 mod moves;
 mod handovers;
 mod spills;

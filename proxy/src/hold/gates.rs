@@ -1,0 +1,186 @@
+//! The pauses that one worker goes by, and the one loop that ends them.
+//!
+//! A pause is a gate: it is closed from when the worker hears of it until its end, then open but for those who wait at it, and
+//! gone with the last of them. News of pauses, the end of one and the next moment of a ramp wake the loop; nobody asks again
+//! and again.
+
+use std::cell::{Cell, RefCell};
+use std::hash::{BuildHasher, RandomState};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mandoline_core::flags::{AtEnd, Flags, Pause, PauseId, Phase};
+use mandoline_core::ramp::Ramp;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep_until};
+use tracing::{debug, info};
+
+use crate::hold::book::Account;
+use crate::hold::flights::{Facts, Flights};
+use crate::hold::line::Turn;
+use crate::hold::queue::{House, Queue};
+
+/// The pauses that one worker goes by.
+pub(crate) struct Gates {
+    house: Rc<House>,
+    /// The requests that are past all of them.
+    pub(crate) flights: Flights,
+    flags: RefCell<watch::Receiver<Arc<Flags>>>,
+    gates: RefCell<Vec<Rc<Gate>>>,
+    // Whether there is any: what nearly every request asks, and no more.
+    is_any: Cell<bool>,
+    stirred: Rc<Notify>,
+}
+
+/// A pause that a worker goes by, until the last whom it held has gone.
+pub(crate) struct Gate {
+    pub(crate) account: Arc<Account>,
+    /// Those whom it holds.
+    pub(crate) queue: Queue<()>,
+    // What was last told of it.
+    phase: Cell<Phase>,
+    // What becomes of those whom it holds, once it is open.
+    open: Cell<Option<Turn>>,
+}
+
+impl Gates {
+    pub(crate) fn new(house: Rc<House>, flags: watch::Receiver<Arc<Flags>>) -> Self {
+        Self {
+            house,
+            flights: Flights::default(),
+            flags: RefCell::new(flags),
+            gates: RefCell::default(),
+            is_any: Cell::new(false),
+            stirred: Rc::new(Notify::new()),
+        }
+    }
+
+    /// Goes by what is told there from now on.
+    pub(crate) fn follow(&self, flags: watch::Receiver<Arc<Flags>>) {
+        let is_same = self.flags.borrow().same_channel(&flags);
+        if !is_same {
+            *self.flags.borrow_mut() = flags;
+            self.stirred.notify_one();
+        }
+    }
+
+    /// Begins and ends pauses as it is told, and ends them by the clock, for as long as the worker lives.
+    pub(crate) async fn run(&self) {
+        let mut flags = self.flags.borrow().clone();
+        let (mut has_news, mut is_told) = (true, true);
+        loop {
+            if std::mem::take(&mut is_told) {
+                let told = Arc::clone(&flags.borrow_and_update());
+                self.heed(&told);
+            }
+            let due = self.turn(Instant::now());
+            tokio::select! {
+                // With nobody left to tell of pauses, those that are known end by the clock.
+                changed = flags.changed(), if has_news => {
+                    has_news = changed.is_ok();
+                    is_told = has_news;
+                }
+                () = self.stirred.notified() => {}
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
+            }
+            let newest = self.flags.borrow();
+            if !newest.same_channel(&flags) {
+                flags = newest.clone();
+                (has_news, is_told) = (true, true);
+            }
+        }
+    }
+
+    /// Closes gates for pauses that are new, and opens those of pauses that were ended.
+    fn heed(&self, flags: &Flags) {
+        let mut gates = self.gates.borrow_mut();
+        for pause in flags.pauses.values() {
+            let account = self.house.book.told(pause);
+            match gates.iter().find(|gate| gate.account.id == pause.id) {
+                Some(gate) => gate.phase.set(pause.phase),
+                // What has ended here does not begin anew, whoever still tells of it.
+                None if account.ended(Instant::now()).is_some() => {}
+                None => gates.push(Rc::new(self.close(account, pause))),
+            }
+        }
+        for gate in gates.iter().filter(|gate| !flags.pauses.contains_key(&gate.account.id)) {
+            match gate.phase.get() {
+                // It has lasted by the leader's clock.
+                Phase::Holding => gate.account.lapse(),
+                // So has its release.
+                Phase::Releasing { .. } => {
+                    let now = self.house.time(Instant::now());
+                    gate.queue.goes_by(Ramp::fastest(now));
+                }
+            }
+        }
+        self.is_any.set(!gates.is_empty());
+        self.house.book.tidy(flags);
+    }
+
+    fn close(&self, account: Arc<Account>, pause: &Pause) -> Gate {
+        self.flights.await_ends(&pause.order.scope, &account);
+        account.is_taken_up();
+        let lasts = account.until.saturating_duration_since(Instant::now());
+        info!(pause = %pause.id, scope = %pause.order.scope, ?lasts, "Pause begins");
+        let (house, stirred) = (Rc::clone(&self.house), Rc::clone(&self.stirred));
+        let queue = Queue::new(house, Some(Arc::clone(&account)), stirred);
+        Gate { account, queue, phase: Cell::new(pause.phase), open: Cell::new(None) }
+    }
+
+    /// Opens gates whose time has come, and tells those to go whose turn it is. Says when to look in next, if there is a time.
+    fn turn(&self, now: Instant) -> Option<Instant> {
+        let mut gates = self.gates.borrow_mut();
+        let due = gates.iter().filter_map(|gate| gate.turn(now, &self.house)).min();
+        gates.retain(|gate| {
+            let is_over = gate.open.get().is_some() && gate.queue.is_empty();
+            if is_over {
+                gate.account.is_let_off();
+                info!(pause = %gate.account.id, "Pause is over");
+            }
+            !is_over
+        });
+        self.is_any.set(!gates.is_empty());
+        due
+    }
+
+    /// Says whether any pause is in force, or holds anyone still.
+    pub(crate) const fn is_any(&self) -> bool {
+        self.is_any.get()
+    }
+
+    /// Finds the oldest gate that holds a request, of those at which it has not waited.
+    pub(crate) fn holding(&self, facts: &Facts, waited_at: &[PauseId]) -> Option<Rc<Gate>> {
+        let gates = self.gates.borrow();
+        let mut others = gates.iter().filter(|gate| {
+            !waited_at.contains(&gate.account.id) && gate.open.get() != Some(Turn::Fail)
+        });
+        let holds = |gate: &&Rc<Gate>| facts.ask(|asked| gate.account.order.scope.covers(asked));
+        others.find(holds).map(Rc::clone)
+    }
+}
+
+impl Gate {
+    /// Says whether those whom it held are being let go.
+    pub(crate) const fn is_open(&self) -> bool {
+        self.open.get().is_some()
+    }
+
+    fn turn(&self, now: Instant, house: &House) -> Option<Instant> {
+        if self.open.get().is_none() {
+            let Some(release) = self.account.ended(now) else { return Some(self.account.until) };
+            let (turn, over) = match release.at_end {
+                AtEnd::GoOn => (Turn::Go, release.over),
+                AtEnd::Fail => (Turn::Fail, Duration::ZERO),
+            };
+            self.open.set(Some(turn));
+            // The standard library's hasher is the one source of randomness that needs no dependency.
+            let (waiting, seed) = (self.queue.len(), RandomState::new().hash_one(now));
+            debug!(pause = %self.account.id, waiting, ?over, ?turn, seed, "Pause ends");
+            self.queue.goes_by(Ramp::new(house.time(now), waiting, over, seed));
+        }
+        let turn = self.open.get()?;
+        self.queue.let_go(now, turn, |_, ()| true)
+    }
+}
