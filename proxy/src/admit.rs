@@ -1,5 +1,8 @@
 //! The stage `admit`: which route takes the request, if any.
 
+use std::rc::Rc;
+
+use crate::config::headers::Value;
 use crate::config::matching::Astray;
 use crate::passage::Passage;
 use crate::refusal::Refusal;
@@ -7,7 +10,10 @@ use crate::refusal::Refusal;
 /// Finds the route that takes the request.
 pub(crate) fn admit(passage: &mut Passage) -> Result<(), Refusal> {
     let route = passage.setup.route(&passage.head, passage.host.as_str()).map_err(refusal)?;
-    passage.route = Some(route.clone());
+    if route.names(Value::RequestId) {
+        passage.request_id = passage.worker.request_ids.of(&passage.head.headers);
+    }
+    passage.route = Some(Rc::clone(route));
     Ok(())
 }
 

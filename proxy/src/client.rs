@@ -9,6 +9,7 @@ use http::header::HeaderValue;
 pub(crate) struct Client {
     // `for=...;proto=http`, the same for every request.
     prefix: String,
+    address: IpAddr,
 }
 
 impl Client {
@@ -17,7 +18,11 @@ impl Client {
             IpAddr::V4(v4) => format!("for={v4};proto=http"),
             IpAddr::V6(v6) => format!("for=\"[{v6}]\";proto=http"),
         };
-        Self { prefix }
+        Self { prefix, address }
+    }
+
+    pub(crate) const fn address(&self) -> IpAddr {
+        self.address
     }
 
     pub(crate) fn forwarded(&self, host: &Host) -> HeaderValue {

@@ -33,6 +33,7 @@ use crate::observe::Exchange;
 use crate::passage::{Answer, Passage};
 use crate::pool::{ConnectError, Lease, Upstream};
 use crate::refusal::Refusal;
+use crate::rules::{Facts, Rules};
 use crate::setup::{Setup, To};
 use crate::target::{self, Target};
 use crate::upload::{Tape, Upload};
@@ -48,6 +49,8 @@ struct Trip<'a> {
     key: SliceKey,
     head: &'a Parts,
     tape: &'a Tape,
+    rules: &'a Rules,
+    facts: Facts<'a>,
 }
 
 /// What one try came to, if not an answer to pass on.
@@ -89,11 +92,21 @@ pub(crate) async fn forward(passage: &mut Passage) -> Result<(), Refusal> {
 /// old owner, the proxy and the new owner hear of it in any order. One that is giving the slice away is not asked, or not
 /// again: the request is held. Two that refuse it by one assignment are the end, and so are news that do not come.
 async fn to_owner(passage: &mut Passage, job: &Job, mut target: Target) -> Result<Answer, Refusal> {
+    let route = passage.route();
     let waits_for_leave = passage.waits_for_leave;
     let Passage { worker, setup, head, tape, line, key, stays, exchange, .. } = passage;
+    let facts = Facts {
+        request_id: &passage.request_id,
+        client: passage.client.address(),
+        host: &passage.host,
+        route: &route.name,
+        key: *key,
+        task: None,
+        generation: Generation::ZERO,
+    };
     let key = key.expect("key has found the key");
     let held = &mut Held::new(&job.hold, key, Waiter { head, tape, line, stays, waits_for_leave });
-    let trip = &Trip { worker, setup, job, key, head, tape };
+    let trip = &Trip { worker, setup, job, key, head, tape, rules: &route.request, facts };
     let mut pauses = LAG_PAUSES_MS.into_iter();
     let (mut is_fresh, mut in_vain) = (false, false);
     let mut tries = 0;
@@ -284,7 +297,7 @@ async fn exchange_messages(
             })?,
         };
         let Some(upload) = tape.play() else { return Err(Setback::Broken) };
-        let sent = lease.sender.try_send_request(request(target, head, upload));
+        let sent = lease.sender.try_send_request(request(trip, target, upstream, upload));
         let limit = setup.config.timeouts.response;
         let Some(answer) = within(sent, limit, exchange.waits_since(), tape).await else {
             let late = if tape.is_waiting() { Refusal::SlowBody } else { Refusal::Late };
@@ -328,11 +341,19 @@ async fn exchange_messages(
     }
 }
 
-fn request(target: &Target, head: &Parts, upload: Upload) -> Request<Upload> {
+fn request(
+    trip: &Trip<'_>,
+    target: &Target,
+    upstream: &Upstream,
+    upload: Upload,
+) -> Request<Upload> {
+    let Trip { head, rules, facts, .. } = *trip;
     let mut request = Request::new(upload);
     *request.method_mut() = head.method.clone();
     *request.uri_mut() = head.uri.clone();
     *request.headers_mut() = head.headers.clone();
+    let task = Some(&upstream.name);
+    rules.apply(request.headers_mut(), &Facts { task, generation: target.generation, ..facts });
     if matches!(target.to, target::To::Region(_)) {
         request.headers_mut().insert(HOPS, HeaderValue::from_static("1"));
     } else if let Some(left) = request.headers_mut().get_mut(HOPS) {

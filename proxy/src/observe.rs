@@ -79,6 +79,11 @@ impl Exchange {
         self.flight = Some(self.worker.gates.flights.begins(facts));
     }
 
+    /// Gives the assignment that the first task was chosen by.
+    pub(crate) const fn generation(&self) -> Generation {
+        self.generation
+    }
+
     pub(crate) fn tries(&mut self, target: &Target) {
         if self.first.is_none() {
             self.first = Some(target.session());

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use http::header::HeaderValue;
 use http::request::Parts;
 use http::{Request, Response, header};
 use hyper::body::Incoming;
@@ -37,6 +38,8 @@ pub(crate) struct Passage {
     pub(crate) host: Host,
     /// From `admit` on.
     pub(crate) route: Option<Rc<Route>>,
+    /// The request's number, from `admit` on, where the route names it.
+    pub(crate) request_id: HeaderValue,
     /// From `key` on, where the route leads to a job.
     pub(crate) key: Option<SliceKey>,
     /// What its waits have come to so far.
@@ -68,6 +71,7 @@ impl Passage {
             exchange,
             host: Host::unknown(),
             route: None,
+            request_id: HeaderValue::from_static(""),
             key: None,
             stays: Stays::default(),
             target: None,

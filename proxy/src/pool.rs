@@ -9,12 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::header::HeaderValue;
 use http_body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
-use mandoline_core::task::{Address, SessionId};
+use mandoline_core::task::{Address, SessionId, Task};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
@@ -37,6 +38,8 @@ pub(crate) struct Pool {
 
 /// One task or gateway, as one worker knows it.
 pub(crate) struct Upstream {
+    /// The task's name; empty for a gateway.
+    pub(crate) name: HeaderValue,
     address: Address,
     // Oldest first.
     idle: RefCell<Vec<Idle>>,
@@ -94,13 +97,18 @@ impl Pool {
     }
 
     /// Gives a task's counters and connections.
-    pub(crate) fn upstream(&self, session: SessionId, address: &Address) -> Rc<Upstream> {
+    pub(crate) fn upstream(&self, task: &Task) -> Rc<Upstream> {
+        let (session, address) = (task.session, &task.info.address);
         let mut upstreams = self.upstreams.borrow_mut();
         let known = upstreams.get(&session).filter(|upstream| upstream.address == *address);
         if let Some(upstream) = known {
             return Rc::clone(upstream);
         }
-        let upstream = Rc::new(self.fresh(address, self.counters.task(session, address)));
+        let upstream = Rc::new(self.fresh(
+            address,
+            task.info.name.as_str(),
+            self.counters.task(session, address),
+        ));
         upstreams.insert(session, Rc::clone(&upstream));
         upstream
     }
@@ -108,12 +116,13 @@ impl Pool {
     /// Gives a gateway's connections. What is sent there is counted by `Gateways`.
     pub(crate) fn gateway(&self, address: &Address) -> Rc<Upstream> {
         let mut gateways = self.gateways.borrow_mut();
-        let fresh = || Rc::new(self.fresh(address, Arc::new(TaskCounters::new(address))));
+        let fresh = || Rc::new(self.fresh(address, "", Arc::new(TaskCounters::new(address))));
         Rc::clone(gateways.entry(address.clone()).or_insert_with(fresh))
     }
 
-    fn fresh(&self, address: &Address, counters: Arc<TaskCounters>) -> Upstream {
+    fn fresh(&self, address: &Address, name: &str, counters: Arc<TaskCounters>) -> Upstream {
         Upstream {
+            name: HeaderValue::from_str(name).expect("a task's name fits a header"),
             address: address.clone(),
             idle: RefCell::default(),
             used: Cell::new(Instant::now()),

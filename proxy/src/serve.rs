@@ -23,6 +23,7 @@ use crate::pause::pause;
 use crate::record::Outcome;
 use crate::refusal::Refusal;
 use crate::route::route;
+use crate::rules::Facts;
 use crate::setup::To;
 use crate::upload::Tape;
 use crate::wire::Seen;
@@ -68,9 +69,20 @@ async fn stages(passage: &mut Passage) -> Result<(), Refusal> {
 
 /// Passes a task's answer on. The exchange ends with its last byte, and is observed then.
 fn pass_on(passage: Passage) -> Response<Download> {
+    let route = passage.route();
     let Passage { worker, answer, mut exchange, abort, .. } = passage;
     let (response, lease) = answer.expect("forward has got an answer");
     let (mut head, body) = response.into_parts();
+    let facts = Facts {
+        request_id: &passage.request_id,
+        client: passage.client.address(),
+        host: &passage.host,
+        route: &route.name,
+        key: passage.key,
+        task: Some(&lease.upstream.name),
+        generation: exchange.generation(),
+    };
+    route.response.apply(&mut head.headers, &facts);
     head.headers.append(header::VIA, worker.via(head.version));
     exchange.answers(head.status);
     let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };

@@ -9,10 +9,12 @@ use mandoline::http::key::KeyFrom;
 use mandoline_core::name::JobName;
 
 use crate::config::Checked;
+use crate::config::headers::Value;
 use crate::config::matching::Astray;
 use crate::config::route::Destination;
 use crate::hold::queue::House;
 use crate::job::Job;
+use crate::rules::Rules;
 
 /// The configuration in force, as one worker has it.
 pub(crate) struct Setup {
@@ -23,7 +25,17 @@ pub(crate) struct Setup {
 
 /// Where some requests go.
 pub(crate) struct Route {
+    pub(crate) name: Box<str>,
     pub(crate) to: To,
+    pub(crate) request: Rules,
+    pub(crate) response: Rules,
+}
+
+impl Route {
+    /// Says whether a rule names this value.
+    pub(crate) fn names(&self, value: Value) -> bool {
+        self.request.name(value) || self.response.name(value)
+    }
 }
 
 /// Where a route's requests go.
@@ -52,7 +64,8 @@ impl Setup {
                     To::Job { job: Rc::clone(job), key: key.clone() }
                 }
             };
-            Rc::new(Route { to })
+            let (request, response) = (Rules::new(&route.request), Rules::new(&route.response));
+            Rc::new(Route { name: route.name.clone(), to, request, response })
         });
         let routes = routes.collect();
         Self { config, routes, jobs }

@@ -163,7 +163,7 @@ impl Lookup {
                 let is_it = task.session == found.session();
                 Target {
                     session: task.session,
-                    to: To::Task(pool.upstream(task.session, &task.info.address)),
+                    to: To::Task(pool.upstream(task)),
                     generation,
                     sent: found.sent().filter(|_| is_it),
                     call: RefCell::new(is_it.then(|| found.begin())),

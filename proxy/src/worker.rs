@@ -1,6 +1,7 @@
 //! What one core has to itself: its connections, its counters, and what is the same for every request it serves.
 
 use std::cell::{Cell, RefCell};
+use std::hash::{BuildHasher, RandomState};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use crate::hold::gates::Gates;
 use crate::hold::queue::House;
 use crate::metrics::Counters;
 use crate::pool::Pool;
+use crate::rules::RequestIds;
 use crate::setup::Setup;
 
 /// What one core has to itself.
@@ -29,6 +31,7 @@ pub(crate) struct Worker {
     pub(crate) stopping: Cell<bool>,
     /// What the proxy calls itself in `Via`.
     pub(crate) pseudonym: String,
+    pub(crate) request_ids: RequestIds,
     via_10: HeaderValue,
     via_11: HeaderValue,
 }
@@ -49,6 +52,8 @@ impl Worker {
         let setup = Rc::new(Setup::new(config, None, &house));
         let setup = RefCell::new(setup);
         let stopping = Cell::new(false);
+        // The standard library's hasher is the one source of randomness that needs no dependency.
+        let request_ids = RequestIds::new(RandomState::new().hash_one(&pseudonym));
         let worker = Self {
             setup,
             house,
@@ -58,6 +63,7 @@ impl Worker {
             replay_room,
             stopping,
             pseudonym,
+            request_ids,
             via_10,
             via_11,
         };

@@ -8,13 +8,14 @@ use http::Method;
 use http::header::{HeaderName, HeaderValue};
 use mandoline::http::key::KeyFrom;
 use mandoline_core::name::JobName;
+use mandoline_proxy::config::headers::{FieldName, HeaderRules, Template};
 use mandoline_proxy::config::matching::{HeaderKey, HostPattern, Match, PathPattern};
 use mandoline_proxy::config::route::{Destination, Route};
 use mandoline_proxy::config::{Limits, Timeouts};
 use serde::Deserialize;
 
 use crate::failure::Failure;
-use crate::text::Text;
+use crate::text::{Text, plain};
 use crate::units::{Size, Span};
 
 /// Which requests go where.
@@ -28,6 +29,23 @@ pub(crate) struct RouteFile {
     headers: Option<BTreeMap<String, String>>,
     job: Option<Text<JobName>>,
     key: Option<Text<KeyFrom>>,
+    request: Option<HeadersFile>,
+    response: Option<HeadersFile>,
+}
+
+/// What is changed in heads.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct HeadersFile {
+    remove: Vec<Text<FieldName>>,
+    set: BTreeMap<Text<FieldName>, Text<Template>>,
+}
+
+impl HeadersFile {
+    fn rules(&self) -> HeaderRules {
+        let set = self.set.iter().map(|(Text(name), Text(value))| (name.clone(), value.clone()));
+        HeaderRules { remove: plain(self.remove.clone()), set: set.collect() }
+    }
 }
 
 /// What is different for one job.
@@ -68,16 +86,25 @@ impl RouteFile {
         let matches = Match {
             host: self.host.clone().map(|Text(host)| host),
             path: self.path.clone().map(|Text(path)| path),
-            methods: crate::text::plain(self.methods.clone().unwrap_or_default()),
+            methods: plain(self.methods.clone().unwrap_or_default()),
             headers: self.headers()?,
         };
-        let name = self.name.clone().unwrap_or_else(|| matches.to_string());
+        let mut route = Route::new(matches, self.to()?);
+        if let Some(name) = &self.name {
+            route.name = name.as_str().into();
+        }
+        route.request = self.request.as_ref().map(HeadersFile::rules).unwrap_or_default();
+        route.response = self.response.as_ref().map(HeadersFile::rules).unwrap_or_default();
+        Ok(route)
+    }
+
+    fn to(&self) -> Result<Destination, Failure> {
         let Some(Text(job)) = self.job.clone() else {
-            return Err(Failure::new(format!("route {name:?} leads nowhere"))
+            return Err(Failure::new("this route leads nowhere")
                 .try_this("give it a job, and the key if that is not path:1"));
         };
         let key = self.key.clone().map_or_else(|| KeyFrom::path(1), |Text(key)| key);
-        Ok(Route { name: name.into(), matches, to: Destination::Job { job, key } })
+        Ok(Destination::Job { job, key })
     }
 
     fn headers(&self) -> Result<BTreeMap<HeaderKey, HeaderValue>, Failure> {

@@ -62,6 +62,7 @@ mod tests {
             "{routes: [{host: a.org, path: /x/*, methods: [GET], headers: {x-a: b}, job: kv, key: host}]}",
             "{routes: [{job: kv}, {host: '*.a.org', job: carts}], jobs: {carts: {cache: /tmp/carts}}}",
             "{access: {insecure: true}}",
+            "{routes: [{job: kv, request: {set: {x-id: '{request_id}'}, remove: [cookie]}, response: {}}]}",
         ] {
             assert!(taken(good).await, "{good}");
         }
@@ -80,6 +81,7 @@ mod tests {
             "{limits: {headers: many}}",
             "{jobs: {kv: {cash: /tmp/kv}}}",
             "{access: {tls_crt: a}}",
+            "{routes: [{job: kv, request: {ste: {}}}]}",
         ] {
             assert!(!taken(bad).await, "{bad}");
         }
@@ -97,7 +99,7 @@ mod tests {
                 "routes:\n  - job: kv\n    path: carts\n",
                 "proxy.yaml:3:11: path: \"carts\" is no path",
             ),
-            ("routes:\n  - host: a.org\n", "proxy.yaml:2:5: route \"a.org/*\" leads nowhere"),
+            ("routes:\n  - host: a.org\n", "proxy.yaml:2:5: this route leads nowhere"),
             (
                 "routes:\n  - {host: a.org, job: kv}\n  - {job: kv}\n  - {host: A.org, job: carts}\n",
                 "proxy.yaml:4:5: routes 1 and 3 both take a.org/*, and neither is more specific",
@@ -105,6 +107,14 @@ mod tests {
             (
                 "routes:\n  - {name: a, job: kv}\n  - {name: a, path: /b, job: kv}\n",
                 "proxy.yaml:3:5: two routes are called",
+            ),
+            (
+                "routes:\n  - job: kv\n    request:\n      set:\n        x-a: '{clinet}'\n",
+                "proxy.yaml:5:14: {clinet} is no value: give one of {request_id}",
+            ),
+            (
+                "routes:\n  - job: kv\n    request:\n      remove: [host]\n",
+                "proxy.yaml:4:16: remove: host is set by the proxy itself",
             ),
             ("job: kv\nroutes:\n  - {job: kv}\n", "both routes and job are given"),
             ("gateways: ['us=gw:80']\n", "gateway us=gw:80 is of another region than what?"),
@@ -129,6 +139,7 @@ mod tests {
                 "/properties/jobs/additionalProperties/properties",
                 "{jobs: {kv: {nothing_like_it: 1}}}",
             ),
+            ("/$defs/head/properties", "{routes: [{request: {nothing_like_it: 1}}]}"),
             ("/$defs/route/properties", "{routes: [{nothing_like_it: 1}]}"),
         ] {
             let failure = fault(yaml).await.unwrap();

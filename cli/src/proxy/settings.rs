@@ -164,7 +164,7 @@ impl Settings {
             let key = self.args.key.clone().map_or_else(|| KeyFrom::path(1), |Text(key)| key);
             let name = job.as_str().into();
             let to = Destination::Job { job, key };
-            return Ok(vec![Route { name, matches: Match::default(), to }]);
+            return Ok(vec![Route { name, ..Route::new(Match::default(), to) }]);
         };
         let mut made: Vec<Route> = Vec::with_capacity(routes.len());
         for route in routes {

@@ -1,5 +1,6 @@
 //! What a proxy is told, when it starts and when it reloads. Where it comes from (flags, environment, a file) is the caller's business.
 
+pub mod headers;
 pub mod matching;
 pub mod route;
 
@@ -66,8 +67,7 @@ impl Config {
         let job = router.job().clone();
         let route = Route {
             name: job.as_str().into(),
-            matches: Match::default(),
-            to: Destination::Job { job: job.clone(), key },
+            ..Route::new(Match::default(), Destination::Job { job: job.clone(), key })
         };
         Self::with(listen, [(job, router)].into(), vec![route])
     }

@@ -3,6 +3,7 @@
 use mandoline::http::key::KeyFrom;
 use mandoline_core::name::JobName;
 
+use crate::config::headers::HeaderRules;
 use crate::config::matching::Match;
 
 /// Where requests go that match.
@@ -14,6 +15,24 @@ pub struct Route {
     pub matches: Match,
     /// Where they go.
     pub to: Destination,
+    /// What is changed in the heads of requests on their way to a task.
+    pub request: HeaderRules,
+    /// What is changed in the heads of answers on their way to a client.
+    pub response: HeaderRules,
+}
+
+impl Route {
+    /// Makes a route that is called by what it takes, and changes nothing.
+    pub fn new(matches: Match, to: Destination) -> Self {
+        let name = matches.to_string().into();
+        Self {
+            name,
+            matches,
+            to,
+            request: HeaderRules::default(),
+            response: HeaderRules::default(),
+        }
+    }
 }
 
 /// Where a route's requests go.

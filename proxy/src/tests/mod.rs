@@ -6,6 +6,7 @@ mod routing;
 mod framing;
 mod bodies;
 mod tries;
+mod headers;
 mod holds;
 mod pauses;
 mod moves;

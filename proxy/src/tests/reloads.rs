@@ -17,11 +17,9 @@ fn with_route(config: &mut Config, host: &str, owners: &Owners) {
     let router = owners.router();
     let job = router.job().clone();
     config.jobs.insert(job.clone(), router);
-    config.routes.push(Route {
-        name: host.into(),
-        matches: Match { host: Some(host.parse().unwrap()), ..Match::default() },
-        to: Destination::Job { job, key: "path:1".parse().unwrap() },
-    });
+    let matches = Match { host: Some(host.parse().unwrap()), ..Match::default() };
+    let to = Destination::Job { job, key: "path:1".parse().unwrap() };
+    config.routes.push(Route::new(matches, to));
 }
 
 #[tokio::test]
