@@ -35,6 +35,7 @@ mod serve;
 pub mod dry_run;
 mod listen;
 pub mod reload;
+pub mod pauses;
 mod admin;
 pub mod proxy;
 

@@ -19,6 +19,7 @@ use crate::config::{Config, ConfigError};
 use crate::hold::book::Book;
 use crate::listen::{self, Share};
 use crate::metrics::{Counters, Stats, Tally};
+use crate::pauses::Pauses;
 use crate::reload::Reloader;
 use crate::worker::Worker;
 
@@ -29,6 +30,7 @@ pub struct Proxy {
     admin: Option<SocketAddr>,
     tally: Tally,
     reloader: Reloader,
+    pauses: Pauses,
     stop: CancellationToken,
     // Ends the admin address, after the workers have ended.
     stopped: CancellationToken,
@@ -88,6 +90,7 @@ impl Proxy {
             admin: admin_socket.as_ref().and_then(|socket| socket.local_addr().ok()),
             tally: Tally::new(Arc::clone(&counters), move || in_force.knowledge(&known)),
             reloader,
+            pauses: Pauses::new(Arc::clone(&book)),
             stop: stop.child_token(),
             stopped: CancellationToken::new(),
             threads: Vec::with_capacity(workers),
@@ -142,6 +145,11 @@ impl Proxy {
     /// Gives a handle by which another configuration comes into force.
     pub fn reloader(&self) -> Reloader {
         self.reloader.clone()
+    }
+
+    /// Gives a handle that says how the proxy stands towards the pauses that it was told of.
+    pub fn pauses(&self) -> Pauses {
+        self.pauses.clone()
     }
 
     /// Adds up what was done so far.

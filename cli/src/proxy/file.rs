@@ -11,7 +11,7 @@ use mandoline_core::name::JobName;
 use mandoline_proxy::config::headers::{FieldName, HeaderRules, Template};
 use mandoline_proxy::config::matching::{HeaderKey, HostPattern, Match, PathPattern};
 use mandoline_proxy::config::route::{Destination, Route};
-use mandoline_proxy::config::{Limits, Timeouts};
+use mandoline_proxy::config::{Config, Exempt, Limits, Timeouts};
 use serde::Deserialize;
 
 use crate::failure::Failure;
@@ -78,6 +78,25 @@ pub(crate) struct LimitsFile {
     headers: Option<usize>,
     idle_per_task: Option<usize>,
     replay_bytes: Option<Size>,
+}
+
+/// What is held by pauses.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct PausesFile {
+    wait: Option<Span>,
+    requests: Option<usize>,
+    bytes: Option<Size>,
+    exempt_paths: Option<Vec<String>>,
+    exempt_header: Option<ExemptHeaderFile>,
+}
+
+/// A header whose secret shows that no pause is to hold the request.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ExemptHeaderFile {
+    name: String,
+    secret_file: PathBuf,
 }
 
 impl RouteFile {
@@ -163,5 +182,44 @@ impl LimitsFile {
                 *place = most;
             }
         }
+    }
+}
+
+impl PausesFile {
+    /// Changes what is given.
+    pub(crate) fn apply(&self, to: &mut Config) -> Result<(), Failure> {
+        if let Some(Span(wait)) = self.wait {
+            to.timeouts.pause = wait;
+        }
+        if let Some(requests) = self.requests {
+            to.limits.paused_requests = requests;
+        }
+        if let Some(Size(bytes)) = self.bytes {
+            to.limits.paused_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        }
+        let paths = self.exempt_paths.iter().flatten().map(|path| path.as_str().into()).collect();
+        to.exempt = Exempt { paths, header: self.exempt_header()? };
+        Ok(())
+    }
+
+    /// Reads the secret, if requests that show one are exempt.
+    fn exempt_header(&self) -> Result<Option<(HeaderName, HeaderValue)>, Failure> {
+        let Some(ExemptHeaderFile { name, secret_file }) = &self.exempt_header else {
+            return Ok(None);
+        };
+        let failure = |what: String| {
+            Failure::new(format!("which requests no pause holds cannot be said: {what}"))
+        };
+        let header = HeaderName::try_from(name.as_str())
+            .map_err(|_| failure(format!("{name:?} is no header's name")))?;
+        let place = secret_file.display();
+        let secret = std::fs::read_to_string(secret_file).map_err(|error| {
+            failure(format!("the secret in {place} cannot be read")).because(error)
+        })?;
+        let secret = HeaderValue::try_from(secret.trim()).ok().filter(|secret| !secret.is_empty());
+        let mut secret = secret
+            .ok_or_else(|| failure(format!("the secret in {place} is not a line of text")))?;
+        secret.set_sensitive(true);
+        Ok(Some((header, secret)))
     }
 }

@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use crate::access_args::AccessArgs;
 use crate::failure::Failure;
 use crate::proxy::clerks::Clerks;
-use crate::proxy::file::{JobFile, LimitsFile, RouteFile, TimeoutsFile};
+use crate::proxy::file::{JobFile, LimitsFile, PausesFile, RouteFile, TimeoutsFile};
 use crate::proxy::schema::SCHEMA;
 use crate::proxy::settings::Settings;
 use crate::text::Text;
@@ -152,6 +152,8 @@ pub(crate) struct ProxyArgs {
     timeouts: Option<TimeoutsFile>,
     #[arg(skip)]
     limits: Option<LimitsFile>,
+    #[arg(skip)]
+    pauses: Option<PausesFile>,
 }
 
 /// Runs until told to stop.

@@ -58,6 +58,7 @@ mod tests {
             "{region: eu, gateways: ['us=gw:80']}",
             "{max_staleness: 1m, workers: 2, hold_wait: 5s, hold_requests: 10, hold_bytes: 1MiB}",
             "{timeouts: {connect: 500ms, response: 1m}, limits: {connections: 100, header_bytes: 16KiB}}",
+            "{pauses: {wait: 1m, requests: 10, bytes: 1MiB, exempt_paths: [/healthz]}}",
             "{routes: [{job: kv}]}",
             "{routes: [{host: a.org, path: /x/*, methods: [GET], headers: {x-a: b}, job: kv, key: host}]}",
             "{routes: [{job: kv}, {host: '*.a.org', job: carts}], jobs: {carts: {cache: /tmp/carts}}}",
@@ -79,6 +80,8 @@ mod tests {
             "{routes: [{host: '', job: kv}]}",
             "{timeouts: {conect: 1s}}",
             "{limits: {headers: many}}",
+            "{pauses: {wait: soon}}",
+            "{pauses: {exempt_header: {name: x-pass}}}",
             "{jobs: {kv: {cash: /tmp/kv}}}",
             "{access: {tls_crt: a}}",
             "{routes: [{job: kv, request: {ste: {}}}]}",
@@ -135,6 +138,11 @@ mod tests {
             ("/properties/access/properties", "{access: {nothing_like_it: 1}}"),
             ("/properties/timeouts/properties", "{timeouts: {nothing_like_it: 1}}"),
             ("/properties/limits/properties", "{limits: {nothing_like_it: 1}}"),
+            ("/properties/pauses/properties", "{pauses: {nothing_like_it: 1}}"),
+            (
+                "/properties/pauses/properties/exempt_header/properties",
+                "{pauses: {exempt_header: {nothing_like_it: 1}}}",
+            ),
             (
                 "/properties/jobs/additionalProperties/properties",
                 "{jobs: {kv: {nothing_like_it: 1}}}",

@@ -39,7 +39,7 @@ impl Settings {
                 args, from_file;
                 listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
                 workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id,
-                routes, jobs, timeouts, limits,
+                routes, jobs, timeouts, limits, pauses,
             );
             args.access.overlay(from_file.access);
         }
@@ -125,6 +125,9 @@ impl Settings {
         }
         if let Some(limits) = args.limits {
             limits.apply(&mut config.limits);
+        }
+        if let Some(pauses) = &args.pauses {
+            pauses.apply(&mut config)?;
         }
         if let Some(Span(wait)) = args.hold_wait {
             config.timeouts.hold = wait;

@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use mandoline_core::flags::{AtEnd, Flags, Pause, PauseId, PauseOrder, Phase};
+use mandoline_core::generation::Generation;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::config::Limits;
@@ -24,6 +26,9 @@ pub(crate) struct Book {
     /// For all who are held, whatever for.
     pub(crate) room: Room,
     accounts: Mutex<BTreeMap<PauseId, Arc<Account>>>,
+    // The flags that each worker goes by.
+    versions: Mutex<Vec<Generation>>,
+    changes: Arc<watch::Sender<()>>,
 }
 
 /// One pause, in this proxy.
@@ -37,6 +42,7 @@ pub(crate) struct Account {
     // Workers that go by it.
     in_force: AtomicU64,
     in_flight: AtomicU64,
+    changes: Arc<watch::Sender<()>>,
     holds: AtomicU64,
     released: AtomicU64,
     failed: AtomicU64,
@@ -69,7 +75,34 @@ impl Book {
             limits: Mutex::new(limits),
             room: Room::new(limits.held_requests, limits.held_bytes),
             accounts: Mutex::default(),
+            versions: Mutex::default(),
+            changes: Arc::default(),
         }
+    }
+
+    /// Takes a worker in, and says which it is.
+    pub(crate) fn enlist(&self) -> usize {
+        let mut versions = lock(&self.versions);
+        versions.push(Generation::ZERO);
+        versions.len() - 1
+    }
+
+    /// A worker goes by these flags.
+    pub(crate) fn goes_by(&self, worker: usize, version: Generation) {
+        lock(&self.versions)[worker] = version;
+        self.changes.send_replace(());
+    }
+
+    /// Gives the version of the flags that every worker goes by, or a later one.
+    pub(crate) fn version(&self) -> Generation {
+        let versions = lock(&self.versions);
+        let least = versions.iter().min().filter(|_| versions.len() as u64 == self.workers);
+        least.copied().unwrap_or(Generation::ZERO)
+    }
+
+    /// Tells of changes that are worth to be told of at once: of the version, and of pauses that nothing is in flight for any more.
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
     }
 
     /// Goes by other limits from now on. Pauses that are known keep theirs.
@@ -82,7 +115,7 @@ impl Book {
     pub(crate) fn told(&self, pause: &Pause) -> Arc<Account> {
         let limits = *lock(&self.limits);
         let mut accounts = lock(&self.accounts);
-        let fresh = || Arc::new(Account::new(pause, limits));
+        let fresh = || Arc::new(Account::new(pause, limits, Arc::clone(&self.changes)));
         let account = accounts.entry(pause.id).or_insert_with(fresh);
         if let Phase::Releasing { over } = pause.phase {
             account.release(over, AtEnd::GoOn);
@@ -110,7 +143,7 @@ impl Book {
 }
 
 impl Account {
-    fn new(pause: &Pause, limits: Limits) -> Self {
+    fn new(pause: &Pause, limits: Limits, changes: Arc<watch::Sender<()>>) -> Self {
         let now = Instant::now();
         let cell = || AtomicU64::new(0);
         Self {
@@ -122,6 +155,7 @@ impl Account {
             room: Room::new(limits.paused_requests, limits.paused_bytes),
             in_force: cell(),
             in_flight: cell(),
+            changes,
             holds: cell(),
             released: cell(),
             failed: cell(),
@@ -177,7 +211,9 @@ impl Account {
 
     /// A request in its scope that had begun before it has ended.
     pub(crate) fn has_landed(&self) {
-        self.in_flight.fetch_sub(1, Relaxed);
+        if self.in_flight.fetch_sub(1, Relaxed) == 1 {
+            self.changes.send_replace(());
+        }
     }
 
     /// Takes a request in, if there is room.

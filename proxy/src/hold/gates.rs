@@ -116,7 +116,9 @@ impl Gates {
             }
         }
         self.is_any.set(!gates.is_empty());
-        self.house.book.tidy(flags);
+        let House { book, worker, .. } = &*self.house;
+        book.tidy(flags);
+        book.goes_by(*worker, flags.version);
     }
 
     fn close(&self, account: Arc<Account>, pause: &Pause) -> Gate {

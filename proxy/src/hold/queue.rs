@@ -19,6 +19,8 @@ use crate::metrics::{Count, Counters};
 pub(crate) struct House {
     pub(crate) book: Arc<Book>,
     pub(crate) counters: Arc<Counters>,
+    /// Which worker it is.
+    pub(crate) worker: usize,
     origin: Instant,
     arrivals: Cell<u64>,
 }
@@ -45,7 +47,8 @@ pub(crate) struct Stay<'a, F> {
 
 impl House {
     pub(crate) fn new(book: Arc<Book>, counters: Arc<Counters>) -> Self {
-        Self { book, counters, origin: Instant::now(), arrivals: Cell::new(0) }
+        let worker = book.enlist();
+        Self { book, counters, worker, origin: Instant::now(), arrivals: Cell::new(0) }
     }
 
     /// Gives the time as ramps count it.

@@ -575,7 +575,14 @@ async fn a_pause_knows_what_began_before_it_and_has_not_ended() {
     for wire in wires {
         assert!(wire.rest().await.starts_with("HTTP/1.1 200"));
     }
-    until("all to be gone", || stats(&stage, 1).unwrap().in_flight == 0).await;
+    let mut pauses = stage.proxy.pauses();
+    within("all to be gone", async {
+        while pauses.stats()[0].in_flight > 0 {
+            assert!(pauses.changed().await);
+        }
+    })
+    .await;
+    assert_eq!(pauses.version().number, 1);
     operator.end(1, Duration::ZERO);
     until("the last to go on", || stats(&stage, 1).unwrap().released == 1).await;
     go.notify_one();
