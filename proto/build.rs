@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use protox::prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["assignment", "task", "transfer", "admin", "log", "raft"]
+    let files = ["assignment", "task", "flags", "transfer", "admin", "log", "raft"]
         .map(|name| format!("mandoline/v1/{name}.proto"));
     let schema = protox::compile(files, ["."])?;
     println!("cargo::rerun-if-changed=mandoline/v1");

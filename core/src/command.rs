@@ -1,8 +1,10 @@
 //! What the log holds: decisions, never observations.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::confine::Crash;
+use crate::flags::{PauseId, PauseOrder};
 use crate::generation::Generation;
 use crate::load::Load;
 use crate::name::{JobName, TaskName};
@@ -196,6 +198,23 @@ pub enum Command {
         /// Which keys, exactly as they were confined.
         slice: Slice,
     },
+    /// Has every proxy hold requests.
+    AddPause {
+        /// Which, for how long, and what happens then.
+        order: PauseOrder,
+    },
+    /// Lets go of what a pause holds. Once more with another time: over that one, from then on.
+    EndPause {
+        /// Which pause.
+        id: PauseId,
+        /// Over how long.
+        over: Duration,
+    },
+    /// Takes a pause away that is over.
+    ClearPause {
+        /// Which pause.
+        id: PauseId,
+    },
 }
 
 /// In a few words, for logs.
@@ -236,6 +255,9 @@ impl fmt::Display for Command {
                 write!(f, "confine {} ranges of {job} to {task}", slices.len())
             }
             Self::Unconfine { job, slice } => write!(f, "release {slice} of {job}"),
+            Self::AddPause { order } => write!(f, "pause {} for {:?}", order.scope, order.lasts),
+            Self::EndPause { id, over } => write!(f, "end pause {id} over {over:?}"),
+            Self::ClearPause { id } => write!(f, "clear pause {id}"),
         }
     }
 }

@@ -13,13 +13,15 @@ use crate::balance::{InFlight, Policy, Round};
 use crate::brake::{Hold, Limits};
 use crate::command::{Command, EndReason};
 use crate::confine::{self, Record};
+use crate::flags::{PauseId, Standing};
 use crate::forecast::Forecast;
 use crate::generation::Generation;
 use crate::handoff::HandOffs;
 use crate::lease::{Ledger, Margin, Renewal};
 use crate::load::Load;
 use crate::name::{JobName, TaskName};
-use crate::offers::{Offer, OfferError, Offers, Totals};
+use crate::offers::{Caller, Offer, OfferError, Offers, Totals};
+use crate::pauses::{Pauses, Progress, StandingError};
 use crate::plan::{Move, Plan};
 use crate::report::{LoadTable, Report, ReportError};
 use crate::restart::{NotNow, Restarts};
@@ -123,6 +125,8 @@ pub enum Event {
         /// Which job.
         job: JobName,
     },
+    /// The flags have changed.
+    Flagged,
     /// A proposal came to nothing: it was refused, or nobody knows.
     Failed(Command),
 }
@@ -171,6 +175,7 @@ pub struct Leader {
     settles: Option<Time>,
     /// Whether that is still to come.
     hold_off: bool,
+    pauses: Pauses,
 }
 
 impl Leader {
@@ -183,7 +188,8 @@ impl Leader {
     pub fn with_margin(now: Time, state: &State, margin: Margin) -> Self {
         let settles = state.hold_off.then(|| now + margin.waited(LEASE_MAX));
         let (jobs, ledger) = (BTreeMap::new(), Ledger::new(margin));
-        let mut leader = Self { jobs, ledger, margin, settles, hold_off: state.hold_off };
+        let pauses = Pauses::new(now, &state.flags);
+        let mut leader = Self { jobs, ledger, margin, settles, hold_off: state.hold_off, pauses };
         for job in state.jobs.keys() {
             leader.lead(now, state, job);
         }
@@ -233,6 +239,10 @@ impl Leader {
                     lead.applied(now, state, &job, out);
                 }
             }
+            Event::Flagged => self.pauses.sync(now, &state.flags),
+            Event::Failed(Command::EndPause { id, .. } | Command::ClearPause { id }) => {
+                self.pauses.failed(now, id);
+            }
             Event::Failed(Command::End { job, session, .. }) => {
                 let denied = self.ledger.is_denied(session);
                 self.with(&job, |lead| lead.not_ended(now, session, denied));
@@ -250,6 +260,7 @@ impl Leader {
     /// Does what is due.
     pub fn tick(&mut self, now: Time, state: &State, out: &mut Vec<Action>) {
         self.settle(now, state, out);
+        out.extend(self.pauses.over(now, &state.flags).into_iter().map(Action::Propose));
         for (name, lead) in &mut self.jobs {
             let Ok(job) = state.job(name) else { continue };
             for session in lead.condemned(now) {
@@ -288,7 +299,8 @@ impl Leader {
 
     /// Says when to tick next.
     pub fn deadline(&self) -> Option<Time> {
-        self.jobs.values().map(Lead::deadline).chain(self.settles).min()
+        let jobs = self.jobs.values().map(Lead::deadline);
+        jobs.chain(self.settles).chain(self.pauses.deadline()).min()
     }
 
     /// Ends the time after a restore, and once that is agreed on plans for what waited.
@@ -385,6 +397,27 @@ impl Leader {
     /// Gives what callers of a job have offered in all, as of the last round.
     pub fn offered(&self, job: &JobName) -> Option<&Totals> {
         Some(self.jobs.get(job)?.offers.totals())
+    }
+
+    /// Takes how a proxy stands towards the flags; nothing if it stops.
+    pub fn stands(
+        &mut self,
+        now: Time,
+        proxy: Caller,
+        standing: Option<Standing>,
+    ) -> Result<(), StandingError> {
+        match standing {
+            Some(standing) => self.pauses.receive(now, proxy, standing),
+            None => {
+                self.pauses.leave(proxy);
+                Ok(())
+            }
+        }
+    }
+
+    /// Says how a pause is carried out; nothing if there is none of this id.
+    pub fn progress(&mut self, now: Time, id: PauseId) -> Option<Progress> {
+        self.pauses.progress(now, id)
     }
 
     fn with(&mut self, job: &JobName, act: impl FnOnce(&mut Lead)) {

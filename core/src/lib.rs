@@ -42,4 +42,5 @@ pub mod state;
 pub mod restart;
 mod handoff;
 pub mod ward;
+pub mod pauses;
 pub mod leader;

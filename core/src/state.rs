@@ -7,9 +7,12 @@ mod job;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::command::{ClusterId, Command, EndReason, NodeId};
 use crate::delta::{Delta, TaskChange};
+use crate::flags::Phase as PausePhase;
+use crate::flags::{Flags, PAUSES_MAX, Pause, PauseError, PauseId, PauseOrder, check_release};
 use crate::generation::Generation;
 use crate::name::{JobName, TaskName};
 use crate::plan::EditError;
@@ -41,6 +44,10 @@ pub struct State {
     pub hold_off: bool,
     /// The jobs by name.
     pub jobs: BTreeMap<JobName, Job>,
+    /// What every proxy is told. Their version is of this incarnation.
+    pub flags: Arc<Flags>,
+    /// The pause that was minted last.
+    pub last_pause: u64,
 }
 
 /// What a command led to.
@@ -63,6 +70,8 @@ pub enum Outcome {
     Session(SessionId),
     /// The version that the job's spec has now.
     Version(u64),
+    /// The new pause.
+    Pause(PauseId),
 }
 
 /// Why a command was refused. The state is as it was.
@@ -205,6 +214,12 @@ pub enum Refused {
         "no slice of {0} gets an owner yet: a backup was restored, and tasks of the cluster before may still serve"
     )]
     HoldOff(JobName),
+    /// The pause makes no sense, or has no end.
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    /// The pause is over, or never was.
+    #[error("there is no pause {0}: `mandoline pause list` shows those that are")]
+    NoSuchPause(PauseId),
     /// There was no restore, or another one since.
     #[error("no restore {0} is waited out")]
     NoHoldOff(u64),
@@ -235,6 +250,8 @@ impl Default for State {
             last_node: 0,
             hold_off: false,
             jobs: BTreeMap::new(),
+            flags: Arc::new(no_flags(1)),
+            last_pause: 0,
         }
     }
 }
@@ -284,6 +301,9 @@ impl State {
                 self.job_mut(&job)?.confine(&slices, &task, &crashes)
             }
             Command::Unconfine { job, slice } => self.job_mut(&job)?.unconfine(slice),
+            Command::AddPause { order } => self.add_pause(order),
+            Command::EndPause { id, over } => self.end_pause(id, over),
+            Command::ClearPause { id } => self.clear_pause(id),
         }
     }
 
@@ -294,6 +314,8 @@ impl State {
         self.cluster = Some(id);
         self.last_node = self.last_node.max(nodes);
         self.incarnation = self.incarnation.max(incarnation);
+        // Newer than those of a cluster before, whose proxies may still be there.
+        Arc::make_mut(&mut self.flags).version.incarnation = self.incarnation;
         Ok(Outcome::Done.into())
     }
 
@@ -305,8 +327,18 @@ impl State {
         // The backup is older than the last session that the cluster before has minted: none may be minted again, also where
         // the clock that the incarnation was read from went back.
         let last_session = (self.last_session + RESTORE_GAP).max(incarnation);
+        // Pauses are short: those of the backup are long over.
+        let (flags, last_pause) = (Arc::new(no_flags(incarnation)), self.last_pause + RESTORE_GAP);
         let (cluster, hold_off) = (Some(id), true);
-        let mut state = Self { cluster, incarnation, last_session, hold_off, ..self.clone() };
+        let mut state = Self {
+            cluster,
+            incarnation,
+            last_session,
+            hold_off,
+            flags,
+            last_pause,
+            ..self.clone()
+        };
         for job in state.jobs.values_mut() {
             job.restart(Generation { incarnation, number: 1 });
         }
@@ -319,6 +351,48 @@ impl State {
         }
         self.hold_off = false;
         Ok(Outcome::Done.into())
+    }
+
+    fn add_pause(&mut self, order: PauseOrder) -> Result<Applied, Refused> {
+        order.check()?;
+        if let Some(job) = &order.scope.job {
+            self.job(job)?;
+        }
+        if self.flags.pauses.len() >= PAUSES_MAX {
+            return Err(Refused::Limit { what: "pauses of a cluster", max: PAUSES_MAX });
+        }
+        self.last_pause += 1;
+        let id = PauseId(self.last_pause);
+        let pause = Pause { id, order, phase: PausePhase::Holding };
+        self.flag(|pauses| drop(pauses.insert(id, pause)));
+        Ok(Outcome::Pause(id).into())
+    }
+
+    fn end_pause(&mut self, id: PauseId, over: Duration) -> Result<Applied, Refused> {
+        check_release(over)?;
+        let known = self.flags.pauses.get(&id).ok_or(Refused::NoSuchPause(id))?;
+        let phase = PausePhase::Releasing { over };
+        if known.phase != phase {
+            self.flag(|pauses| {
+                pauses.entry(id).and_modify(|pause| pause.phase = phase);
+            });
+        }
+        Ok(Outcome::Done.into())
+    }
+
+    fn clear_pause(&mut self, id: PauseId) -> Result<Applied, Refused> {
+        if !self.flags.pauses.contains_key(&id) {
+            return Err(Refused::NoSuchPause(id));
+        }
+        self.flag(|pauses| drop(pauses.remove(&id)));
+        Ok(Outcome::Done.into())
+    }
+
+    /// Changes the flags, which mints their next version.
+    fn flag(&mut self, change: impl FnOnce(&mut BTreeMap<PauseId, Pause>)) {
+        let flags = Arc::make_mut(&mut self.flags);
+        flags.version = flags.version.next();
+        change(&mut flags.pauses);
     }
 
     fn job_mut(&mut self, name: &JobName) -> Result<&mut Job, Refused> {
@@ -416,6 +490,11 @@ impl From<Outcome> for Applied {
     fn from(outcome: Outcome) -> Self {
         Self { delta: None, outcome }
     }
+}
+
+/// What a cluster begins with.
+pub fn no_flags(incarnation: u64) -> Flags {
+    Flags { version: Generation { incarnation, number: 0 }, ..Flags::default() }
 }
 
 #[cfg(test)]

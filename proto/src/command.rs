@@ -1,5 +1,7 @@
 //! Commands, as the log holds them.
 
+use std::time::Duration;
+
 use mandoline_core::command::{ClusterId, Command, EndReason};
 use mandoline_core::key::SliceKey;
 use mandoline_core::load::Load;
@@ -11,6 +13,7 @@ use mandoline_core::transit::{Act, HandOffId};
 use crate::assignment::{job_name, session, task_name};
 use crate::brake::sessions;
 use crate::error::{WireError, each, need};
+use crate::flags::{millis, pause_id};
 use crate::pb;
 use crate::pb::command::Command as Kind;
 use crate::pb::edit::Edit as EditKind;
@@ -90,6 +93,11 @@ impl From<&Command> for pb::Command {
                 slice: Some((*slice).into()),
                 task: String::new(),
             }),
+            Command::AddPause { order } => Kind::AddPause(order.into()),
+            Command::EndPause { id, over } => {
+                Kind::EndPause(pb::EndPause { id: id.0, over_ms: millis(*over) })
+            }
+            Command::ClearPause { id } => Kind::ClearPause(id.0),
         };
         Self { command: Some(command) }
     }
@@ -173,6 +181,12 @@ impl TryFrom<pb::Command> for Command {
                 job: job_name(&of.job)?,
                 slice: need(of.slice, "slice")?.try_into()?,
             },
+            Kind::AddPause(order) => Self::AddPause { order: order.try_into()? },
+            Kind::EndPause(end) => Self::EndPause {
+                id: pause_id(end.id, "id")?,
+                over: Duration::from_millis(end.over_ms),
+            },
+            Kind::ClearPause(id) => Self::ClearPause { id: pause_id(id, "clear_pause")? },
         })
     }
 }

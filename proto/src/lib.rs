@@ -16,6 +16,7 @@ pub mod transfer;
 pub mod job;
 pub mod update;
 pub mod brake;
+pub mod flags;
 pub mod command;
 pub mod state;
 

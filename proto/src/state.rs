@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use mandoline_core::assignment::Assignment;
 use mandoline_core::confine::Confined;
+use mandoline_core::flags::Flags;
 use mandoline_core::generation::Generation;
 use mandoline_core::kept::Kept;
 use mandoline_core::name::TaskName;
 use mandoline_core::pin::Pin;
 use mandoline_core::plan::Move;
 use mandoline_core::slice::Slice;
-use mandoline_core::state::{Churn, Job, State};
+use mandoline_core::state::{Churn, Job, State, no_flags};
 
 use crate::assignment::{session, task_name};
 use crate::brake::sessions;
@@ -160,6 +161,8 @@ impl From<&State> for pb::State {
             last_node: state.last_node,
             hold_off: state.hold_off,
             jobs: state.jobs.values().map(pb::Job::from).collect(),
+            flags: Some((&*state.flags).into()),
+            last_pause: state.last_pause,
         }
     }
 }
@@ -169,6 +172,8 @@ impl TryFrom<pb::State> for State {
 
     fn try_from(state: pb::State) -> Result<Self, WireError> {
         let jobs: Vec<Job> = each(state.jobs, "jobs")?;
+        let flags = state.flags.map(Flags::try_from).transpose();
+        let flags = flags.map_err(|error| error.within("flags"))?;
         Ok(Self {
             cluster: (!state.cluster.is_empty()).then(|| cluster_id(&state.cluster)).transpose()?,
             incarnation: state.incarnation,
@@ -176,6 +181,8 @@ impl TryFrom<pb::State> for State {
             last_node: state.last_node,
             hold_off: state.hold_off,
             jobs: jobs.into_iter().map(|job| (job.spec.name.clone(), job)).collect(),
+            flags: Arc::new(flags.unwrap_or_else(|| no_flags(state.incarnation))),
+            last_pause: state.last_pause,
         })
     }
 }

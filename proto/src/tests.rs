@@ -8,6 +8,9 @@ use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
 use mandoline_core::command::{ClusterId, Command, EndReason};
 use mandoline_core::confine::{Confined, Crash};
 use mandoline_core::delta::{Delta, TaskChange};
+use mandoline_core::flags::{
+    AtEnd, Count, Flags, Pause, PauseId, PauseOrder, Phase as PausePhase, Scope, Standing,
+};
 use mandoline_core::generation::Generation;
 use mandoline_core::kept::Kept;
 use mandoline_core::key::SliceKey;
@@ -27,6 +30,7 @@ use mandoline_core::transit::{Act, HandOffId, Step, Transit};
 use prost::Message;
 
 use crate::error::{WireError, decode};
+use crate::flags::{self, encode_flags};
 use crate::pb;
 use crate::task;
 use crate::update::{Assembler, PART_MAX_BYTES, Update, encode_delta, encode_full, encode_unknown};
@@ -186,7 +190,100 @@ fn commands() -> Vec<Command> {
             crashes: vec![crash()],
         },
         Command::Unconfine { job, slice: slice(5, 9) },
+        Command::AddPause { order: order() },
+        Command::EndPause { id: PauseId(7), over: Duration::from_millis(1_500) },
+        Command::ClearPause { id: PauseId(7) },
     ]
+}
+
+/// An order that says everything.
+fn order() -> PauseOrder {
+    PauseOrder {
+        scope: Scope {
+            job: Some("kv".parse().unwrap()),
+            slice: Some(slice(5, 9)),
+            host: Some("*.example.com".into()),
+            path: Some("/carts".into()),
+            methods: vec!["PUT".into(), "DELETE".into()],
+        },
+        why: "schema change".into(),
+        lasts: Duration::from_millis(30_500),
+        at_end: AtEnd::Fail,
+        release_over: Duration::from_secs(10),
+    }
+}
+
+fn flags() -> Flags {
+    let over = Duration::ZERO;
+    let (go_on, scope) = (AtEnd::GoOn, Scope { job: order().scope.job, ..Scope::default() });
+    let pauses = [
+        (PauseId(3), order(), PausePhase::Releasing { over }),
+        (PauseId(9), PauseOrder { scope, at_end: go_on, ..order() }, PausePhase::Holding),
+    ];
+    let pauses = pauses.map(|(id, order, phase)| (id, Pause { id, order, phase }));
+    Flags { version: NOW, pauses: pauses.into() }
+}
+
+#[test]
+fn flags_come_back() {
+    survives(&flags(), pb::Flags::from(&flags()), Flags::try_from);
+    assert_eq!(decode::<pb::Flags>(encode_flags(&flags()), "").unwrap(), (&flags()).into());
+}
+
+#[test]
+fn flags_that_make_no_sense_are_refused_by_name() {
+    type Bend = fn(&mut pb::Flags);
+    let cases: [(Bend, &str); 9] = [
+        (|m| m.version = None, "version: is missing"),
+        (|m| m.pauses.swap(0, 1), "pauses: p3 is out of order"),
+        (|m| m.pauses[0].id = 0, "pauses[0].id: is zero"),
+        (|m| m.pauses[0].order = None, "pauses[0].order: is missing"),
+        (
+            |m| m.pauses[1].order.as_mut().unwrap().lasts_ms = 0,
+            "pauses[1].order.pause: a pause that lasts 0ns",
+        ),
+        (|m| m.pauses[1].order.as_mut().unwrap().at_end = 9, "pauses[1].order.at_end: is not one"),
+        (|m| m.pauses[1].order.as_mut().unwrap().scope = None, "pauses[1].order.scope: is missing"),
+        (
+            |m| m.pauses[1].order.as_mut().unwrap().scope = Some(pb::Scope::default()),
+            "pauses[1].order.pause: the pause says of nothing",
+        ),
+        (
+            |m| {
+                let order = m.pauses[0].order.as_mut().unwrap();
+                let slice = order.scope.as_mut().unwrap().slice.as_mut().unwrap();
+                (slice.first, slice.last) = (9, 5);
+            },
+            "pauses[0].order.scope.",
+        ),
+    ];
+    for (bend, message) in cases {
+        let mut flags = pb::Flags::from(&flags());
+        bend(&mut flags);
+        let error = Flags::try_from(flags).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{error}");
+    }
+}
+
+#[test]
+fn what_proxies_say_comes_back() {
+    let counts = [(2, 7), (9, 0)].map(|(id, n)| (PauseId(id), Count { in_flight: n, held: n + 1 }));
+    let said = Standing { version: NOW, counts: counts.into() };
+    let proxy = Caller(5);
+    let message = flags::standing_message(proxy, Some(&said));
+    let mut odd = message.clone();
+    odd.counts.swap(0, 1);
+    assert_eq!(flags::standing(odd).unwrap_err().to_string(), "counts: p2 is out of order");
+    survives(&(proxy, Some(said)), message, flags::standing);
+    assert_eq!(flags::standing(flags::standing_message(proxy, None)), Ok((proxy, None)));
+}
+
+#[test]
+fn a_disk_without_flags_opens_with_none_of_this_incarnation() {
+    let mut message = pb::State::from(&state());
+    (message.flags, message.last_pause) = (None, 0);
+    let state = State::try_from(message).unwrap();
+    assert_eq!((state.flags.version.to_string(), state.flags.pauses.len()), ("2.0".into(), 0));
 }
 
 fn crash() -> Crash {
@@ -221,8 +318,16 @@ fn state() -> State {
     let lock = JobSpec::new("lock".parse().unwrap());
     let owned = Job { assignment: Arc::new(owned()), ..Job::new(lock.clone(), NOW) };
     let jobs = [(spec.name, job), (lock.name, owned)].into();
-    let (cluster, hold_off) = (Some(ClusterId(9)), true);
-    State { cluster, incarnation: 2, last_session: 8, last_node: 3, hold_off, jobs }
+    State {
+        cluster: Some(ClusterId(9)),
+        incarnation: 2,
+        last_session: 8,
+        last_node: 3,
+        hold_off: true,
+        jobs,
+        flags: Arc::new(flags()),
+        last_pause: 11,
+    }
 }
 
 /// Checks that a message comes back; that no cut and no flipped bit does worse than an error.

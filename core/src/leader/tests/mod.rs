@@ -3,6 +3,7 @@
 mod stage;
 mod leases;
 mod handoffs;
+mod pauses;
 
 use super::*;
 use crate::balance;
@@ -42,6 +43,7 @@ impl Scene {
         let event =
             if applied.is_ok() { Event::Applied { job: kv() } } else { Event::Failed(command) };
         self.happen(event);
+        self.happen(Event::Flagged);
         match applied.ok()?.outcome {
             Outcome::Session(session) => Some(session),
             _ => None,

@@ -8,9 +8,8 @@ mod cluster;
 mod transcript;
 mod handoffs;
 mod restore;
+mod flags;
 mod chance;
-
-use std::time::Duration;
 
 use super::*;
 use crate::assignment::{Assigned, Assignment, Replica};
