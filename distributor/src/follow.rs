@@ -227,7 +227,7 @@ fn listen(
 }
 
 /// An error and what it stems from, in a line.
-fn chain(error: &dyn Error) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

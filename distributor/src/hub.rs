@@ -1,4 +1,4 @@
-//! What is known of every job, handed to each watcher: everything once, then what changed, encoded once and shared by all.
+//! What is known of every job, and of the flags, handed to each watcher: everything once, then what changed, encoded once and shared by all.
 //!
 //! A watcher pulls, so a slow one has nothing queued for it: when it comes back it gets the deltas that it missed while
 //! they are still kept, else everything. `publish` never waits for a watcher, and is called from where commands are applied.
@@ -10,8 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::{BufMut, Bytes, BytesMut};
 use mandoline_core::assignment::Assignment;
 use mandoline_core::delta::Delta;
+use mandoline_core::flags::Flags;
 use mandoline_core::generation::Generation;
 use mandoline_core::name::JobName;
+use mandoline_proto::flags::encode_flags;
 use mandoline_proto::update::{encode_delta, encode_full, encode_unknown};
 use tokio::sync::{OnceCell, watch};
 use tokio::task::spawn_blocking;
@@ -72,6 +74,7 @@ pub struct Hub {
 struct Inner {
     /// Who publishes, subscribes, forgets or sweeps holds this; then a topic's log, never the other way round.
     topics: Mutex<Topics>,
+    flags: watch::Sender<Option<FlagsEdition>>,
     watchers: AtomicUsize,
     watchers_max: usize,
 }
@@ -95,6 +98,13 @@ struct Log {
 struct Edition {
     assignment: Arc<Assignment>,
     frames: OnceCell<Arc<[Frame]>>,
+}
+
+/// All flags are one small message: there is nothing between everything and nothing.
+#[derive(Clone, Debug)]
+struct FlagsEdition {
+    flags: Arc<Flags>,
+    frame: Frame,
 }
 
 #[derive(Debug)]
@@ -125,7 +135,8 @@ impl Hub {
     /// Begins with no job, and room for that many watchers.
     pub fn with_watchers_max(watchers_max: usize) -> Self {
         let (topics, watchers) = (Mutex::default(), AtomicUsize::new(0));
-        Self { inner: Arc::new(Inner { topics, watchers, watchers_max }) }
+        let (flags, _) = watch::channel(None);
+        Self { inner: Arc::new(Inner { topics, flags, watchers, watchers_max }) }
     }
 
     /// Tells all watchers of a job's newer assignment, and of the step that led to it from the one before, if there was one.
@@ -153,6 +164,35 @@ impl Hub {
         }
         log.edition = Some(edition);
         topic.current.send_replace(Some(assignment));
+    }
+
+    /// Tells all who watch the flags of newer ones. Quick, never waits, and changes nothing where they are not newer.
+    pub fn publish_flags(&self, flags: Arc<Flags>) {
+        let known = |known: &Option<FlagsEdition>| known.as_ref().map(|e| e.flags.version);
+        if known(&self.inner.flags.borrow()) >= Some(flags.version) {
+            return;
+        }
+        let frame = Frame::new(&encode_flags(&flags));
+        self.inner.flags.send_if_modified(|current| {
+            let is_newer = known(current) < Some(flags.version);
+            if is_newer {
+                *current = Some(FlagsEdition { flags, frame });
+            }
+            is_newer
+        });
+    }
+
+    /// Gives the flags, once they are known.
+    pub fn flags(&self) -> Option<Arc<Flags>> {
+        self.inner.flags.borrow().as_ref().map(|edition| Arc::clone(&edition.flags))
+    }
+
+    /// Begins to tell someone of the flags.
+    pub fn subscribe_flags(&self) -> Result<FlagsSubscription, TooManyWatchers> {
+        let place = Place::take(&self.inner)?;
+        let mut changed = self.inner.flags.subscribe();
+        changed.mark_changed();
+        Ok(FlagsSubscription { changed, _place: place })
     }
 
     /// Forgets a job that is gone: its watchers hear that it is not known.
@@ -393,6 +433,29 @@ impl Drop for Subscription {
         // The receiver of this subscription still counts: swap it for one of a channel of its own.
         self.changed = watch::channel(None).1;
         sweep(&mut lock(&self.hub.inner.topics), &self.topic.job);
+    }
+}
+
+/// What one who watches the flags is told: those that there are, and again whenever they change. Of those that came while it
+/// was not listening, the newest.
+#[derive(Debug)]
+pub struct FlagsSubscription {
+    changed: watch::Receiver<Option<FlagsEdition>>,
+    /// Holds the hub too, and so the sender.
+    _place: Place,
+}
+
+impl FlagsSubscription {
+    /// Gives the next message, as soon as there is one. Safe to cancel.
+    pub async fn next(&mut self) -> Frame {
+        loop {
+            if self.changed.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            if let Some(edition) = &*self.changed.borrow_and_update() {
+                return edition.frame.clone();
+            }
+        }
     }
 }
 

@@ -22,7 +22,7 @@ use tonic::transport::Server;
 use tonic::{Request, Status};
 
 use crate::hub::Hub;
-use crate::serve::WatchService;
+use crate::serve::{FlagsService, WatchService};
 
 /// How long anything here may take before the test is called hung.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -109,7 +109,8 @@ impl Node {
 
     fn serve_on(listener: std::net::TcpListener, hub: &Hub) -> Self {
         let stop = CancellationToken::new();
-        let routes = Routes::new(WatchService::new(hub.clone(), stop.clone()));
+        let routes = Routes::new(WatchService::new(hub.clone(), stop.clone()))
+            .add_service(FlagsService::new(hub.clone(), stop.clone()));
         Self::serve_with(listener, routes, stop)
     }
 
