@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mandoline_core::task::Address;
 use mandoline_distributor::hub::Hub;
-use mandoline_distributor::serve::WatchService;
+use mandoline_distributor::serve::{FlagsService, WatchService};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +20,7 @@ use crate::access::{Guard, connector, transport};
 use crate::api::admin::AdminService;
 use crate::api::feed::{self, Teller};
 use crate::api::gate;
+use crate::api::proxies::ProxyService;
 use crate::api::task::TaskService;
 use crate::config::{Config, ConfigError, Seat, Start};
 use crate::http::{self, Check, Pages};
@@ -123,6 +124,8 @@ impl Assigner {
         let (connector, counted) = (connector(&access), metrics.clone());
         let admin = AdminService::new(consensus.clone(), node.clone(), connector, counted);
         let watch = WatchService::new(hub.clone(), closing.clone());
+        let flags = FlagsService::new(hub.clone(), closing.clone());
+        let proxies = ProxyService::new(consensus.clone(), node.clone());
         let feed = feed::routes(
             Teller::Node(consensus.clone()),
             hub.clone(),
@@ -139,7 +142,9 @@ impl Assigner {
         });
         let mut routes = Routes::new(InterceptedService::new(tasks, guard.clone()))
             .add_service(InterceptedService::new(admin.clone().server(), guard.clone()))
-            .add_service(InterceptedService::new(watch, guard.clone()));
+            .add_service(InterceptedService::new(proxies, guard.clone()))
+            .add_service(InterceptedService::new(watch, guard.clone()))
+            .add_service(InterceptedService::new(flags, guard.clone()));
         let router = std::mem::take(routes.axum_router_mut());
         let gate = gate::routes(admin, guard.clone());
         *routes.axum_router_mut() = router.merge(http::routes(pages)).merge(gate).merge(feed);
@@ -298,6 +303,7 @@ impl Pages for NodePages {
         m.applied.set(number(status.applied));
         m.members.set(number(Some(status.members.len() as u64)));
         m.watchers.set(number(Some(self.hub.watchers() as u64)));
+        m.pauses.set(number(Some(state.flags.pauses.len() as u64)));
         m.sessions.set(number(Some(self.sessions.count() as u64)));
         let (offered, brakes) = (self.node.offered(), self.node.brakes());
         for (name, job) in &state.jobs {

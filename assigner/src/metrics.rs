@@ -31,6 +31,8 @@ pub struct Metrics {
     pub watchers: Gauge,
     /// Sessions of tasks that are open here.
     pub sessions: Gauge,
+    /// Pauses that proxies hold requests for, or let them go on after.
+    pub pauses: Gauge,
     /// The generation's number, by job.
     pub generation: Family<JobLabels, Gauge>,
     /// Tasks, by job.
@@ -114,6 +116,7 @@ impl Metrics {
         r.register("members", "Members of the cluster", self.members.clone());
         r.register("watchers", "Streams of watchers that are open here", self.watchers.clone());
         r.register("sessions", "Sessions of tasks that are open here", self.sessions.clone());
+        r.register("pauses", "Pauses that hold or release requests", self.pauses.clone());
         r.register("job_generation", "The generation's number", self.generation.clone());
         r.register("job_tasks", "Tasks of the job", self.tasks.clone());
         r.register("job_slices", "Slices of the job", self.slices.clone());

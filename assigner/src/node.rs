@@ -11,10 +11,12 @@ use std::time::Duration;
 use mandoline_core::balance::{self, Round};
 use mandoline_core::brake::Hold;
 use mandoline_core::command::Command;
+use mandoline_core::flags::{PauseId, Standing};
 use mandoline_core::leader::{Action, Event, Leader};
 use mandoline_core::load::Load;
 use mandoline_core::name::{JobName, TaskName};
-use mandoline_core::offers::{Offer, OfferError, Totals};
+use mandoline_core::offers::{Caller, Offer, OfferError, Totals};
+use mandoline_core::pauses::{Progress, StandingError};
 use mandoline_core::plan::Plan;
 use mandoline_core::restart::NotNow;
 use mandoline_core::spec::Ratio;
@@ -50,6 +52,8 @@ enum Ask {
     Measure(JobName, oneshot::Sender<BTreeMap<SessionId, Measure>>),
     Offer(JobName, Box<Offer>, oneshot::Sender<Taken>),
     MayRestart(JobName, TaskName, oneshot::Sender<Gate>),
+    Stand(Caller, Option<Standing>, oneshot::Sender<Stood>),
+    Progress(Vec<PauseId>, oneshot::Sender<BTreeMap<PauseId, Progress>>),
 }
 
 /// What the leader says to a task that wants to restart: nothing where this node does not lead, a refusal where there is no
@@ -58,6 +62,9 @@ pub type Gate = Option<Result<Result<(), NotNow>, Refused>>;
 
 /// What became of an offer: nothing where this node does not lead, or there is no such job.
 pub type Taken = Option<Result<(), OfferError>>;
+
+/// What became of a proxy's word: nothing where this node does not lead.
+pub type Stood = Option<Result<(), StandingError>>;
 
 /// What only the leader knows of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +144,22 @@ impl Node {
         answered.await.ok()?
     }
 
+    /// Tells the leader how a proxy stands towards the flags; nothing if it stops.
+    pub async fn stand(&self, proxy: Caller, standing: Option<Standing>) -> Stood {
+        let (answer, answered) = oneshot::channel();
+        self.asks.send(Ask::Stand(proxy, standing, answer)).await.ok()?;
+        answered.await.ok()?
+    }
+
+    /// Asks the leader how pauses are carried out; of none where this node does not lead.
+    pub async fn progress(&self, pauses: Vec<PauseId>) -> BTreeMap<PauseId, Progress> {
+        let (answer, answered) = oneshot::channel();
+        if self.asks.send(Ask::Progress(pauses, answer)).await.is_err() {
+            return BTreeMap::new();
+        }
+        answered.await.unwrap_or_default()
+    }
+
     /// Gives what callers of each job offered in all, as of its last round; nothing where this node does not lead.
     pub fn offered(&self) -> BTreeMap<JobName, Totals> {
         self.offered.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -168,31 +191,49 @@ impl Room<'_> {
     }
 }
 
-/// Jobs that were touched and not looked at since: raft's callback notes them without ever waiting, and a job noted twice
-/// is looked at once. Clones are the same.
+/// Jobs that were touched and not looked at since, and whether the flags were: raft's callback notes them without ever waiting,
+/// and a job noted twice is looked at once. Clones are the same.
 #[derive(Clone, Debug, Default)]
 pub struct Changes(Arc<Noted>);
 
 #[derive(Debug, Default)]
 struct Noted {
-    jobs: Mutex<BTreeSet<JobName>>,
+    touched: Mutex<Touched>,
     news: Notify,
+}
+
+/// What was touched.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Touched {
+    jobs: BTreeSet<JobName>,
+    flags: bool,
 }
 
 impl Changes {
     /// Notes that a job was touched.
     pub fn note(&self, job: JobName) {
-        self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner).insert(job);
+        self.touch(|touched| {
+            touched.jobs.insert(job);
+        });
+    }
+
+    /// Notes that the flags were touched.
+    pub fn note_flags(&self) {
+        self.touch(|touched| touched.flags = true);
+    }
+
+    fn touch(&self, touch: impl FnOnce(&mut Touched)) {
+        touch(&mut self.0.touched.lock().unwrap_or_else(PoisonError::into_inner));
         self.0.news.notify_one();
     }
 
-    /// Waits for jobs that were touched. Safe to cancel.
-    async fn next(&self) -> BTreeSet<JobName> {
+    /// Waits until something was touched. Safe to cancel.
+    async fn next(&self) -> Touched {
         loop {
-            let noted =
-                std::mem::take(&mut *self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner));
-            if !noted.is_empty() {
-                return noted;
+            let touched =
+                std::mem::take(&mut *self.0.touched.lock().unwrap_or_else(PoisonError::into_inner));
+            if touched != Touched::default() {
+                return touched;
             }
             self.0.news.notified().await;
         }
@@ -206,7 +247,13 @@ pub fn listener(hub: Hub, changes: Changes) -> machine::Listener {
             changes.note(assignment.job.clone());
             hub.publish(assignment, delta.as_ref());
         }
+        machine::Event::Flagged { flags } => {
+            changes.note_flags();
+            hub.publish_flags(flags);
+        }
         machine::Event::Installed { state } => {
+            changes.note_flags();
+            hub.publish_flags(Arc::clone(&state.flags));
             for job in hub.jobs().iter().filter(|job| !state.jobs.contains_key(job)) {
                 hub.forget(job);
             }
@@ -280,7 +327,7 @@ impl Loop {
                 biased;
                 () = stop.cancelled() => break,
                 changed = self.role.changed() => if changed.is_err() { break },
-                jobs = self.changes.next() => self.applied(jobs),
+                touched = self.changes.next() => self.applied(touched),
                 settled = Leading::settled(&mut self.leading) => self.settled(settled),
                 count = self.asks.recv_many(&mut asks, ASKS_AT_ONCE) => match count {
                     0 => break,
@@ -332,6 +379,21 @@ impl Loop {
                     let gate = leader.map(|leader| leader.may_restart(now, &state, &job, &task));
                     drop(answer.send(gate));
                 }
+                Ask::Stand(proxy, standing, answer) => {
+                    let now = self.clock.now();
+                    let leader = self.leading.as_mut().map(|leading| &mut leading.leader);
+                    let stood = leader.map(|leader| leader.stands(now, proxy, standing));
+                    let _: Result<(), Stood> = answer.send(stood);
+                }
+                Ask::Progress(pauses, answer) => {
+                    let now = self.clock.now();
+                    let leader = self.leading.as_mut().map(|leading| &mut leading.leader);
+                    let known = leader.map(|leader| {
+                        let one = |id| Some((id, leader.progress(now, id)?));
+                        pauses.into_iter().filter_map(one).collect()
+                    });
+                    drop(answer.send(known.unwrap_or_default()));
+                }
             }
         }
         self.happened(events);
@@ -353,14 +415,16 @@ impl Loop {
         known.assignment.tasks.keys().copied().map(measure).collect()
     }
 
-    fn applied(&mut self, jobs: BTreeSet<JobName>) {
+    fn applied(&mut self, touched: Touched) {
+        let Touched { jobs, flags } = touched;
         for job in &jobs {
             let version = self.consensus.state().job(job).map_or(0, |job| job.version);
             if self.versions.insert(job.clone(), version) != Some(version) {
                 self.sessions.look_again(job);
             }
         }
-        self.happened(jobs.into_iter().map(|job| Event::Applied { job }));
+        let jobs = jobs.into_iter().map(|job| Event::Applied { job });
+        self.happened(jobs.chain(flags.then_some(Event::Flagged)));
     }
 
     fn settled(&mut self, event: Option<Event>) {

@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::time::Duration;
 
 use mandoline_distributor::hub::Hub;
-use mandoline_distributor::serve::WatchService;
+use mandoline_distributor::serve::{FlagsService, WatchService};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -85,8 +85,10 @@ pub async fn serve_watch_and_pages(
 ) -> Result<(), ServeError> {
     let guard = Guard::new(access);
     let feed = feed::routes(Teller::Follower, hub.clone(), guard.clone(), stop.clone());
+    let flags = FlagsService::new(hub.clone(), stop.clone());
+    let flags = InterceptedService::new(flags, guard.clone());
     let watch = InterceptedService::new(WatchService::new(hub, stop.clone()), guard);
-    let mut routes = Routes::new(watch);
+    let mut routes = Routes::new(watch).add_service(flags);
     let router = std::mem::take(routes.axum_router_mut());
     *routes.axum_router_mut() = router.merge(feed).merge(pages);
     serve(listener, routes, access, stop).await

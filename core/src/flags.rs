@@ -305,6 +305,23 @@ pub struct Count {
     pub held: u64,
 }
 
+/// How long each pause had lasted before this process began: known where one before it has left that behind.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ages(pub BTreeMap<PauseId, Duration>);
+
+impl Ages {
+    /// Gives flags as they are for whoever counts from now: pauses last so much less, and those that have lasted are gone.
+    pub fn apply_to(&self, flags: &Flags) -> Flags {
+        let mut aged = flags.clone();
+        aged.pauses.retain(|id, pause| {
+            let age = self.0.get(id).copied().unwrap_or_default();
+            pause.order.lasts = pause.order.lasts.saturating_sub(age);
+            !pause.order.lasts.is_zero()
+        });
+        aged
+    }
+}
+
 fn is_host(own: &str, asked: &str) -> bool {
     // `example.com.` is `example.com` to the resolver, so it is here.
     let asked = asked.strip_suffix('.').unwrap_or(asked);
@@ -474,6 +491,19 @@ mod tests {
         let asked = Asked { job: Some(&kv), key: None, host: "", path: b"/a", method: "GET" };
         let found: Vec<u64> = flags.covering(&asked).map(|pause| pause.id.0).collect();
         assert_eq!(found, [4, 5, 9]);
+    }
+
+    #[test]
+    fn a_pause_of_some_age_lasts_less_and_then_is_gone() {
+        let id = PauseId(7);
+        let pause = Pause { id, order: order(scope("job=kv")), phase: Phase::Holding };
+        let flags = Flags { pauses: [(id, pause)].into(), ..Flags::default() };
+        let lasts = |seconds| {
+            let age = Ages([(id, Duration::from_secs(seconds))].into());
+            age.apply_to(&flags).pauses.get(&id).map(|pause| pause.order.lasts.as_secs())
+        };
+        assert_eq!([lasts(0), lasts(29), lasts(30), lasts(99)], [Some(30), Some(1), None, None]);
+        assert_eq!(Ages::default().apply_to(&flags), flags);
     }
 
     #[test]

@@ -236,10 +236,11 @@ mod tests {
         assert_eq!(pauses.over(at(129), &holding), []);
         let (id, over) = (PauseId(7), SECOND * 5);
         let end = Command::EndPause { id, over };
-        assert_eq!(pauses.over(at(130), &holding), [end.clone()]);
+        let end = [end];
+        assert_eq!(pauses.over(at(130), &holding), end);
         assert_eq!(pauses.over(at(131), &holding), [], "it is under way");
         pauses.failed(at(131), id);
-        assert_eq!(pauses.over(at(132), &holding), [end]);
+        assert_eq!(pauses.over(at(132), &holding), end);
         let releasing = flags(AtEnd::GoOn, Phase::Releasing { over }, 2);
         pauses.sync(at(133), &releasing);
         assert_eq!(pauses.over(at(138), &releasing), [], "who heard late is not done");

@@ -1,6 +1,6 @@
-//! The last assignment on disk, so that a caller starts with nobody to ask.
+//! The last assignment on disk, so that a caller starts with nobody to ask; and the last flags.
 //!
-//! One file: a mark, a version, the length, a checksum (XXH3-64), an encoded `pb::Assignment`. Written beside its place,
+//! One file each: a mark, a version, the length, a checksum (XXH3-64), an encoded `pb::Assignment` or `pb::KeptFlags`. Written beside its place,
 //! synced, and renamed over it, so that a reader finds the old one or the new one and nothing between. Knowledge that is
 //! too old costs a caller a redirect and no more, so the file is a hint and never worth an error to the application.
 
@@ -17,7 +17,9 @@ use mandoline_proto::pb;
 use mandoline_proto::update::FULL_MAX_BYTES;
 use prost::Message;
 
-const MARK: [u8; 8] = *b"mandolin";
+type Mark = [u8; 8];
+const ASSIGNMENT: Mark = *b"mandolin";
+const FLAGS: Mark = *b"mandflag";
 const VERSION: u32 = 1;
 const HEAD_BYTES: usize = 8 + 4 + 8 + 8;
 
@@ -28,7 +30,7 @@ pub(crate) enum CacheError {
     #[error("it cannot be read")]
     Io(#[from] io::Error),
     /// Something else wrote it, so it is left alone.
-    #[error("it is no assignment of Mandoline's: choose another path")]
+    #[error("it is nothing of Mandoline's, or something else of it: choose another path")]
     Foreign,
     /// A later release wrote it, so it is left alone.
     #[error(
@@ -42,7 +44,7 @@ pub(crate) enum CacheError {
     #[error("it is damaged: {0}")]
     Damaged(&'static str),
     /// Its checksum is right, and yet it makes no sense.
-    #[error("it does not hold an assignment")]
+    #[error("it does not hold what it says")]
     Content(#[from] WireError),
 }
 
@@ -55,22 +57,41 @@ impl CacheError {
 
 /// Reads the file, if there is one.
 pub(crate) fn load(path: &Path, job: &JobName) -> Result<Option<Assignment>, CacheError> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let mut bytes = Vec::new();
-    file.take((HEAD_BYTES + FULL_MAX_BYTES + 1) as u64).read_to_end(&mut bytes)?;
+    let Some(bytes) = read(path)? else { return Ok(None) };
     let assignment = parse(&bytes)?;
     if assignment.job == *job { Ok(Some(assignment)) } else { Err(CacheError::Job(assignment.job)) }
 }
 
+/// Reads the file of the flags, if there is one.
+pub(crate) fn load_flags(path: &Path) -> Result<Option<pb::KeptFlags>, CacheError> {
+    let Some(bytes) = read(path)? else { return Ok(None) };
+    Ok(Some(decode(open(FLAGS, &bytes)?, "flags")?))
+}
+
+/// Writes the file of the flags.
+pub(crate) fn save_flags(path: &Path, flags: &pb::KeptFlags) -> io::Result<()> {
+    write(path, &sealed(FLAGS, &flags.encode_to_vec()))
+}
+
+fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut bytes = Vec::new();
+    file.take((HEAD_BYTES + FULL_MAX_BYTES + 1) as u64).read_to_end(&mut bytes)?;
+    Ok(Some(bytes))
+}
+
 /// Writes the file so that it is there whole or not at all.
 pub(crate) fn save(path: &Path, assignment: &Assignment) -> io::Result<()> {
-    let bytes = format(assignment);
+    write(path, &format(assignment))
+}
+
+fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let beside = beside(path);
-    let written = write_synced(&beside, &bytes).and_then(|()| fs::rename(&beside, path));
+    let written = write_synced(&beside, bytes).and_then(|()| fs::rename(&beside, path));
     if let Err(error) = written {
         // What is left of it is of no use, and the error that led here matters more.
         drop(fs::remove_file(&beside));
@@ -97,20 +118,29 @@ fn beside(path: &Path) -> PathBuf {
 }
 
 fn format(assignment: &Assignment) -> Vec<u8> {
-    let content = pb::Assignment::from(assignment).encode_to_vec();
+    sealed(ASSIGNMENT, &pb::Assignment::from(assignment).encode_to_vec())
+}
+
+fn sealed(mark: Mark, content: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEAD_BYTES + content.len());
-    bytes.extend(MARK);
+    bytes.extend(mark);
     bytes.extend(VERSION.to_be_bytes());
     bytes.extend((content.len() as u64).to_be_bytes());
-    bytes.extend(checksum(&content).to_be_bytes());
+    bytes.extend(checksum(content).to_be_bytes());
     bytes.extend(content);
     bytes
 }
 
 fn parse(bytes: &[u8]) -> Result<Assignment, CacheError> {
-    let Some(rest) = bytes.strip_prefix(&MARK) else {
+    let assignment: pb::Assignment = decode(open(ASSIGNMENT, bytes)?, "assignment")?;
+    Ok(assignment.try_into()?)
+}
+
+/// Gives what is in a file.
+fn open(mark: Mark, bytes: &[u8]) -> Result<&[u8], CacheError> {
+    let Some(rest) = bytes.strip_prefix(&mark) else {
         // What begins like a mark was cut short; an empty file too.
-        let ours = MARK.starts_with(bytes);
+        let ours = mark.starts_with(bytes);
         return Err(if ours {
             CacheError::Damaged("it is cut short")
         } else {
@@ -131,8 +161,7 @@ fn parse(bytes: &[u8]) -> Result<Assignment, CacheError> {
     if u64::from_be_bytes(*sum) != checksum(content) {
         return Err(CacheError::Damaged("its checksum is not what it says"));
     }
-    let assignment: pb::Assignment = decode(content, "assignment")?;
-    Ok(assignment.try_into()?)
+    Ok(content)
 }
 
 /// XXH3-64, as for keys.

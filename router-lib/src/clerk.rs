@@ -43,6 +43,7 @@ use crate::shown::{Seen, Shown};
 use crate::snapshot::{NoTask, Sent, Snapshot, Target};
 use crate::spill::{ALONE, Lanes, Routed, Spill, Utilisation};
 
+const THREAD: &str = "mandoline-clerk";
 /// The least time between two writes of the cache: a restart loses little by an assignment a second old.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
 
@@ -255,7 +256,7 @@ impl Clerk {
                 }
             }
         };
-        inner.thread = Some(spawn(follow)?);
+        inner.thread = Some(spawn(THREAD, follow)?);
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -739,7 +740,7 @@ impl Builder {
                 reporter.run(offered, stop).await;
             }
         };
-        inner.thread = Some(spawn(async move {
+        inner.thread = Some(spawn(THREAD, async move {
             tokio::join!(follow, save, report);
         })?);
         Ok(Clerk { inner: Arc::new(inner) })
@@ -839,9 +840,12 @@ fn nobody_asked(known: bool) -> watch::State {
 }
 
 /// Runs a clerk's work on a thread and a runtime of its own.
-fn spawn(work: impl Future<Output = ()> + Send + 'static) -> io::Result<thread::JoinHandle<()>> {
+pub(crate) fn spawn(
+    name: &str,
+    work: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<thread::JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    thread::Builder::new().name("mandoline-clerk".into()).spawn(move || runtime.block_on(work))
+    thread::Builder::new().name(name.into()).spawn(move || runtime.block_on(work))
 }
 
 /// Saves each assignment that comes, at most so often; on the way out once more, if there is something new.

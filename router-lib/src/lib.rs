@@ -71,6 +71,7 @@ pub mod spill;
 mod dialer;
 mod offered;
 pub mod clerk;
+pub mod flags;
 pub mod tries;
 pub mod gateways;
 mod term;

@@ -15,10 +15,12 @@ use std::time::Duration;
 use futures_util::{Stream, stream};
 use mandoline_core::brake::Word;
 use mandoline_core::command::{Command, NodeId};
+use mandoline_core::flags::{Pause, PauseId, PauseOrder, check_release};
 use mandoline_core::generation::Generation;
 use mandoline_core::load::Load;
 use mandoline_core::name::{JobName, TaskName};
 use mandoline_core::offers::Totals;
+use mandoline_core::pauses::Progress;
 use mandoline_core::plan::Move;
 use mandoline_core::slice::Slice;
 use mandoline_core::spec::JobSpec;
@@ -29,6 +31,7 @@ use mandoline_distributor::connect::{Authorize, Connector};
 use mandoline_proto::assignment::{job_name, task_name};
 use mandoline_proto::brake::millis;
 use mandoline_proto::error::{WireError, need};
+use mandoline_proto::flags::pause_id;
 use mandoline_proto::pb;
 use mandoline_proto::pb::admin_client::AdminClient;
 use mandoline_proto::pb::admin_server::{Admin, AdminServer};
@@ -236,6 +239,30 @@ impl Admin for AdminService {
     ) -> Result<Response<pb::TransferReply>, Status> {
         let answer = self.inner.transfer(request).await;
         self.counted("Transfer", answer)
+    }
+
+    async fn add_pause(
+        &self,
+        request: Request<pb::AddPauseRequest>,
+    ) -> Result<Response<pb::AddPauseReply>, Status> {
+        let answer = self.inner.add_pause(request).await;
+        self.counted("AddPause", answer)
+    }
+
+    async fn end_pause(
+        &self,
+        request: Request<pb::EndPauseRequest>,
+    ) -> Result<Response<pb::EndPauseReply>, Status> {
+        let answer = self.inner.end_pause(request).await;
+        self.counted("EndPause", answer)
+    }
+
+    async fn list_pauses(
+        &self,
+        request: Request<pb::ListPausesRequest>,
+    ) -> Result<Response<pb::ListPausesReply>, Status> {
+        let answer = self.inner.list_pauses(request).await;
+        self.counted("ListPauses", answer)
     }
 }
 
@@ -561,6 +588,91 @@ impl Inner {
         })
     }
 
+    async fn add_pause(
+        &self,
+        request: Request<pb::AddPauseRequest>,
+    ) -> Result<pb::AddPauseReply, Status> {
+        let order = need(request.get_ref().order.clone(), "order").map_err(invalid)?;
+        let order = PauseOrder::try_from(order).map_err(invalid)?;
+        at_leader!(self, request, add_pause, async {
+            let command = Command::AddPause { order: order.clone() };
+            match self.consensus.propose(command).await?.outcome {
+                Outcome::Pause(pause) => {
+                    let PauseOrder { scope, lasts, .. } = &order;
+                    info!(%pause, %scope, ?lasts, "Pause begins");
+                    Ok(pb::AddPauseReply { id: pause.0 })
+                }
+                other => unreachable!("a pause is answered by its id, not {other:?}"),
+            }
+        })
+    }
+
+    async fn end_pause(
+        &self,
+        request: Request<pb::EndPauseRequest>,
+    ) -> Result<pb::EndPauseReply, Status> {
+        let pb::EndPauseRequest { id, over_ms } = *request.get_ref();
+        let id = pause_id(id, "id").map_err(invalid)?;
+        let over = over_ms.map(Duration::from_millis);
+        let checked = over.map_or(Ok(()), check_release);
+        checked.map_err(|error| invalid(WireError::new("over_ms", error)))?;
+        at_leader!(self, request, end_pause, async {
+            let state = self.consensus.state();
+            let known = state.flags.pauses.get(&id).map(|pause| pause.order.release_over);
+            // Whoever leads without having applied all knows no time yet; the proposal says what is.
+            let over = over.or(known).unwrap_or_default();
+            drop(state);
+            self.consensus.propose(Command::EndPause { id, over }).await?;
+            info!(pause = %id, ?over, "Pause ends");
+            Ok(pb::EndPauseReply {})
+        })
+    }
+
+    async fn list_pauses(
+        &self,
+        request: Request<pb::ListPausesRequest>,
+    ) -> Result<pb::ListPausesReply, Status> {
+        let wanted = request.get_ref().id;
+        let was_forwarded = request.metadata().contains_key(FORWARDED);
+        let role = self.consensus.role().borrow().clone();
+        let mut progress = BTreeMap::new();
+        match role {
+            Role::Follower { leader: Some(leader) } if !was_forwarded => {
+                let asked = async {
+                    let mut client = self.client(&leader)?;
+                    client.list_pauses(self.forwarded(request.into_inner())).await
+                };
+                match timeout(LEADER_KNOWS_WITHIN, asked).await {
+                    Ok(Ok(known)) => return Ok(known.into_inner()),
+                    Ok(Err(status)) if status.code() == Code::NotFound => return Err(status),
+                    Ok(Err(_)) | Err(_) => {}
+                }
+            }
+            Role::Follower { .. } => {}
+            Role::Leader { .. } => {
+                let pauses = self.consensus.state().flags.pauses.keys().copied().collect();
+                let known = self.node.progress(pauses).await;
+                // Proxies speak with whoever leads: one who did has not heard of any for a while, and would find all quiet.
+                if self.consensus.confirm_leadership().await.is_ok() {
+                    progress = known;
+                }
+            }
+        }
+        let flags = Arc::clone(&self.consensus.state().flags);
+        if wanted != 0 && !flags.pauses.contains_key(&PauseId(wanted)) {
+            return Err(refused(&Refused::NoSuchPause(PauseId(wanted))));
+        }
+        let is_wanted = |pause: &&Pause| wanted == 0 || pause.id.0 == wanted;
+        let status = |pause: &Pause| pb::PauseStatus {
+            pause: Some(pause.into()),
+            progress: progress.get(&pause.id).map(pause_progress),
+        };
+        Ok(pb::ListPausesReply {
+            version: Some(flags.version.into()),
+            pauses: flags.pauses.values().filter(is_wanted).map(status).collect(),
+        })
+    }
+
     /// The voter that has most of the log, this node apart.
     fn heir(&self) -> Result<NodeId, Problem> {
         let status = self.consensus.status();
@@ -733,13 +845,14 @@ fn refused(refusal: &Refused) -> Status {
         | Refused::NoSuchSession { .. }
         | Refused::NoSuchTask { .. }
         | Refused::NoSuchPin { .. }
-        | Refused::NoSuchConfined { .. } => Code::NotFound,
+        | Refused::NoSuchConfined { .. }
+        | Refused::NoSuchPause(_) => Code::NotFound,
         Refused::Version { .. }
         | Refused::Consistency { .. }
         | Refused::Founded(_)
         | Refused::Pinned { .. }
         | Refused::Confined(_) => Code::FailedPrecondition,
-        Refused::Spec(_) | Refused::Task(_) => Code::InvalidArgument,
+        Refused::Spec(_) | Refused::Task(_) | Refused::Pause(_) => Code::InvalidArgument,
         Refused::NameTaken { .. } | Refused::AddressTaken { .. } => Code::AlreadyExists,
         Refused::Stale { .. } | Refused::StaleHandOff { .. } | Refused::NoHoldOff(_) => {
             Code::Aborted
@@ -835,6 +948,18 @@ fn job_status(
         offered_failed: offered.failed.milli(),
         brake: brake.map(|held| brake_status(job, held)),
         confined: job.confined.iter().map(pb::Confined::from).collect(),
+    }
+}
+
+/// Says how a pause is carried out.
+fn pause_progress(progress: &Progress) -> pb::PauseProgress {
+    pb::PauseProgress {
+        left_ms: millis(progress.left),
+        proxies: progress.proxies as u64,
+        heard: progress.heard as u64,
+        in_flight: progress.count.in_flight,
+        held: progress.count.held,
+        quiet: progress.is_quiet(),
     }
 }
 

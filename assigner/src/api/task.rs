@@ -292,7 +292,7 @@ fn redirect(role: &Role) -> Reply {
     Reply::Redirect(leader_of(role))
 }
 
-fn leader_of(role: &Role) -> pb::Redirect {
+pub(crate) fn leader_of(role: &Role) -> pb::Redirect {
     match role {
         Role::Follower { leader: Some(leader) } => {
             pb::Redirect { node: leader.node.0, address: leader.client.clone() }

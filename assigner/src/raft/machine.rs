@@ -17,6 +17,7 @@ use futures_util::{Stream, StreamExt};
 use mandoline_core::assignment::Assignment;
 use mandoline_core::command::Command;
 use mandoline_core::delta::Delta;
+use mandoline_core::flags::Flags;
 use mandoline_core::name::JobName;
 use mandoline_core::state::{Applied, Refused, State};
 use mandoline_proto::pb;
@@ -42,6 +43,11 @@ pub enum Event {
         delta: Option<Delta>,
         /// The job's assignment, as it is now.
         assignment: Arc<Assignment>,
+    },
+    /// The flags have changed.
+    Flagged {
+        /// As they are now.
+        flags: Arc<Flags>,
     },
     /// Everything was replaced: the node has started from a snapshot, or was sent one since it was far behind.
     Installed {
@@ -117,13 +123,18 @@ impl Machine {
     fn command(&mut self, index: u64, command: Arc<Command>) -> Result<Applied, Refused> {
         let job = job_of(&command).cloned();
         let command = Arc::unwrap_or_clone(command);
-        let (result, assignment) = {
+        let (result, assignment, flags) = {
             let mut state = self.shown.lock();
+            let version = state.flags.version;
             let result = Arc::make_mut(&mut state).apply(command);
             let assignment =
                 job.and_then(|job| state.jobs.get(&job).map(|job| job.assignment.clone()));
-            (result, assignment)
+            let flags = (state.flags.version != version).then(|| Arc::clone(&state.flags));
+            (result, assignment, flags)
         };
+        if let Some(flags) = flags {
+            self.tell(Event::Flagged { flags });
+        }
         if let (Ok(Applied { delta, .. }), Some(assignment)) = (&result, assignment) {
             self.tell(Event::Applied { index, delta: delta.clone(), assignment });
         }
@@ -133,7 +144,12 @@ impl Machine {
 
 fn job_of(command: &Command) -> Option<&JobName> {
     match command {
-        Command::FoundCluster { .. } | Command::MintNode | Command::Settle { .. } => None,
+        Command::FoundCluster { .. }
+        | Command::MintNode
+        | Command::Settle { .. }
+        | Command::AddPause { .. }
+        | Command::EndPause { .. }
+        | Command::ClearPause { .. } => None,
         Command::ApplyJob { spec, .. } => Some(&spec.name),
         Command::Register { job, .. }
         | Command::Drain { job, .. }

@@ -88,7 +88,7 @@ async fn a_node_that_was_away_catches_up_by_the_log_and_after_long_by_a_snapshot
             Event::Installed { state } => {
                 state.jobs.get(&job("a")).is_some_and(|job| job.version > 5)
             }
-            Event::Applied { .. } => false,
+            Event::Applied { .. } | Event::Flagged { .. } => false,
         };
         assert_eq!(node.events.lock().unwrap().iter().any(installed), by_snapshot);
     }
@@ -109,7 +109,7 @@ async fn every_node_tells_of_every_change_in_order() {
             Event::Applied { index, assignment, .. } => {
                 (assignment.job == job("a")).then_some(*index)
             }
-            Event::Installed { .. } => None,
+            Event::Installed { .. } | Event::Flagged { .. } => None,
         });
         applied.collect()
     };
@@ -202,7 +202,7 @@ async fn a_large_snapshot_travels_in_parts() {
     until("all tasks to be known", || tasks(&node.consensus.state()) == 300).await;
     let large = |event: &Event| match event {
         Event::Installed { state } => tasks(state) > 200,
-        Event::Applied { .. } => false,
+        Event::Applied { .. } | Event::Flagged { .. } => false,
     };
     assert!(node.events.lock().unwrap().iter().any(large), "by a snapshot of two megabytes");
 }
