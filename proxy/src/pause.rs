@@ -24,7 +24,7 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
             job: Some(Rc::clone(&job.name)),
             key: passage.key,
             host: passage.host.0.clone(),
-            uri: passage.head.uri.clone(),
+            path: passage.head.uri.path_and_query().cloned(),
             method: passage.head.method.clone(),
         };
         if passage.worker.gates.is_any() {
