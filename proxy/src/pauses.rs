@@ -2,9 +2,12 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
+use mandoline_core::flags::{Count, Standing};
 use mandoline_core::generation::Generation;
 use tokio::sync::watch;
+use tokio::time::sleep;
 
 use crate::hold::book::Book;
 use crate::metrics::PauseStats;
@@ -29,15 +32,40 @@ impl Pauses {
         self.book.version()
     }
 
+    /// Says what whoever told of the pauses wants to hear: what is in force in all of the proxy, and what each pause covers there.
+    pub fn standing(&self) -> Standing {
+        // In this order: what is counted for a version must have begun to be.
+        let version = self.version();
+        let in_force = self.stats().into_iter().filter(|pause| pause.in_force && !pause.ended);
+        let count = |pause: &PauseStats| Count { in_flight: pause.in_flight, held: pause.held };
+        let counts = in_force.map(|pause| (pause.id, count(&pause))).collect();
+        Standing { version, counts }
+    }
+
+    /// Says it to whoever listens there, whenever it changes. Ends never: whoever stops the proxy drops it.
+    pub async fn tell(mut self, standing: watch::Sender<Standing>) {
+        loop {
+            let now = self.standing();
+            standing.send_if_modified(|told| {
+                let is_new = *told != now;
+                *told = now;
+                is_new
+            });
+            tokio::select! {
+                () = self.changed() => {}
+                () = sleep(TELL_EVERY) => {}
+            }
+        }
+    }
+
     /// Says how things are with each pause: those in force, and the last few that are over.
     pub fn stats(&self) -> Vec<PauseStats> {
         self.book.stats()
     }
 
-    /// Waits until there is something to tell at once: another version, or a pause that nothing is in flight for any more. False
-    /// once the proxy is gone, and nothing changes any more.
-    pub async fn changed(&mut self) -> bool {
-        self.changes.changed().await.is_ok()
+    /// Waits until there is something to tell at once: another version, or a pause that nothing is in flight for any more.
+    pub async fn changed(&mut self) {
+        self.changes.changed().await.expect("the sender is in the book, which is here");
     }
 }
 
@@ -46,3 +74,6 @@ impl fmt::Debug for Pauses {
         f.debug_tuple("Pauses").field(&self.stats()).finish()
     }
 }
+
+/// How soon counts are told that nobody waits for: who watches a pause looks about as often.
+const TELL_EVERY: Duration = Duration::from_millis(500);

@@ -8,8 +8,8 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use http::header::HeaderValue;
 use http::Method;
+use http::header::HeaderValue;
 use http::uri::PathAndQuery;
 use mandoline_core::flags::{Asked, Scope};
 use mandoline_core::key::SliceKey;

@@ -4,7 +4,9 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use mandoline_core::flags::{AtEnd, Flags, Pause, PauseId, PauseOrder, Phase, Scope};
+use mandoline_core::flags::{
+    AtEnd, Count, Flags, Pause, PauseId, PauseOrder, Phase, Scope, Standing,
+};
 use mandoline_core::key::SliceKey;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -578,11 +580,16 @@ async fn a_pause_knows_what_began_before_it_and_has_not_ended() {
     let mut pauses = stage.proxy.pauses();
     within("all to be gone", async {
         while pauses.stats()[0].in_flight > 0 {
-            assert!(pauses.changed().await);
+            pauses.changed().await;
         }
     })
     .await;
     assert_eq!(pauses.version().number, 1);
+    let (tell, mut told) = watch::channel(Standing::default());
+    let telling = tokio::spawn(pauses.tell(tell));
+    let known = within("what is told", told.wait_for(|told| told.version.number == 1)).await;
+    assert_eq!(known.unwrap().counts, [(PauseId(1), Count { in_flight: 0, held: 1 })].into());
+    telling.abort();
     operator.end(1, Duration::ZERO);
     until("the last to go on", || stats(&stage, 1).unwrap().released == 1).await;
     go.notify_one();
