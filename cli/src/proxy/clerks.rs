@@ -1,19 +1,25 @@
-//! The clerks of a proxy's jobs: started when a configuration names a job, kept over reloads as long as it asks for the same.
+//! The clerks of a proxy's jobs, and whoever follows the flags: started when a configuration asks for them, kept over reloads as
+//! long as it asks for the same.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use mandoline::Hub;
 use mandoline::clerk::Clerk;
 use mandoline::gateways::{Gateway, Gateways, Region};
 use mandoline_assigner::access::connector;
 use mandoline_assigner::config::Access;
+use mandoline_core::flags::Flags;
 use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
+use mandoline_proxy::pauses::Pauses;
 use mandoline_proxy::router::Router;
+use tokio::sync::watch;
 
 use crate::failure::Failure;
+use crate::proxy::flags::{FlagsOrder, Following};
 
 /// What a clerk is told when it starts: one with the same order is the same one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,12 +41,23 @@ pub(crate) struct Clerks {
     hub: Option<Hub>,
     running: BTreeMap<JobName, (Order, Clerk)>,
     gateways: Option<(Region, Vec<Gateway>, Gateways)>,
+    following: Option<Following>,
+    // The proxy that goes by the flags, once it runs.
+    pauses: Option<Pauses>,
     idle: bool,
 }
 
 impl Clerks {
-    pub(crate) const fn new(access: Access, hub: Option<Hub>) -> Self {
-        Self { access, hub, running: BTreeMap::new(), gateways: None, idle: false }
+    pub(crate) fn new(access: Access, hub: Option<Hub>) -> Self {
+        Self {
+            access,
+            hub,
+            running: BTreeMap::new(),
+            gateways: None,
+            following: None,
+            pauses: None,
+            idle: false,
+        }
     }
 
     /// Asks nobody: for a look at a configuration.
@@ -86,6 +103,39 @@ impl Clerks {
             builder = builder.publish_to(hub.clone());
         }
         builder.start().map_err(failed)
+    }
+
+    /// Gives what operators tell proxies, from whoever is asked already if nothing has changed.
+    pub(crate) fn flags(
+        &mut self,
+        order: FlagsOrder,
+    ) -> Result<watch::Receiver<Arc<Flags>>, Failure> {
+        if self.idle {
+            return Ok(watch::channel(Arc::default()).1);
+        }
+        if let Some(following) = self.following.as_ref().filter(|known| known.suits(&order)) {
+            return Ok(following.flags());
+        }
+        let mut following = Following::start(order, &self.access, self.hub.as_ref())?;
+        if let Some(pauses) = &self.pauses {
+            following.tell_of(pauses.clone());
+        }
+        Ok(self.following.insert(following).flags())
+    }
+
+    /// Says back how a proxy stands towards the flags, from now on.
+    pub(crate) fn tell_of(&mut self, pauses: Pauses) {
+        if let Some(following) = &mut self.following {
+            following.tell_of(pauses.clone());
+        }
+        self.pauses = Some(pauses);
+    }
+
+    /// Lets go of all that runs, and says so to whoever would wait for it.
+    pub(crate) async fn leave(self) {
+        if let Some(following) = self.following {
+            following.leave().await;
+        }
     }
 
     /// Gives what is to be known of regions: the same handle as long as the same is asked for.

@@ -84,6 +84,8 @@ pub(crate) struct LimitsFile {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct PausesFile {
+    /// Where pauses are kept, so that a proxy that starts while nobody answers goes by them.
+    pub(crate) cache: Option<PathBuf>,
     wait: Option<Span>,
     requests: Option<usize>,
     bytes: Option<Size>,

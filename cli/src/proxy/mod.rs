@@ -1,6 +1,7 @@
 //! `mandoline proxy`: the proxy as a process of its own.
 
 mod file;
+mod flags;
 mod clerks;
 mod settings;
 mod check;
@@ -189,6 +190,7 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     let mut clerks = Clerks::new(access.clone(), watch.is_some().then(|| hub.clone()));
     let config = settings.config(&mut clerks)?;
     let proxy = start(config, &stop)?;
+    clerks.tell_of(proxy.pauses());
     eprintln!("proxy: requests for {} at {}", settings.jobs(), proxy.local_addr());
     let reloading = tokio::spawn(reload::run(args, clerks, proxy.reloader(), stop.clone()));
     match watch {
@@ -200,8 +202,10 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         None => stop.cancelled().await,
     }
     proxy.stop().await;
-    // It holds the clerks, which are needed until the last request has ended.
-    reloading.abort();
+    // The clerks are needed until the last request has ended.
+    if let Ok(clerks) = reloading.await {
+        clerks.leave().await;
+    }
     eprintln!("proxy: stopped");
     Ok(ExitCode::SUCCESS)
 }

@@ -19,16 +19,17 @@ use crate::proxy::settings::Settings;
 /// How often the file is looked at. An operator who has saved it looks at the log within a second or two.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Reloads whenever there is reason to, until told to stop.
+/// Reloads whenever there is reason to, until told to stop. Gives the clerks back.
 pub(crate) async fn run(
     args: ProxyArgs,
     mut clerks: Clerks,
     reloader: Reloader,
     stop: CancellationToken,
-) {
+) -> Clerks {
     let Ok(mut hangups) = signal(SignalKind::hangup()) else {
         error!("SIGHUP cannot be listened for, so the configuration stays as it is");
-        return stop.cancelled().await;
+        stop.cancelled().await;
+        return clerks;
     };
     let mut asked: mpsc::Receiver<Asked> = reloader.asked();
     let mut look = interval(LOOK_EVERY);
@@ -36,7 +37,7 @@ pub(crate) async fn run(
     let mut seen = args.config.as_deref().and_then(Look::at);
     loop {
         let answer = tokio::select! {
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => return clerks,
             _ = hangups.recv() => None,
             Some(asked) = asked.recv() => Some(asked),
             _ = look.tick() => {

@@ -58,7 +58,7 @@ mod tests {
             "{region: eu, gateways: ['us=gw:80']}",
             "{max_staleness: 1m, workers: 2, hold_wait: 5s, hold_requests: 10, hold_bytes: 1MiB}",
             "{timeouts: {connect: 500ms, response: 1m}, limits: {connections: 100, header_bytes: 16KiB}}",
-            "{pauses: {wait: 1m, requests: 10, bytes: 1MiB, exempt_paths: [/healthz]}}",
+            "{pauses: {wait: 1m, requests: 10, bytes: 1MiB, exempt_paths: [/healthz], cache: /tmp/flags}}",
             "{routes: [{job: kv}]}",
             "{routes: [{host: a.org, path: /x/*, methods: [GET], headers: {x-a: b}, job: kv, key: host}]}",
             "{routes: [{job: kv}, {host: '*.a.org', job: carts}], jobs: {carts: {cache: /tmp/carts}}}",

@@ -18,6 +18,7 @@ use crate::file;
 use crate::proxy::ProxyArgs;
 use crate::proxy::clerks::{Clerks, Order};
 use crate::proxy::file::RouteFile;
+use crate::proxy::flags::FlagsOrder;
 use crate::task::{default_assigners, demo_job};
 use crate::text::{Text, overlay, plain};
 use crate::units::{Size, Span};
@@ -113,6 +114,7 @@ impl Settings {
         });
         let jobs: BTreeMap<JobName, Router> = jobs.collect::<Result<_, Failure>>()?;
         let mut config = Config::with(self.listen(), jobs, routes);
+        config.flags = clerks.flags(self.flags_order())?;
         config.admin = Some(local(args.admin.as_ref(), 7480));
         config.gateways = gateways;
         config.max_staleness = args.max_staleness.map(|Span(most)| most);
@@ -158,6 +160,18 @@ impl Settings {
             region: args.region.clone().map(|Text(region)| region),
             cache,
             listen: self.listen(),
+        }
+    }
+
+    fn flags_order(&self) -> FlagsOrder {
+        let args = &self.args;
+        let given = args.pauses.as_ref().and_then(|pauses| pauses.cache.clone());
+        // Beside the assignment of the one job, where that is kept.
+        let beside = args.cache.as_ref().map(|path| path.with_added_extension("flags"));
+        FlagsOrder {
+            assigners: args.assigners.clone().map_or_else(default_assigners, plain),
+            cache: given.or(beside),
+            name: format!("proxy {}", self.listen()),
         }
     }
 
