@@ -34,6 +34,8 @@ mod download;
 mod serve;
 pub mod dry_run;
 mod listen;
+pub mod sockets;
+pub mod handover;
 pub mod reload;
 pub mod pauses;
 mod admin;

@@ -1,12 +1,14 @@
 //! Sockets and connections: one listening socket for each worker on the same port, where the kernel spreads the clients.
 
 use std::error::Error;
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::task::Poll;
 use std::time::Duration;
 
 use http::Request;
@@ -42,11 +44,8 @@ const LAST_REQUEST_WAIT: Duration = Duration::from_secs(1);
 /// How often old connections to tasks are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
-/// Opens the sockets of all workers on one address, and says which it is.
-pub(crate) fn bind(
-    address: SocketAddr,
-    workers: usize,
-) -> io::Result<(Vec<std::net::TcpListener>, SocketAddr)> {
+/// Opens the sockets of all workers on one address.
+pub(crate) fn bind(address: SocketAddr, workers: usize) -> io::Result<Vec<std::net::TcpListener>> {
     if address.port() != 0 {
         // Sockets that share a port would also share it with another proxy of the same user, without a word.
         drop(open(address, Share::Alone)?);
@@ -60,7 +59,7 @@ pub(crate) fn bind(
     for socket in &all {
         socket.set_nonblocking(true)?;
     }
-    Ok((all, local))
+    Ok(all)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -83,7 +82,7 @@ pub(crate) fn open(address: SocketAddr, share: Share) -> io::Result<std::net::Tc
 /// Serves clients until told to stop, and then those that are being served, for a while.
 pub(crate) async fn run(
     worker: Rc<Worker>,
-    listener: TcpListener,
+    listeners: Vec<TcpListener>,
     open_connections: Arc<AtomicUsize>,
     stop: CancellationToken,
 ) {
@@ -104,7 +103,7 @@ pub(crate) async fn run(
             biased;
             () = stop.cancelled() => break,
             _ = sweep.tick() => worker.pool.sweep(Instant::now()),
-            accepted = listener.accept() => match accepted {
+            accepted = accept(&listeners) => match accepted {
                 Ok((stream, peer)) => admit(stream, peer),
                 Err(error) => {
                     warn!(%error, "No connection could be accepted");
@@ -114,7 +113,7 @@ pub(crate) async fn run(
         }
     }
     worker.stopping.set(true);
-    last_comers(listener, admit);
+    listeners.into_iter().for_each(|listener| last_comers(listener, admit));
     connections.close();
     if timeout(worker.setup().config.timeouts.grace, connections.wait()).await.is_err() {
         warn!(
@@ -123,6 +122,15 @@ pub(crate) async fn run(
         );
     }
     worker.pool.close();
+}
+
+/// Takes the next client of any of the sockets.
+async fn accept(listeners: &[TcpListener]) -> io::Result<(TcpStream, SocketAddr)> {
+    poll_fn(|context| {
+        let mut ready = listeners.iter().map(|listener| listener.poll_accept(context));
+        ready.find(Poll::is_ready).unwrap_or(Poll::Pending)
+    })
+    .await
 }
 
 /// Takes those that the kernel has connected already, and closes the port. To close it on them would reset them.

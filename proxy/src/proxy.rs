@@ -15,12 +15,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::admin::{self, Admin};
-use crate::config::{Config, ConfigError};
+use crate::config::{Checked, Config, ConfigError};
 use crate::hold::book::Book;
-use crate::listen::{self, Share};
+use crate::listen;
 use crate::metrics::{Counters, Stats, Tally};
 use crate::pauses::Pauses;
 use crate::reload::Reloader;
+use crate::sockets::{Sockets, SocketsError};
 use crate::worker::Worker;
 
 /// A running proxy. Dropping it tells it to stop and does not wait.
@@ -50,17 +51,9 @@ pub enum StartError {
     /// The configuration holds a value that cannot work.
     #[error("the proxy's configuration cannot work")]
     Config(#[from] ConfigError),
-    /// An address is taken or not ours.
-    #[error(
-        "the proxy cannot listen on {address}: give another address, or stop what listens there"
-    )]
-    Bind {
-        /// Which one.
-        address: SocketAddr,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
+    /// It has no sockets to listen on.
+    #[error(transparent)]
+    Sockets(#[from] SocketsError),
     /// The system gave no thread or no event queue.
     #[error("the proxy cannot start a worker")]
     Worker(#[source] io::Error),
@@ -69,17 +62,22 @@ pub enum StartError {
 impl Proxy {
     /// Starts a proxy that runs until `stop` is cancelled. Its sockets are bound when this returns.
     pub fn start(config: Config, stop: &CancellationToken) -> Result<Self, StartError> {
-        let config = Arc::new(config.check()?);
-        let bind_error = |address| move |source| StartError::Bind { address, source };
+        let config = config.check()?;
+        let sockets = Sockets::bind(&config)?;
+        Self::start_on(sockets, config, stop)
+    }
+
+    /// Starts a proxy on sockets that listen already.
+    pub fn start_on(
+        sockets: Sockets,
+        config: Checked,
+        stop: &CancellationToken,
+    ) -> Result<Self, StartError> {
+        let config = Arc::new(config);
         let workers = config.workers.get();
-        let (sockets, local) =
-            listen::bind(config.listen, workers).map_err(bind_error(config.listen))?;
-        let admin_socket = match config.admin {
-            None => None,
-            Some(address) => {
-                Some(listen::open(address, Share::Alone).map_err(bind_error(address))?)
-            }
-        };
+        let local = sockets.requests[0].local_addr().map_err(SocketsError::NoListener)?;
+        let (sockets, admin_socket) =
+            sockets.for_workers(workers).map_err(SocketsError::NoListener)?;
         let counters: Arc<[Arc<Counters>]> = (0..workers).map(|_| Arc::default()).collect();
         let (reloader, changes) = Reloader::new(Arc::clone(&config), workers);
         let in_force = reloader.clone();
@@ -98,11 +96,11 @@ impl Proxy {
         };
         let open_connections = Arc::new(AtomicUsize::new(0));
         let workers_own = sockets.into_iter().zip(&*counters).zip(changes);
-        for (n, ((socket, counters), mut changes)) in workers_own.enumerate() {
+        for (n, ((sockets, counters), mut changes)) in workers_own.enumerate() {
             let (config, counters) = (Arc::clone(&config), Arc::clone(counters));
             let book = Arc::clone(&book);
             let (open_connections, stop) = (Arc::clone(&open_connections), proxy.stop.clone());
-            let body = async move |listener| {
+            let body = async move |listeners| {
                 let worker = Rc::new(Worker::new(config, counters, book));
                 let reloading = Rc::clone(&worker);
                 worker.pool.spawn(async move {
@@ -110,21 +108,23 @@ impl Proxy {
                         reloading.reload(Arc::clone(&change.config));
                     }
                 });
-                listen::run(worker, listener, open_connections, stop).await;
+                listen::run(worker, listeners, open_connections, stop).await;
             };
             // On an error `proxy` is dropped, which stops the workers that have begun.
             proxy.threads.push(
-                spawn(format!("mandoline-proxy-{n}"), socket, body).map_err(StartError::Worker)?,
+                spawn(format!("mandoline-proxy-{n}"), sockets, body).map_err(StartError::Worker)?,
             );
         }
         if let Some(socket) = admin_socket {
             let (tally, reloader) = (proxy.tally.clone(), proxy.reloader.clone());
             let (stop, stopped) = (proxy.stop.clone(), proxy.stopped.clone());
-            let body = async move |listener| {
-                admin::run(Arc::new(Admin::new(tally, reloader, stop)), listener, stopped).await;
+            let body = async move |listeners: Vec<TcpListener>| {
+                let admin = Arc::new(Admin::new(tally, reloader, stop));
+                let [listener] = <[_; 1]>::try_from(listeners).expect("there is one");
+                admin::run(admin, listener, stopped).await;
             };
             proxy.admin_thread = Some(
-                spawn("mandoline-proxy-admin".to_owned(), socket, body)
+                spawn("mandoline-proxy-admin".to_owned(), vec![socket], body)
                     .map_err(StartError::Worker)?,
             );
         }
@@ -162,6 +162,12 @@ impl Proxy {
         self.tally.clone()
     }
 
+    /// Stops as another process serves from the same sockets, the admin address at once.
+    pub async fn stop_taken_over(self) {
+        self.stopped.cancel();
+        self.stop().await;
+    }
+
     /// Stops: no new connections, the requests in flight end within the grace period, and the rest is cut off.
     pub async fn stop(mut self) {
         self.stop.cancel();
@@ -195,21 +201,25 @@ impl Thread {
 /// Runs `body` on a thread and a runtime of its own.
 fn spawn(
     name: String,
-    socket: std::net::TcpListener,
-    body: impl AsyncFnOnce(TcpListener) + Send + 'static,
+    sockets: Vec<std::net::TcpListener>,
+    body: impl AsyncFnOnce(Vec<TcpListener>) + Send + 'static,
 ) -> io::Result<Thread> {
-    socket.set_nonblocking(true)?;
     let runtime: Runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-    let listener = {
+    let listeners = {
         let _guard = runtime.enter();
-        TcpListener::from_std(socket)?
+        sockets.into_iter().map(into_async).collect::<Result<_, _>>()?
     };
     let (tell, done) = oneshot::channel();
     let run = move || {
-        LocalSet::new().block_on(&runtime, body(listener));
+        LocalSet::new().block_on(&runtime, body(listeners));
         // Nobody may be waiting.
         let _: Result<(), ()> = tell.send(());
     };
     let handle = thread::Builder::new().name(name).spawn(run)?;
     Ok(Thread { handle, done })
+}
+
+fn into_async(socket: std::net::TcpListener) -> io::Result<TcpListener> {
+    socket.set_nonblocking(true)?;
+    TcpListener::from_std(socket)
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mandoline::Hub;
 use mandoline::clerk::Clerk;
@@ -17,6 +18,7 @@ use mandoline_core::task::Address;
 use mandoline_proxy::pauses::Pauses;
 use mandoline_proxy::router::Router;
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::failure::Failure;
 use crate::proxy::flags::{FlagsOrder, Following};
@@ -161,6 +163,20 @@ impl Clerks {
             .map_err(|error| Failure::new("these gateways cannot be used").because(error))?;
         self.gateways = Some((region, given, gateways.clone()));
         Ok(Some(gateways))
+    }
+
+    /// Waits until each knows who serves what.
+    pub(crate) async fn ready(&self, within: Duration) -> Result<(), Failure> {
+        for (job, (_, clerk)) in &self.running {
+            if timeout(within, clerk.ready()).await.is_err() {
+                return Err(Failure::new(format!(
+                    "nobody has told who serves job {job} for {within:?}"
+                ))
+                .because("the process that serves now knows, so it goes on")
+                .try_this("see that an assigner answers, or give --cache"));
+            }
+        }
+        Ok(())
     }
 
     /// Lets go of the clerks of jobs that are not among these.

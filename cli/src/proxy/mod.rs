@@ -6,6 +6,7 @@ mod clerks;
 mod settings;
 mod check;
 mod reload;
+mod standby;
 mod schema;
 
 use std::collections::BTreeMap;
@@ -21,7 +22,9 @@ use mandoline::http::key::KeyFrom;
 use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
 use mandoline_proxy::config::{Config, ProxyId};
+use mandoline_proxy::handover::Offer;
 use mandoline_proxy::proxy::{Proxy, StartError};
+use mandoline_proxy::sockets::SocketsError;
 use serde::Deserialize;
 use serde_saphyr::Spanned;
 use tokio_util::sync::CancellationToken;
@@ -32,6 +35,7 @@ use crate::proxy::clerks::Clerks;
 use crate::proxy::file::{JobFile, LimitsFile, PausesFile, RouteFile, TimeoutsFile};
 use crate::proxy::schema::SCHEMA;
 use crate::proxy::settings::Settings;
+use crate::proxy::standby::Standby;
 use crate::text::Text;
 use crate::units::{Size, Span};
 use crate::{ports, stop};
@@ -131,6 +135,10 @@ pub(crate) struct ProxyArgs {
     /// Keeps the last assignment here, to start from it while nobody answers
     #[arg(long, env = "MANDOLINE_CACHE", value_name = "FILE")]
     cache: Option<PathBuf>,
+    /// A socket file at which the next process takes over from this one: started with the same, it serves from the same sockets, and
+    /// this one ends what it has begun [default: none]
+    #[arg(long, env = "MANDOLINE_HANDOVER", value_name = "FILE")]
+    handover: Option<PathBuf>,
     /// How many cores to use [default: all]
     #[arg(long, env = "MANDOLINE_WORKERS")]
     workers: Option<NonZeroUsize>,
@@ -173,8 +181,6 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     let settings = Settings::of(args.clone())?;
     // A name that is drawn is kept when the file is read again.
     args.id.get_or_insert_with(|| Text(settings.id()));
-    // The proxy binds with SO_REUSEPORT, beside whoever did so too: find that out first.
-    drop(ports::bind(settings.listen(), "requests to the proxy")?);
     let access = settings.access()?;
     let stop = stop::on_signal()?;
     let hub = Hub::new();
@@ -188,9 +194,15 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         None => None,
     };
     let mut clerks = Clerks::new(access.clone(), watch.is_some().then(|| hub.clone()));
-    let config = settings.config(&mut clerks)?;
-    let proxy = start(config, &stop)?;
+    let config = settings.check(settings.config(&mut clerks)?)?;
+    let mut standby = Standby::new(&settings, &clerks).await?;
+    let sockets = standby.sockets(&config)?;
+    let offer = sockets
+        .share()
+        .map_err(|error| Failure::new("the sockets cannot be shared").because(error))?;
+    let proxy = Proxy::start_on(sockets, config, &stop).map_err(not_started)?;
     clerks.tell_of(proxy.pauses());
+    let offer = standby.serves(offer, &stop)?;
     eprintln!("proxy: requests for {} at {}", settings.jobs(), proxy.local_addr());
     let reloading = tokio::spawn(reload::run(args, clerks, proxy.reloader(), stop.clone()));
     match watch {
@@ -201,7 +213,14 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         }
         None => stop.cancelled().await,
     }
-    proxy.stop().await;
+    // The next process serves at the admin address too, if there is one.
+    let is_taken = offer.as_ref().is_some_and(Offer::is_taken);
+    drop(offer);
+    if is_taken {
+        proxy.stop_taken_over().await;
+    } else {
+        proxy.stop().await;
+    }
     // The clerks are needed until the last request has ended.
     if let Ok(clerks) = reloading.await {
         clerks.leave().await;
@@ -212,8 +231,19 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
 
 /// Starts a proxy.
 pub(crate) fn start(config: Config, stop: &CancellationToken) -> Result<Proxy, Failure> {
-    Proxy::start(config, stop).map_err(|error| match error {
-        StartError::Bind { address, source } => ports::taken(address, "the proxy", &source),
+    Proxy::start(config, stop).map_err(not_started)
+}
+
+fn not_started(error: StartError) -> Failure {
+    match error {
+        StartError::Sockets(error) => no_sockets(error),
         error => Failure::new("the proxy did not start").caused_by(&error),
-    })
+    }
+}
+
+fn no_sockets(error: SocketsError) -> Failure {
+    match error {
+        SocketsError::Bind { address, source } => ports::taken(address, "the proxy", &source),
+        error => Failure::new("the proxy has no sockets to listen on").caused_by(&error),
+    }
 }

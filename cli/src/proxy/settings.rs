@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use mandoline::http::key::KeyFrom;
 use mandoline_assigner::config::Access;
@@ -37,11 +37,11 @@ impl Settings {
         if let Some(path) = &name {
             let from_file: ProxyArgs = file::read(path)?;
             overlay!(
-                args, from_file;
-                listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
-                workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id,
-                routes, jobs, timeouts, limits, pauses,
-            );
+            args, from_file;
+            listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
+                        workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id, handover,
+            routes, jobs, timeouts, limits, pauses,
+                    );
             args.access.overlay(from_file.access);
         }
         args.id.get_or_insert_with(|| Text(ProxyId::random()));
@@ -74,6 +74,11 @@ impl Settings {
     pub(crate) fn id(&self) -> ProxyId {
         let Text(id) = self.args.id.as_ref().expect("one was drawn if none was given");
         id.clone()
+    }
+
+    /// Where the next process takes over from this one.
+    pub(crate) fn handover(&self) -> Option<&Path> {
+        self.args.handover.as_deref()
     }
 
     pub(crate) fn watch_listen(&self) -> Option<SocketAddr> {

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::harness::{Backend, Owners, Stage, Wire, config, talk, text, until, within};
 use crate::proxy::{Proxy, StartError};
+use crate::sockets::SocketsError;
 
 const GET: &str = "GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
 
@@ -39,7 +40,8 @@ async fn a_taken_address_is_named() {
         config(&owners, |config| config.listen = address),
         config(&owners, |config| config.admin = Some(address)),
     ] {
-        let Err(StartError::Bind { address: named, .. }) = start(config) else {
+        let Err(StartError::Sockets(SocketsError::Bind { address: named, .. })) = start(config)
+        else {
             panic!("the address is taken")
         };
         assert_eq!(named, address);
