@@ -24,8 +24,8 @@ use tokio::time::{Instant, timeout};
 
 use crate::bench::echo::{Any, KEY, any, given};
 use crate::bench::processes::{Cluster, Echo};
+use crate::bench::trial::{STOPPED, until_stopped};
 use crate::failure::Failure;
-use crate::stop;
 
 /// Forwards large bodies, and measures what they cost the application that does so
 ///
@@ -46,13 +46,8 @@ pub(crate) struct BackhaulArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: BackhaulArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
-    let found = tokio::select! {
-        found = measure(&args) => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(measure(&args)).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     let worst = found.carried.iter().map(|carried| carried.more_kib).max().unwrap_or(0);
     if args.json {

@@ -16,8 +16,8 @@ use tokio::time::{Instant, sleep};
 
 use crate::bench::plain::Caller;
 use crate::bench::processes::{Cluster, Task};
+use crate::bench::trial::{STOPPED, failed, until_stopped};
 use crate::failure::Failure;
-use crate::stop;
 
 /// Kills owners of an exclusive job, and measures how long until their slices are served elsewhere
 ///
@@ -39,14 +39,8 @@ pub(crate) struct CrashArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: CrashArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
-    // Whichever way this ends, the processes are killed with the handles that it holds.
-    let found = tokio::select! {
-        found = measure(&args) => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(measure(&args)).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     let Found { mut outages, under_new_leader } = found;
     outages.sort_unstable_by_key(|outage| outage.last);

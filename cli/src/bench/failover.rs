@@ -26,9 +26,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::bench::processes::{Cluster, ProxyKnows, Task};
+use crate::bench::trial::{STOPPED, until_stopped};
 use crate::drive::{Driver, Limits, Load, Rate};
 use crate::failure::Failure;
-use crate::stop;
 
 /// Kills the leader again and again under load, and measures how long nobody leads
 ///
@@ -62,14 +62,8 @@ pub(crate) struct FailoverArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: FailoverArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
-    // Whichever way this ends, the processes are killed with the handles that it holds.
-    let found = tokio::select! {
-        found = measure(&args) => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(measure(&args)).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     if args.json {
         println!("{}", found.json());

@@ -19,8 +19,8 @@ use tokio::time::{Instant, timeout};
 
 use crate::bench::plain::Caller;
 use crate::bench::processes::Cluster;
+use crate::bench::trial::{STOPPED, until_stopped};
 use crate::failure::Failure;
-use crate::stop;
 
 /// Moves a slice of an exclusive job to and fro, and measures for how long nobody serves it
 ///
@@ -44,13 +44,8 @@ pub(crate) struct HandoffArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: HandoffArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
-    let found = tokio::select! {
-        found = measure(&args) => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(measure(&args)).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     let Found { mut dark, both, asked } = found;
     dark.sort_unstable();

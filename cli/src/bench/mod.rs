@@ -3,6 +3,7 @@
 #[allow(dead_code)] // the integration tests use the rest of it
 mod processes;
 mod plain;
+mod trial;
 mod failover;
 mod handoff;
 mod moving;

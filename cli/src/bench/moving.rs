@@ -32,9 +32,9 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::bench::plain::{Answer, Caller};
 use crate::bench::processes::{Cluster, Task};
+use crate::bench::trial::{STOPPED, until_stopped};
 use crate::drive::histogram::Histogram;
 use crate::failure::Failure;
-use crate::stop;
 
 /// Moves slices of an exclusive job all the time under load, and measures how many requests notice
 ///
@@ -67,14 +67,8 @@ pub(crate) struct MovingArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: MovingArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
-    // Whichever way this ends, the processes are killed with the handles that it holds.
-    let found = tokio::select! {
-        found = measure(&args) => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(measure(&args)).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     if args.json {
         println!("{}", found.json());

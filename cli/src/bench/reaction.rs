@@ -23,10 +23,10 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::bench::processes::{Cluster, ProxyKnows, Task};
+use crate::bench::trial::{STOPPED, until_stopped};
 use crate::drive::ledger::Totals;
 use crate::drive::{Driver, Limits, Load, Pace};
 use crate::failure::Failure;
-use crate::stop;
 use crate::units::Span;
 
 /// Makes a new key hot again and again, and measures how long until the load is even
@@ -60,14 +60,8 @@ pub(crate) struct ReactionArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: ReactionArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
-    // Whichever way this ends, the processes are killed with the handles that it holds.
-    let found = tokio::select! {
-        found = measure(&args) => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(measure(&args)).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     if args.json {
         println!("{}", found.json());

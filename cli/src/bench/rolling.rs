@@ -19,10 +19,10 @@ use tokio::time::{Instant, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::bench::processes::{Cluster, ProxyKnows, Task};
+use crate::bench::trial::{STOPPED, until_stopped};
 use crate::drive::ledger::Totals;
 use crate::drive::{Driver, Limits, Load};
 use crate::failure::Failure;
-use crate::stop;
 
 /// Restarts every task under load, and measures what fails, what moves, and what the cache forgets
 ///
@@ -49,10 +49,6 @@ pub(crate) struct RollingArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: RollingArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
     let measure_both = async {
         let exclusive = measure(&args, Consistency::Exclusive).await?;
         anyhow::Ok([
@@ -60,10 +56,8 @@ pub(crate) async fn run(args: RollingArgs) -> Result<ExitCode, Failure> {
             ("affinity", measure(&args, Consistency::Affinity).await?),
         ])
     };
-    // Whichever way this ends, the processes are killed with the handles that it holds.
-    let found = tokio::select! {
-        found = measure_both => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(Box::pin(measure_both)).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     if args.json {
         let kinds = found.iter().map(|(kind, found)| ((*kind).to_owned(), found.json()));

@@ -55,8 +55,8 @@ use tower::{Layer, Service, ServiceExt, service_fn};
 
 use crate::bench::echo::{App, KEY, serve};
 use crate::bench::processes::{Cluster, ProxyKnows};
+use crate::bench::trial::{STOPPED, until_stopped};
 use crate::failure::Failure;
-use crate::stop;
 
 /// Asks everyone who routes for the same keys, and compares
 ///
@@ -86,13 +86,8 @@ pub(crate) struct SameArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: SameArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
-    let found = tokio::select! {
-        found = measure(&args) => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(measure(&args)).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     let Found { keys, calls, slices, tasks, generation, ref differ } = found;
     let total = differ.total();

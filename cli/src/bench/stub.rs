@@ -31,8 +31,8 @@ use tonic_prost::ProstCodec;
 
 use crate::bench::echo::KEY;
 use crate::bench::processes::{Process, free_port};
+use crate::bench::trial::{STOPPED, until_stopped};
 use crate::failure::Failure;
-use crate::stop;
 
 /// Measures the processor time that the sharded channel adds to a call
 ///
@@ -55,13 +55,8 @@ pub(crate) struct StubArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: StubArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
-    let found = tokio::select! {
-        found = measure(&args) => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(measure(&args)).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     let Found { plain, sharded, added } = found;
     let [q1, median, q3] = added;
