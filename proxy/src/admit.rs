@@ -13,7 +13,9 @@ pub(crate) fn admit(passage: &mut Passage) -> Result<(), Refusal> {
     if route.names(Value::RequestId) {
         passage.request_id = passage.worker.request_ids.of(&passage.head.headers);
     }
-    passage.route = Some(Rc::clone(route));
+    let route = Rc::clone(route);
+    passage.exchange.takes(&route);
+    passage.route = Some(route);
     Ok(())
 }
 

@@ -94,6 +94,9 @@ impl Stream {
             }
         };
         self.moved = true;
+        if let Some(Ok(frame)) = &frame {
+            self.exchange.hands_on(frame.data_ref().map_or(0, Bytes::len));
+        }
         match &frame {
             // The client sees its connection break too: an answer must not seem whole when it is not.
             Some(Err(_)) => {

@@ -117,7 +117,9 @@ async fn to_owner(passage: &mut Passage, job: &Job, mut target: Target) -> Resul
         }
         tries += 1;
         exchange.tries(&target);
-        let setback = match attempt(trip, &target, exchange).await {
+        let attempted = attempt(trip, &target, exchange).await;
+        exchange.tried();
+        let setback = match attempted {
             Ok(answer) => {
                 if answer.0.status() != StatusCode::SERVICE_UNAVAILABLE {
                     exchange.is_taken();
@@ -186,7 +188,7 @@ async fn next_owner(
     exchange: &mut Exchange,
 ) -> Result<Target, Refusal> {
     held.settled(told).await?;
-    exchange.goes_on();
+    exchange.goes_on(held.so_far());
     trip.job.lookup.route_to_owner(trip.key, &trip.worker.pool).ok_or(Refusal::Unserved)
 }
 

@@ -8,6 +8,7 @@
 //! ```
 
 pub mod record;
+pub mod access_log;
 pub mod metrics;
 mod wire;
 mod refusal;

@@ -18,6 +18,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
+use crate::access_log::writer::LogStats;
 use crate::record::{Outcome, Record};
 
 /// What one worker counts. Only that worker writes.
@@ -28,8 +29,24 @@ pub(crate) struct Counters {
     cells: [AtomicU64; COUNTS.len()],
     durations: Durations,
     holds: Durations,
+    upstream: Durations,
     tasks: Mutex<BTreeMap<SessionId, Arc<TaskCounters>>>,
+    routes: Mutex<BTreeMap<Arc<str>, Arc<RouteCounters>>>,
 }
+
+/// What one worker counts for one route.
+#[derive(Debug)]
+pub(crate) struct RouteCounters {
+    pub(crate) name: Arc<str>,
+    begun: AtomicU64,
+    // By outcome, then by the first digit of the status; 0 is for none.
+    ended: [[AtomicU64; CLASSES.len()]; Outcome::ALL.len()],
+    durations: Durations,
+    upstream: Durations,
+}
+
+/// Statuses by their first digit; none where nobody was sent one.
+const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
 /// How often something took how long, in buckets, and how long in all.
 #[derive(Debug, Default)]
@@ -280,10 +297,44 @@ const GATEWAY_COUNTS: [(&str, &str, LinkCount); 2] = [
 ];
 const GATEWAY_UP: (&str, &str) =
     ("mandoline_proxy_gateway_up", "One unless the gateway did not accept the last connection");
+const ROUTE_REQUESTS: (&str, &str) = (
+    "mandoline_proxy_route_requests",
+    "Requests that the route took and that have ended, by outcome and class of status",
+);
+const ROUTE_IN_FLIGHT: (&str, &str) = (
+    "mandoline_proxy_route_requests_in_flight",
+    "Requests that the route took and that have not ended",
+);
+const ROUTE_DURATION: (&str, &str) = (
+    "mandoline_proxy_route_request_duration_seconds",
+    "From the head of a request that the route took to the last byte of its answer",
+);
+const ROUTE_UPSTREAM: (&str, &str) = (
+    "mandoline_proxy_route_upstream_duration_seconds",
+    "For how long tasks were waited for: from each try to the head of its answer, added up for each request of the route",
+);
+const UPSTREAM: (&str, &str) = (
+    "mandoline_proxy_upstream_duration_seconds",
+    "For how long tasks were waited for: from each try to the head of its answer, added up for each request",
+);
+const LOG_WRITTEN: (&str, &str) =
+    ("mandoline_proxy_access_log_lines", "Lines of the access log that were written");
+const LOG_DROPPED: (&str, &str) = (
+    "mandoline_proxy_access_log_lines_dropped",
+    "Lines of the access log that were dropped, since whoever writes did not keep up",
+);
+const LOG_FAILED: (&str, &str) = (
+    "mandoline_proxy_access_log_lines_failed",
+    "Lines of the access log that could not be written",
+);
 const DURATION: (&str, &str) = (
     "mandoline_proxy_request_duration_seconds",
     "From the head of a request to the last byte of its answer",
 );
+/// How long the requests of a route took.
+type RouteDurations = ((&'static str, &'static str), fn(&RouteCounters) -> &Durations);
+const ROUTE_DURATIONS: [RouteDurations; 2] =
+    [(ROUTE_DURATION, |route| &route.durations), (ROUTE_UPSTREAM, |route| &route.upstream)];
 const HOLD: (&str, &str) =
     ("mandoline_proxy_hold_duration_seconds", "How long requests were held, however it ended");
 
@@ -328,7 +379,24 @@ impl Counters {
         self.tasks.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).remove(&session);
     }
 
-    pub(crate) fn record(&self, record: &Record) {
+    /// Gives the cells of a route, new ones the first time. Takes a lock, so callers keep what they get.
+    pub(crate) fn route(&self, name: &str) -> Arc<RouteCounters> {
+        let mut routes = self.routes.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(known) = routes.get(name) {
+            return Arc::clone(known);
+        }
+        let fresh = Arc::new(RouteCounters::new(name));
+        routes.insert(Arc::clone(&fresh.name), Arc::clone(&fresh));
+        fresh
+    }
+
+    /// Forgets routes that no longer are, so that the list does not grow with each reload.
+    pub(crate) fn keep_routes<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) {
+        let mut routes = self.routes.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        routes.retain(|name, _| names.clone().any(|kept| *kept == **name));
+    }
+
+    pub(crate) fn record(&self, record: &Record, route: Option<&RouteCounters>) {
         self.count(match record.outcome {
             Outcome::Answered => Count::Answered,
             Outcome::Refused => Count::Refused,
@@ -338,16 +406,48 @@ impl Counters {
         if record.first_try_right {
             self.count(Count::FirstTryRight);
         }
-        if record.retried {
+        if record.retried() {
             self.count(Count::Retried);
         }
         self.durations.record(record.duration);
+        if record.tries > 0 {
+            self.upstream.record(record.upstream);
+        }
+        if let Some(route) = route {
+            route.record(record);
+        }
     }
 
     /// Says how a hold ended, and after how long.
     pub(crate) fn hold_ended(&self, how: Count, after: Duration) {
         self.count(how);
         self.holds.record(after);
+    }
+}
+
+impl RouteCounters {
+    fn new(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            begun: AtomicU64::new(0),
+            ended: Default::default(),
+            durations: Durations::default(),
+            upstream: Durations::default(),
+        }
+    }
+
+    /// The route takes a request.
+    pub(crate) fn takes(&self) {
+        bump(&self.begun, 1);
+    }
+
+    fn record(&self, record: &Record) {
+        let class = usize::from(record.status.unwrap_or_default() / 100).min(CLASSES.len() - 1);
+        bump(&self.ended[record.outcome as usize][class], 1);
+        self.durations.record(record.duration);
+        if record.tries > 0 {
+            self.upstream.record(record.upstream);
+        }
     }
 }
 
@@ -408,6 +508,8 @@ pub struct Stats {
     pub connects: u64,
     /// Each task that was tried in the last minutes.
     pub tasks: BTreeMap<SessionId, TaskStats>,
+    /// What became of the requests that each route took.
+    pub routes: BTreeMap<Arc<str>, RouteStats>,
     /// Each pause that was told of lately.
     pub pauses: Vec<PauseStats>,
     /// What became of requests that left the region by its gateways.
@@ -447,6 +549,27 @@ pub struct PauseStats {
     pub refused: u64,
 }
 
+/// What became of the requests that a route took, so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RouteStats {
+    /// Those that have begun and not ended, now.
+    pub in_flight: u64,
+    /// Those that have ended, by outcome and by the first digit of the status that the client was sent, 0 where it was sent none.
+    pub ended: BTreeMap<(Outcome, u8), u64>,
+    /// How long they took, added up.
+    pub duration: Duration,
+    /// For how long tasks were waited for, added up.
+    pub upstream: Duration,
+}
+
+impl RouteStats {
+    /// Adds up those that ended so.
+    pub fn ended(&self, outcome: Outcome) -> u64 {
+        let these = self.ended.iter().filter(|((ended, _), _)| *ended == outcome);
+        these.map(|(_, count)| count).sum()
+    }
+}
+
 /// What a proxy has sent to one task so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskStats {
@@ -479,6 +602,7 @@ pub(crate) struct Knowledge {
     /// Heads and read bodies of requests that are held.
     pub(crate) held_bytes: u64,
     pub(crate) pauses: Vec<PauseStats>,
+    pub(crate) log: Option<LogStats>,
 }
 
 /// How configurations came into force after the first, or not.
@@ -547,6 +671,7 @@ impl Tally {
             connections: self.sum(Count::ConnectionsOpened).saturating_sub(closed),
             connects: self.sum(Count::Connects),
             tasks: self.tasks(),
+            routes: self.routes(),
             pauses: known.pauses,
             gateways: known.gateways.as_ref().map(Gateways::stats).unwrap_or_default(),
         }
@@ -586,20 +711,89 @@ impl Tally {
         sums
     }
 
-    /// Adds up how long something took: the sum in seconds, how often, and how many ended by each bucket's bound.
-    fn durations(&self, of: impl Fn(&Counters) -> &Durations) -> (f64, u64, Vec<(f64, u64)>) {
-        let sum = |cell: &dyn Fn(&Durations) -> u64| -> u64 {
-            self.workers.iter().map(|worker| cell(of(worker))).sum()
-        };
-        let nanos = sum(&|durations| durations.nanos.load(Relaxed));
-        let bound = |n: usize| match n {
-            BUCKETS => f64::INFINITY,
-            n => Duration::from_nanos(FIRST_BUCKET_NANOS << n).as_secs_f64(),
-        };
-        let count = |n: usize| sum(&|durations| durations.buckets[n].load(Relaxed));
-        let buckets: Vec<(f64, u64)> = (0..=BUCKETS).map(|n| (bound(n), count(n))).collect();
-        (nanos as f64 / 1e9, buckets.iter().map(|(_, count)| count).sum(), buckets)
+    /// Gives each route's cells, of all workers.
+    fn route_counters(&self) -> BTreeMap<Arc<str>, Vec<Arc<RouteCounters>>> {
+        let mut all: BTreeMap<Arc<str>, Vec<Arc<RouteCounters>>> = BTreeMap::new();
+        for worker in &*self.workers {
+            let routes = worker.routes.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            for (name, counters) in &*routes {
+                all.entry(Arc::clone(name)).or_default().push(Arc::clone(counters));
+            }
+        }
+        all
     }
+
+    fn routes(&self) -> BTreeMap<Arc<str>, RouteStats> {
+        let sum = |workers: Vec<Arc<RouteCounters>>| {
+            let mut stats = RouteStats::default();
+            let (mut begun, mut ended) = (0, 0);
+            for counters in workers {
+                // What has ended is read first, for it has begun.
+                for outcome in Outcome::ALL {
+                    for (class, cell) in counters.ended[outcome as usize].iter().enumerate() {
+                        let count = cell.load(Relaxed);
+                        if count > 0 {
+                            *stats.ended.entry((outcome, class as u8)).or_default() += count;
+                        }
+                        ended += count;
+                    }
+                }
+                begun += counters.begun.load(Relaxed);
+                stats.duration += Duration::from_nanos(counters.durations.nanos.load(Relaxed));
+                stats.upstream += Duration::from_nanos(counters.upstream.nanos.load(Relaxed));
+            }
+            RouteStats { in_flight: begun.saturating_sub(ended), ..stats }
+        };
+        self.route_counters().into_iter().map(|(name, workers)| (name, sum(workers))).collect()
+    }
+
+    fn encode_routes(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let all = self.routes();
+        let (name, help) = ROUTE_REQUESTS;
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (route, stats) in &all {
+            for ((outcome, class), count) in &stats.ended {
+                let status = CLASSES[usize::from(*class)];
+                let labels =
+                    [("route", &**route), ("outcome", outcome.as_str()), ("status", status)];
+                ConstCounter::new(*count).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let (name, help) = ROUTE_IN_FLIGHT;
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (route, stats) in &all {
+            let gauge = ConstGauge::new(i64::try_from(stats.in_flight).unwrap_or(i64::MAX));
+            gauge.encode(family.encode_family(&[("route", &**route)])?)?;
+        }
+        let counters = self.route_counters();
+        for ((name, help), of) in ROUTE_DURATIONS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for (route, workers) in &counters {
+                let (sum, count, buckets) = added_up(workers.iter().map(|worker| of(worker)));
+                let label = [("route", &**route)];
+                let mut histogram = family.encode_family(&label)?;
+                histogram.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn durations(&self, of: impl Fn(&Counters) -> &Durations) -> (f64, u64, Vec<(f64, u64)>) {
+        added_up(self.workers.iter().map(|worker| of(worker)))
+    }
+}
+
+/// Adds up how long something took: the sum in seconds, how often, and how many ended by each bucket's bound.
+fn added_up<'a>(all: impl Iterator<Item = &'a Durations> + Clone) -> (f64, u64, Vec<(f64, u64)>) {
+    let sum = |cell: &dyn Fn(&Durations) -> u64| -> u64 { all.clone().map(cell).sum() };
+    let nanos = sum(&|durations| durations.nanos.load(Relaxed));
+    let bound = |n: usize| match n {
+        BUCKETS => f64::INFINITY,
+        n => Duration::from_nanos(FIRST_BUCKET_NANOS << n).as_secs_f64(),
+    };
+    let count = |n: usize| sum(&|durations| durations.buckets[n].load(Relaxed));
+    let buckets: Vec<(f64, u64)> = (0..=BUCKETS).map(|n| (bound(n), count(n))).collect();
+    (nanos as f64 / 1e9, buckets.iter().map(|(_, count)| count).sum(), buckets)
 }
 
 /// Writes all numbers in the form that Prometheus reads.
@@ -622,7 +816,7 @@ impl Collector for Tally {
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
         Self::encode_pauses(&stats.pauses, &mut encoder)?;
-        let Knowledge { jobs, reloads, .. } = (self.known)();
+        let Knowledge { jobs, reloads, log, .. } = (self.known)();
         for ((name, help), value) in [(RELOADS, reloads.taken), (RELOADS_REFUSED, reloads.refused)]
         {
             let family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
@@ -653,8 +847,18 @@ impl Collector for Tally {
             }
         }
         Self::encode_gateways(&stats.gateways, &mut encoder)?;
+        self.encode_routes(&mut encoder)?;
+        if let Some(log) = log {
+            for ((name, help), value) in
+                [(LOG_WRITTEN, log.written), (LOG_DROPPED, log.dropped), (LOG_FAILED, log.failed)]
+            {
+                let family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+                ConstCounter::new(value).encode(family)?;
+            }
+        }
         let histograms = [
             (DURATION, self.durations(|worker| &worker.durations)),
+            (UPSTREAM, self.durations(|worker| &worker.upstream)),
             (HOLD, self.durations(|worker| &worker.holds)),
         ];
         for ((name, help), (sum, count, buckets)) in histograms {
@@ -742,17 +946,27 @@ mod tests {
             worker.count(Count::Requests);
             worker.count(Count::Requests);
             worker.task(SessionId(7), &address).count(TaskCount::Tried);
-            worker.record(&Record {
+            let route = worker.route("carts");
+            route.takes();
+            route.takes();
+            let record = Record {
+                route: Some(Arc::clone(&route.name)),
                 key: None,
                 generation: Generation::ZERO,
                 first: None,
                 last: None,
                 first_try_right: true,
-                retried: true,
+                tries: 2,
                 status: Some(200),
                 outcome: Outcome::Answered,
+                held: Duration::ZERO,
+                upstream: Duration::from_micros(500),
                 duration: Duration::from_millis(1),
-            });
+                bytes_out: 0,
+            };
+            worker.record(&record, Some(&route));
+            worker.route("gone");
+            worker.keep_routes(["carts"].into_iter());
         }
         workers[0].count(Count::Holds);
         workers[1].count(Count::Holds);
@@ -785,12 +999,16 @@ mod tests {
             reloads: Reloads { taken: 3, refused: 2, last_refused: true },
             held_bytes: 77,
             pauses: vec![pause.clone()],
+            log: Some(LogStats { written: 5, dropped: 6, failed: 7 }),
         };
         let tally = Tally::new(workers, known);
         let stats = tally.stats();
         assert_eq!((stats.requests, stats.answered, stats.in_flight, stats.retried), (4, 2, 2, 2));
         assert_eq!(stats.tasks[&SessionId(7)].tried, 2);
         assert_eq!((stats.holds, stats.holds_released, stats.held), (2, 1, 1));
+        let route = &stats.routes["carts"];
+        assert_eq!((route.in_flight, route.ended(Outcome::Answered)), (2, 2));
+        assert_eq!(stats.routes.len(), 1);
 
         let mut registry = prometheus_client::registry::Registry::default();
         registry.register_collector(Box::new(tally));
@@ -808,6 +1026,14 @@ mod tests {
             "mandoline_proxy_request_duration_seconds_count 2",
             "mandoline_proxy_request_duration_seconds_bucket{le=\"0.001024\"} 2",
             "mandoline_proxy_request_duration_seconds_bucket{le=\"+Inf\"} 2",
+            "mandoline_proxy_route_requests_total{route=\"carts\",outcome=\"answered\",status=\"2xx\"} 2",
+            "mandoline_proxy_route_requests_in_flight{route=\"carts\"} 2",
+            "mandoline_proxy_route_request_duration_seconds_bucket{le=\"0.001024\",route=\"carts\"} 2",
+            "mandoline_proxy_route_upstream_duration_seconds_bucket{le=\"0.000512\",route=\"carts\"} 2",
+            "mandoline_proxy_upstream_duration_seconds_count 2",
+            "mandoline_proxy_access_log_lines_total 5",
+            "mandoline_proxy_access_log_lines_dropped_total 6",
+            "mandoline_proxy_access_log_lines_failed_total 7",
             "mandoline_proxy_requests_held 1",
             "mandoline_proxy_held_bytes 77",
             "mandoline_proxy_pause_in_flight{pause=\"p7\"} 1",

@@ -1,59 +1,103 @@
 //! The stage `observe`: one request from its head to the last byte of its answer. Whatever happens, its end is counted once: when the exchange
 //! is dropped, with the last thing that was known.
+//!
+//! What only a log or a trusted client wants to know is kept only where there is one.
 
+use std::fmt::Write;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
 
 use http::StatusCode;
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::task::SessionId;
 use tokio::time::Instant;
 
+use crate::client::Client;
 use crate::hold::flights::{Facts, Flight};
 use crate::job::Job;
 use crate::metrics::Count;
-use crate::record::{Outcome, Record};
-use crate::target::Target;
+use crate::record::{Asked, Outcome, Record};
+use crate::setup::{Route, Setup};
+use crate::target::{self, Target};
 use crate::worker::Worker;
 
 /// One request, under way.
 pub(crate) struct Exchange {
     worker: Rc<Worker>,
+    // What was in force when it began.
+    setup: Rc<Setup>,
+    route: Option<Rc<Route>>,
     // Where it counts as offered, once it has a key.
     job: Option<Rc<Job>>,
     began: Instant,
     // When it began, or was last let go on.
     waits_since: Instant,
+    held: Duration,
+    // While whom it was sent to is waited for.
+    try_began: Option<Instant>,
+    upstream: Duration,
     key: Option<SliceKey>,
     generation: Generation,
     first: Option<SessionId>,
     last: Option<SessionId>,
-    retried: bool,
+    tries: u32,
     first_try_right: bool,
     status: Option<StatusCode>,
     outcome: Outcome,
+    bytes_out: u64,
     // Once no pause holds it.
     flight: Option<Flight>,
+    // Where there is a log.
+    asked: Option<Box<Asked>>,
+    // Where a trusted client asks what becomes of it.
+    shown_in: Option<HeaderName>,
 }
 
 impl Exchange {
-    pub(crate) fn begin(worker: &Rc<Worker>) -> Self {
+    pub(crate) fn begin(
+        worker: &Rc<Worker>,
+        setup: &Rc<Setup>,
+        client: &Client,
+        head: &mut Parts,
+    ) -> Self {
         worker.counters.count(Count::Requests);
         let began = Instant::now();
+        let asked = setup.config.access_log.as_ref().map(|log| {
+            Box::new(Asked::of(client.address(), head, log.format.headers(&head.headers)))
+        });
+        let shown_in = setup.config.debug.as_ref().and_then(|debug| {
+            // Whoever may not ask, asks in vain, and so does whoever asks the task.
+            head.headers.remove(&debug.header)?;
+            let is_trusted =
+                debug.networks.iter().any(|network| network.contains(client.address()));
+            is_trusted.then(|| debug.header.clone())
+        });
         Self {
             worker: Rc::clone(worker),
+            setup: Rc::clone(setup),
+            route: None,
             job: None,
             began,
             waits_since: began,
+            held: Duration::ZERO,
+            try_began: None,
+            upstream: Duration::ZERO,
             key: None,
             generation: Generation::ZERO,
             first: None,
             last: None,
-            retried: false,
+            tries: 0,
             first_try_right: false,
             status: None,
             outcome: Outcome::Abandoned,
+            bytes_out: 0,
             flight: None,
+            asked,
+            shown_in,
         }
     }
 
@@ -62,9 +106,16 @@ impl Exchange {
         self.waits_since
     }
 
-    /// The request was held, and is let go on.
-    pub(crate) fn goes_on(&mut self) {
+    /// A route takes the request.
+    pub(crate) fn takes(&mut self, route: &Rc<Route>) {
+        route.counters.takes();
+        self.route = Some(Rc::clone(route));
+    }
+
+    /// The request was held for so long in all, and is let go on.
+    pub(crate) fn goes_on(&mut self, held: Duration) {
         self.waits_since = Instant::now();
+        self.held = held;
     }
 
     /// The request's key is known: from here on it counts as offered, second tries apart.
@@ -84,53 +135,117 @@ impl Exchange {
         self.generation
     }
 
+    /// The request is about to be sent.
     pub(crate) fn tries(&mut self, target: &Target) {
         if self.first.is_none() {
             self.first = Some(target.session());
             self.generation = target.generation;
-        } else {
-            self.retried = true;
         }
+        self.tries += 1;
         self.last = Some(target.session());
+        self.try_began = Some(Instant::now());
+        if let (Some(asked), target::To::Task(upstream)) = (&mut self.asked, &target.to) {
+            asked.address = Some(upstream.address().clone());
+        }
+    }
+
+    /// Whom it was sent to has begun to answer, or will not.
+    pub(crate) fn tried(&mut self) {
+        if let Some(began) = self.try_began.take() {
+            self.upstream += began.elapsed();
+        }
     }
 
     /// The task that was tried last takes the request.
     pub(crate) const fn is_taken(&mut self) {
-        self.first_try_right = !self.retried;
+        self.first_try_right = self.tries == 1;
     }
 
     /// The head of the answer goes out; until the rest has, it counts as abandoned.
-    pub(crate) const fn answers(&mut self, status: StatusCode) {
+    pub(crate) fn answers(&mut self, status: StatusCode, headers: &mut HeaderMap) {
         self.status = Some(status);
+        if let Some(name) = self.shown_in.take() {
+            headers.insert(name, self.shown());
+        }
+    }
+
+    /// The proxy answers itself, after it has held the request for so long in all.
+    pub(crate) fn refuses(&mut self, why: &impl ToString, held: Duration) {
+        self.held = held;
+        if let Some(asked) = &mut self.asked {
+            asked.reason = Some(why.to_string());
+        }
+    }
+
+    /// So much of the answer's body is handed on.
+    pub(crate) const fn hands_on(&mut self, bytes: usize) {
+        self.bytes_out += bytes as u64;
     }
 
     pub(crate) const fn ends(&mut self, outcome: Outcome) {
         self.outcome = outcome;
     }
-}
 
-impl Drop for Exchange {
-    fn drop(&mut self) {
-        let record = Record {
+    /// Says in a line what has become of the request so far.
+    fn shown(&self) -> HeaderValue {
+        let mut line = String::new();
+        let mut add = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                let space = if line.is_empty() { "" } else { "; " };
+                write!(line, "{space}{name}={value}").expect("a string takes it");
+            }
+        };
+        let seconds = |length: Duration| Some(format!("{:.6}", length.as_secs_f64()));
+        // A route's name is the operator's, and anything at all.
+        let quoted = |route: &Rc<Route>| format!("\"{}\"", route.counters.name.escape_default());
+        add("route", self.route.as_ref().map(quoted));
+        add("key", self.key.map(|key| format!("{:016x}", key.0)));
+        add("owner", self.last.map(|task| task.to_string()));
+        add("generation", self.first.map(|_| self.generation.to_string()));
+        add("tries", Some(self.tries.to_string()));
+        add("held", seconds(self.held));
+        add("upstream_time", seconds(self.upstream));
+        HeaderValue::try_from(line).expect("what is not printable is escaped")
+    }
+
+    /// Says what there is to say at its end.
+    fn record(&self) -> Record {
+        Record {
+            route: self.route.as_ref().map(|route| Arc::clone(&route.counters.name)),
             key: self.key,
             generation: self.generation,
             first: self.first,
             last: self.last,
             first_try_right: self.first_try_right,
-            retried: self.retried,
+            tries: self.tries,
             status: self.status.map(|status| status.as_u16()),
             outcome: self.outcome,
+            held: self.held,
+            upstream: self.upstream,
             duration: self.began.elapsed(),
-        };
+            bytes_out: self.bytes_out,
+        }
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        self.tried();
+        let record = self.record();
         if let (Some(key), Some(job), Outcome::Failed) = (self.key, &self.job, self.outcome) {
             job.lookup.failed(key);
         }
         if let Some(flight) = self.flight.take() {
             self.worker.gates.flights.ends(flight);
         }
-        self.worker.counters.record(&record);
+        let route = self.route.as_ref().map(|route| &*route.counters);
+        self.worker.counters.record(&record, route);
         if let Some(observer) = &self.worker.setup().config.observer {
             observer.observe(&record);
+        }
+        if let (Some(asked), Some(log)) = (&mut self.asked, &self.setup.config.access_log) {
+            asked.job = self.job.as_ref().map(|job| (*job.name).clone());
+            log.tell(&record, asked, &mut self.worker.chance.borrow_mut());
         }
     }
 }

@@ -58,10 +58,11 @@ impl Passage {
         request: Request<Incoming>,
         seen: Seen,
     ) -> Self {
-        let exchange = Exchange::begin(&worker);
-        let (head, body) = request.into_parts();
+        let setup = worker.setup();
+        let (mut head, body) = request.into_parts();
+        let exchange = Exchange::begin(&worker, &setup, &client, &mut head);
         Self {
-            setup: worker.setup(),
+            setup,
             client,
             waits_for_leave: head.headers.contains_key(header::EXPECT),
             head,

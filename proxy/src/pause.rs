@@ -37,7 +37,7 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
     let key = key.expect("key has found the key");
     let mut held = Held::new(&job.hold, key, Waiter { head, tape, line, stays, waits_for_leave });
     if held.in_turn().await? {
-        exchange.goes_on();
+        exchange.goes_on(stays.held);
     }
     Ok(())
 }
@@ -68,7 +68,7 @@ async fn while_paused(passage: &mut Passage, facts: &Facts) -> Result<(), Refusa
         })?;
     }
     if !waited_at.is_empty() {
-        exchange.goes_on();
+        exchange.goes_on(stays.held);
         if let Some(deadline) = stays.deadline {
             let left = deadline.saturating_duration_since(Instant::now());
             grpc::shorten(&mut head.headers, left);

@@ -6,11 +6,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::thread;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::runtime::{self, Runtime};
 use tokio::sync::oneshot;
-use tokio::task::LocalSet;
+use tokio::task::{LocalSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -178,8 +179,17 @@ impl Proxy {
         if let Some(thread) = self.admin_thread.take() {
             thread.end().await;
         }
+        let in_force = self.reloader.in_force();
+        let flush = move || {
+            in_force.access_log.iter().for_each(|log| log.writer.flush(LAST_LINES_WAIT));
+        };
+        // Panics there are none, and what is late is lost.
+        drop(spawn_blocking(flush).await);
     }
 }
+
+/// How long a log is given to write its last lines, when the proxy stops.
+const LAST_LINES_WAIT: Duration = Duration::from_secs(1);
 
 impl Drop for Proxy {
     fn drop(&mut self) {

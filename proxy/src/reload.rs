@@ -125,6 +125,13 @@ impl Reloader {
         self.0.in_force.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// Opens the access log anew, for whoever moves it away from time to time.
+    pub fn reopen_log(&self) {
+        if let Some(log) = &self.in_force().access_log {
+            log.writer.reopen();
+        }
+    }
+
     /// Gives the configuration in force.
     pub(crate) fn in_force(&self) -> Arc<Checked> {
         Arc::clone(&self.lock())
@@ -142,6 +149,7 @@ impl Reloader {
             },
             held_bytes: book.room.bytes() as u64,
             pauses: book.stats(),
+            log: config.access_log.as_ref().map(|log| log.writer.stats()),
         }
     }
 }

@@ -84,7 +84,7 @@ fn pass_on(passage: Passage) -> Response<Download> {
     };
     route.response.apply(&mut head.headers, &facts);
     head.headers.append(header::VIA, worker.via(head.version));
-    exchange.answers(head.status);
+    exchange.answers(head.status, &mut head.headers);
     let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };
     let stream = Stream::new(body, lease, worker, exchange, outcome, abort);
     Response::from_parts(head, Download::Task(Box::new(stream)))
@@ -92,7 +92,7 @@ fn pass_on(passage: Passage) -> Response<Download> {
 
 /// Answers in the task's place.
 fn refuse(passage: Passage, refusal: &Refusal) -> Response<Download> {
-    let Passage { worker, mut exchange, tape, waits_for_leave, .. } = passage;
+    let Passage { worker, mut exchange, tape, waits_for_leave, stays, .. } = passage;
     // A client that waits for leave to send its body will see the answer first.
     if !waits_for_leave && *refusal != Refusal::Left {
         linger(&worker, tape);
@@ -100,9 +100,12 @@ fn refuse(passage: Passage, refusal: &Refusal) -> Response<Download> {
     if matches!(refusal, Refusal::Unserved) {
         worker.counters.count(Count::Unserved);
     }
-    exchange.answers(refusal.status());
+    let mut response = refusal.response();
+    exchange.refuses(refusal, stays.held);
+    exchange.answers(refusal.status(), response.headers_mut());
+    exchange.hands_on(response.body().len());
     exchange.ends(refusal.outcome());
-    refusal.response().map(|text: Bytes| Download::Own(Some(text)))
+    response.map(|text: Bytes| Download::Own(Some(text)))
 }
 
 /// Reads on for a moment. To close a socket with unread bytes would reset it, and the client might lose the answer.

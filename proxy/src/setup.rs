@@ -14,6 +14,7 @@ use crate::config::matching::Astray;
 use crate::config::route::Destination;
 use crate::hold::queue::House;
 use crate::job::Job;
+use crate::metrics::RouteCounters;
 use crate::rules::Rules;
 
 /// The configuration in force, as one worker has it.
@@ -29,6 +30,7 @@ pub(crate) struct Route {
     pub(crate) to: To,
     pub(crate) request: Rules,
     pub(crate) response: Rules,
+    pub(crate) counters: Arc<RouteCounters>,
 }
 
 impl Route {
@@ -65,7 +67,8 @@ impl Setup {
                 }
             };
             let (request, response) = (Rules::new(&route.request), Rules::new(&route.response));
-            Rc::new(Route { name: route.name.clone(), to, request, response })
+            let counters = house.counters.route(&route.name);
+            Rc::new(Route { name: route.name.clone(), to, request, response, counters })
         });
         let routes = routes.collect();
         Self { config, routes, jobs }

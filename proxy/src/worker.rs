@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use http::Version;
 use http::header::HeaderValue;
+use mandoline_core::prng::Prng;
 
 use crate::config::Checked;
 use crate::hold::book::Book;
@@ -29,6 +30,8 @@ pub(crate) struct Worker {
     pub(crate) replay_room: Rc<Cell<usize>>,
     /// Whether the proxy is stopping, so that each connection ends with its next answer.
     pub(crate) stopping: Cell<bool>,
+    /// Draws what is told of in logs and traces.
+    pub(crate) chance: RefCell<Prng>,
     /// What the proxy calls itself in `Via`.
     pub(crate) pseudonym: String,
     pub(crate) request_ids: RequestIds,
@@ -54,6 +57,8 @@ impl Worker {
         let stopping = Cell::new(false);
         // The standard library's hasher is the one source of randomness that needs no dependency.
         let request_ids = RequestIds::new(RandomState::new().hash_one(&pseudonym));
+        let seed = RandomState::new().hash_one(std::thread::current().id());
+        let chance = RefCell::new(Prng::new(seed));
         let worker = Self {
             setup,
             house,
@@ -62,6 +67,7 @@ impl Worker {
             pool,
             replay_room,
             stopping,
+            chance,
             pseudonym,
             request_ids,
             via_10,
@@ -89,6 +95,7 @@ impl Worker {
         let setup = Rc::new(Setup::new(config, Some(&before), &self.house));
         self.begin(&setup, Some(&before));
         before.jobs_not_in(Some(&setup)).for_each(|job| job.hold.retire());
+        self.counters.keep_routes(setup.config.routes.iter().map(|route| &*route.name));
         self.setup.replace(setup);
     }
 

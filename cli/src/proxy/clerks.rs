@@ -1,5 +1,5 @@
-//! The clerks of a proxy's jobs, and whoever follows the flags: started when a configuration asks for them, kept over reloads as
-//! long as it asks for the same.
+//! What a proxy's configuration needs that runs beside it: the clerks of its jobs, whoever follows the flags, and who writes its access
+//! log. Started when a configuration asks for it, kept over reloads as long as it asks for the same.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -15,6 +15,7 @@ use mandoline_assigner::config::Access;
 use mandoline_core::flags::Flags;
 use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
+use mandoline_proxy::access_log::writer::{Place, Writer};
 use mandoline_proxy::pauses::Pauses;
 use mandoline_proxy::router::Router;
 use tokio::sync::watch;
@@ -46,6 +47,7 @@ pub(crate) struct Clerks {
     following: Option<Following>,
     // The proxy that goes by the flags, once it runs.
     pauses: Option<Pauses>,
+    log: Option<(Place, Writer)>,
     idle: bool,
 }
 
@@ -58,6 +60,7 @@ impl Clerks {
             gateways: None,
             following: None,
             pauses: None,
+            log: None,
             idle: false,
         }
     }
@@ -177,6 +180,23 @@ impl Clerks {
             }
         }
         Ok(())
+    }
+
+    /// Gives who writes the access log at a place: the same one as long as the place is the same.
+    pub(crate) fn log(&mut self, place: &Place) -> Result<Writer, Failure> {
+        if self.idle {
+            return Ok(Writer::idle());
+        }
+        if let Some((known, writer)) = &self.log
+            && known == place
+        {
+            return Ok(writer.clone());
+        }
+        let writer = Writer::open(place.clone()).map_err(|error| {
+            Failure::new(format!("the access log {place} cannot be opened")).because(error)
+        })?;
+        self.log = Some((place.clone(), writer.clone()));
+        Ok(writer)
     }
 
     /// Lets go of the clerks of jobs that are not among these.

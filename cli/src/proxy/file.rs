@@ -8,15 +8,22 @@ use http::Method;
 use http::header::{HeaderName, HeaderValue};
 use mandoline::http::key::KeyFrom;
 use mandoline_core::name::JobName;
+use mandoline_core::spec::Ratio;
+use mandoline_proxy::access_log::AccessLog;
+use mandoline_proxy::access_log::format::{Field, Format, FormatError};
+use mandoline_proxy::access_log::writer::{Place, Writer};
 use mandoline_proxy::config::headers::{FieldName, HeaderRules, Template};
 use mandoline_proxy::config::matching::{HeaderKey, HostPattern, Match, PathPattern};
+use mandoline_proxy::config::network::Network;
 use mandoline_proxy::config::route::{Destination, Route};
-use mandoline_proxy::config::{Config, Exempt, Limits, Timeouts};
+use mandoline_proxy::config::{Config, DebugHeader, Exempt, Limits, Timeouts};
 use serde::Deserialize;
+use serde_saphyr::Spanned;
 
 use crate::failure::Failure;
+use crate::file::closest;
 use crate::text::{Text, plain};
-use crate::units::{Size, Span};
+use crate::units::{Share, Size, Span};
 
 /// Which requests go where.
 #[derive(Clone, Debug, Deserialize)]
@@ -67,6 +74,25 @@ pub(crate) struct TimeoutsFile {
     stall: Option<Span>,
     idle: Option<Span>,
     grace: Option<Span>,
+}
+
+/// Which requests are written down, how, and where.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AccessLogFile {
+    to: Text<Place>,
+    format: Option<Spanned<String>>,
+    fields: Option<Vec<Spanned<String>>>,
+    share: Option<Share>,
+    slow: Option<Span>,
+}
+
+/// Who may ask what became of a request, with the request itself.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DebugFile {
+    networks: Vec<Text<Network>>,
+    header: Option<Text<HeaderName>>,
 }
 
 /// How much to take at most.
@@ -145,6 +171,75 @@ impl RouteFile {
         self.job.as_ref().map(|Text(job)| job)
     }
 }
+
+impl AccessLogFile {
+    /// Says where the log goes.
+    pub(crate) const fn place(&self) -> &Place {
+        let Text(place) = &self.to;
+        place
+    }
+
+    /// Makes the log. `at` says where in the file something is.
+    pub(crate) fn access_log(
+        &self,
+        writer: Writer,
+        at: impl Fn(&Spanned<String>) -> String,
+    ) -> Result<AccessLog, Failure> {
+        let refuse = |error: &FormatError, given: &Spanned<String>| {
+            let failure = Failure::new(error).at(at(given));
+            let FormatError::Unknown(name) = error else { return failure };
+            match closest(name, &Field::names().collect::<Vec<_>>()) {
+                Some(meant) => failure.try_this(format!("did you mean {meant:?}?")),
+                None => failure,
+            }
+        };
+        let format = match (&self.format, &self.fields) {
+            (Some(text), None) if text.value != "json" => {
+                text.value.parse().map_err(|error| refuse(&error, text))?
+            }
+            (_, None) => Format::usual(),
+            (None, Some(names)) => self.json(names, refuse)?,
+            (Some(text), Some(names)) if text.value == "json" => self.json(names, refuse)?,
+            (Some(text), Some(_)) => {
+                return Err(Failure::new("fields are for format: json, and this is a template")
+                    .at(at(text))
+                    .try_this("name the fields in the template, or leave format out"));
+            }
+        };
+        let share = match self.share {
+            None => Ratio::percent(100),
+            Some(Share(share)) if share <= Ratio::percent(100) => share,
+            Some(Share(share)) => {
+                return Err(Failure::new(format!(
+                    "the access log's share is {share}: give at most 100%"
+                )));
+            }
+        };
+        let slow = self.slow.map(|Span(slow)| slow);
+        Ok(AccessLog { share, slow, ..AccessLog::new(writer, format) })
+    }
+
+    fn json(
+        &self,
+        names: &[Spanned<String>],
+        refuse: impl Fn(&FormatError, &Spanned<String>) -> Failure,
+    ) -> Result<Format, Failure> {
+        let fields = names
+            .iter()
+            .map(|name| name.value.parse::<Field>().map_err(|error| refuse(&error, name)));
+        Format::json(fields.collect::<Result<_, _>>()?).map_err(Failure::new)
+    }
+}
+
+impl DebugFile {
+    pub(crate) fn debug(&self) -> DebugHeader {
+        let header = self.header.clone().map_or(DEBUG_HEADER, |Text(name)| name);
+        DebugHeader { networks: plain(self.networks.clone()), header }
+    }
+}
+
+/// What clients ask by, unless another header is set.
+const DEBUG_HEADER: HeaderName = HeaderName::from_static("mandoline-explain");
 
 impl TimeoutsFile {
     /// Changes what is given.

@@ -32,7 +32,9 @@ use tokio_util::sync::CancellationToken;
 use crate::access_args::AccessArgs;
 use crate::failure::Failure;
 use crate::proxy::clerks::Clerks;
-use crate::proxy::file::{JobFile, LimitsFile, PausesFile, RouteFile, TimeoutsFile};
+use crate::proxy::file::{
+    AccessLogFile, DebugFile, JobFile, LimitsFile, PausesFile, RouteFile, TimeoutsFile,
+};
 use crate::proxy::schema::SCHEMA;
 use crate::proxy::settings::Settings;
 use crate::proxy::standby::Standby;
@@ -163,6 +165,10 @@ pub(crate) struct ProxyArgs {
     limits: Option<LimitsFile>,
     #[arg(skip)]
     pauses: Option<PausesFile>,
+    #[arg(skip)]
+    access_log: Option<AccessLogFile>,
+    #[arg(skip)]
+    debug: Option<DebugFile>,
 }
 
 /// Runs until told to stop.

@@ -63,6 +63,8 @@ pub(crate) async fn run(
 }
 
 async fn reload(args: &ProxyArgs, clerks: &mut Clerks, reloader: &Reloader) -> Result<(), Failure> {
+    // Also where the file cannot work: the log is moved away whatever that says.
+    reloader.reopen_log();
     let mut read = || -> Result<_, Failure> {
         let settings = Settings::of(args.clone())?;
         let config = settings.config(clerks)?;

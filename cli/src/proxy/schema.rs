@@ -64,6 +64,11 @@ mod tests {
             "{routes: [{job: kv}, {host: '*.a.org', job: carts}], jobs: {carts: {cache: /tmp/carts}}}",
             "{access: {insecure: true}}",
             "{routes: [{job: kv, request: {set: {x-id: '{request_id}'}, remove: [cookie]}, response: {}}]}",
+            "{access_log: {to: stdout}}",
+            "{access_log: {to: ./access.log, format: '{client} {header:user-agent}', share: 1%, slow: 1s}}",
+            "{access_log: {to: stderr, format: json, fields: [time, 'header:x-a', status]}}",
+            "{debug: {networks: ['10.0.0.0/8', '::1']}}",
+            "{debug: {networks: [], header: x-explain}}",
         ] {
             assert!(taken(good).await, "{good}");
         }
@@ -85,6 +90,13 @@ mod tests {
             "{jobs: {kv: {cash: /tmp/kv}}}",
             "{access: {tls_crt: a}}",
             "{routes: [{job: kv, request: {ste: {}}}]}",
+            "{access_log: {}}",
+            "{access_log: {to: access.log}}",
+            "{access_log: {to: stdout, fields: [staus]}}",
+            "{access_log: {to: stdout, fields: []}}",
+            "{access_log: {to: stdout, share: 0.5}}",
+            "{debug: {networks: [here]}}",
+            "{debug: {header: x-explain}}",
         ] {
             assert!(!taken(bad).await, "{bad}");
         }
@@ -121,6 +133,15 @@ mod tests {
             ),
             ("job: kv\nroutes:\n  - {job: kv}\n", "both routes and job are given"),
             ("gateways: ['us=gw:80']\n", "gateway us=gw:80 is of another region than what?"),
+            (
+                "access_log:\n  to: stdout\n  format: '{client} {staus}'\n",
+                "proxy.yaml:3:11: the access log has no field \"staus\"",
+            ),
+            (
+                "access_log:\n  to: stdout\n  format: '{status}'\n  fields: [status]\n",
+                "proxy.yaml:3:11: fields are for format: json",
+            ),
+            ("access_log: {to: stdout, share: 101%}\n", "the access log's share is 101%"),
             ("timeouts: {connect: 25h}\n", "the configuration cannot work"),
         ] {
             let failure = fault(yaml).await.unwrap();
@@ -128,6 +149,8 @@ mod tests {
         }
         let failure = fault("ruotes: []\n").await.unwrap();
         assert!(failure.ends_with("did you mean \"routes\"?"), "{failure}");
+        let failure = fault("access_log: {to: stdout, fields: [staus]}\n").await.unwrap();
+        assert!(failure.ends_with("did you mean \"status\"?"), "{failure}");
     }
 
     /// Each object of the schema, and a file that has a field in it which nobody knows.
@@ -148,6 +171,8 @@ mod tests {
                 "{jobs: {kv: {nothing_like_it: 1}}}",
             ),
             ("/$defs/head/properties", "{routes: [{request: {nothing_like_it: 1}}]}"),
+            ("/properties/access_log/properties", "{access_log: {to: stdout, nothing_like_it: 1}}"),
+            ("/properties/debug/properties", "{debug: {networks: [], nothing_like_it: 1}}"),
             ("/$defs/route/properties", "{routes: [{nothing_like_it: 1}]}"),
         ] {
             let failure = fault(yaml).await.unwrap();

@@ -17,7 +17,7 @@ use crate::failure::Failure;
 use crate::file;
 use crate::proxy::ProxyArgs;
 use crate::proxy::clerks::{Clerks, Order};
-use crate::proxy::file::RouteFile;
+use crate::proxy::file::DebugFile;
 use crate::proxy::flags::FlagsOrder;
 use crate::task::{default_assigners, demo_job};
 use crate::text::{Text, overlay, plain};
@@ -37,11 +37,11 @@ impl Settings {
         if let Some(path) = &name {
             let from_file: ProxyArgs = file::read(path)?;
             overlay!(
-            args, from_file;
-            listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
-                        workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id, handover,
-            routes, jobs, timeouts, limits, pauses,
-                    );
+                args, from_file;
+                listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
+                workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id, handover,
+                routes, jobs, timeouts, limits, pauses, access_log, debug,
+            );
             args.access.overlay(from_file.access);
         }
         args.id.get_or_insert_with(|| Text(ProxyId::random()));
@@ -136,6 +136,11 @@ impl Settings {
         if let Some(pauses) = &args.pauses {
             pauses.apply(&mut config)?;
         }
+        if let Some(log) = &args.access_log {
+            let writer = clerks.log(log.place())?;
+            config.access_log = Some(log.access_log(writer, |text| self.place(text))?);
+        }
+        config.debug = args.debug.as_ref().map(DebugFile::debug);
         if let Some(Span(wait)) = args.hold_wait {
             config.timeouts.hold = wait;
         }
@@ -204,10 +209,10 @@ impl Settings {
         Ok(made)
     }
 
-    /// Says where in the file a route is.
-    fn place(&self, route: &Spanned<RouteFile>) -> String {
+    /// Says where in the file something is.
+    fn place<T>(&self, what: &Spanned<T>) -> String {
         let name = self.name.as_ref().map_or_else(|| "-".into(), |path| path.display().to_string());
-        format!("{name}:{}:{}", route.referenced.line(), route.referenced.column())
+        format!("{name}:{}:{}", what.referenced.line(), what.referenced.column())
     }
 
     /// Checks what was made of it; where two routes are to blame, it says where both are.

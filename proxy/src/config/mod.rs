@@ -2,6 +2,7 @@
 
 pub mod headers;
 pub mod matching;
+pub mod network;
 pub mod route;
 
 use std::collections::BTreeMap;
@@ -21,7 +22,9 @@ use mandoline_core::flags::Flags;
 use mandoline_core::name::JobName;
 use tokio::sync::watch;
 
+use crate::access_log::AccessLog;
 use crate::config::matching::{Ambiguous, Match, Table};
+use crate::config::network::Network;
 use crate::config::route::{Destination, Route};
 use crate::record::Observer;
 use crate::router::Router;
@@ -59,6 +62,10 @@ pub struct Config {
     pub exempt: Exempt,
     /// Is told of each request when it has ended.
     pub observer: Option<Observer>,
+    /// Where requests are written down, if anywhere.
+    pub access_log: Option<AccessLog>,
+    /// Who may ask what became of a request, with the request itself.
+    pub debug: Option<DebugHeader>,
 }
 
 impl Config {
@@ -88,6 +95,8 @@ impl Config {
             flags: watch::channel(Arc::default()).1,
             exempt: Exempt::default(),
             observer: None,
+            access_log: None,
+            debug: None,
         }
     }
 
@@ -218,6 +227,15 @@ pub enum ConfigError {
         /// The most that makes sense.
         most: usize,
     },
+}
+
+/// Who may ask what became of a request: a request from one of the networks that has the header gets it with its answer.
+#[derive(Clone, Debug)]
+pub struct DebugHeader {
+    /// Whose requests.
+    pub networks: Vec<Network>,
+    /// Which header.
+    pub header: HeaderName,
 }
 
 /// Requests that no pause holds: probes, and those of whoever looks after the service meanwhile. None unless set.

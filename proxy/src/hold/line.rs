@@ -133,7 +133,7 @@ mod tests {
         let mut waiting: Vec<_> =
             [(1, 5), (2, 3), (3, 5)].map(|(n, at)| (n, line.join(n, key(at), at))).into();
         assert_eq!(line.let_go(Time::ZERO, Turn::Go, |_, at| *at > 9), None);
-        assert_eq!(gone(&mut waiting), []);
+        assert_eq!(gone(&mut waiting), Vec::<u64>::new());
         assert_eq!(line.let_go(Time::ZERO, Turn::Go, |_, at| *at == 5), None);
         assert_eq!(gone(&mut waiting), [1, 3]);
         // Until they have gone, others with their key wait behind them.

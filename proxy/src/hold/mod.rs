@@ -18,6 +18,7 @@ pub(crate) mod gates;
 pub(crate) mod grpc;
 
 use std::future::pending;
+use std::time::Duration;
 
 use http::request::Parts;
 use mandoline_core::generation::Generation;
@@ -49,6 +50,8 @@ pub(crate) struct Waiter<'a> {
 pub(crate) struct Stays {
     // Its place among all of the worker, once it has waited.
     place: Option<u64>,
+    /// For how long it has waited in all.
+    pub(crate) held: Duration,
     // When it has waited for slices for as long as it may.
     settled_by: Option<Instant>,
     /// When the client itself gives up, if it says so; known once it has waited.
@@ -79,6 +82,11 @@ impl<'a> Held<'a> {
         Self { settling, key, waiter }
     }
 
+    /// Says for how long it has been held in all, for pauses too.
+    pub(crate) const fn so_far(&self) -> Duration {
+        self.waiter.stays.held
+    }
+
     /// Lets a request pass unless others with its key are held: then it waits behind them. Says whether it did.
     pub(crate) async fn in_turn(&mut self) -> Result<bool, Refusal> {
         let Some(told) = self.settling.last(self.key) else { return Ok(false) };
@@ -106,6 +114,18 @@ impl<'a> Held<'a> {
 impl Waiter<'_> {
     /// Waits in a queue until it is this request's turn.
     pub(crate) async fn wait<F>(
+        &mut self,
+        queue: &Queue<F>,
+        until: Instant,
+        join: impl FnOnce(&mut Queued<F>, u64) -> oneshot::Receiver<Turn>,
+    ) -> Result<(), Ended> {
+        let since = Instant::now();
+        let ended = self.wait_in(queue, until, join).await;
+        self.stays.held += since.elapsed();
+        ended
+    }
+
+    async fn wait_in<F>(
         &mut self,
         queue: &Queue<F>,
         until: Instant,

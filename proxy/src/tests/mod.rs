@@ -3,6 +3,7 @@
 mod harness;
 mod reloads;
 mod routing;
+mod observing;
 mod framing;
 mod bodies;
 mod tries;

@@ -65,7 +65,7 @@ async fn a_misdirected_request_goes_to_the_owner_that_the_newer_assignment_names
         let record = within("the record", records.recv()).await.unwrap();
         assert_eq!((record.first, record.last), (Some(SessionId(1)), Some(SessionId(2))));
         assert_eq!(
-            (record.generation, record.retried, record.first_try_right),
+            (record.generation, record.retried(), record.first_try_right),
             (generation(1), true, false)
         );
         let stats = stage.stats();
