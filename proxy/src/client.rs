@@ -29,7 +29,7 @@ impl Client {
         let prefix = &self.prefix;
         let text = match host.as_str() {
             None => Cow::Borrowed(prefix),
-            // A port or an IPv6 address is no token, so it is quoted. No host holds a quote: see `is_host_byte`.
+            // A port or an IPv6 address is no token, so it is quoted. No host holds a quote: see `is_host`.
             Some(host) if host.contains([':', '[']) => {
                 Cow::Owned(format!("{prefix};host=\"{host}\""))
             }

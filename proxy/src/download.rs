@@ -13,6 +13,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::observe::Exchange;
 use crate::pool::Lease;
 use crate::record::Outcome;
+use crate::trailers;
 use crate::wire::Abort;
 use crate::worker::Worker;
 
@@ -86,7 +87,7 @@ impl Stream {
         &mut self,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, DownloadError>>> {
-        let frame = match Pin::new(&mut self.source).poll_frame(context) {
+        let mut frame = match Pin::new(&mut self.source).poll_frame(context) {
             Poll::Ready(frame) => frame.map(|frame| frame.map_err(DownloadError::Task)),
             Poll::Pending => {
                 ready!(self.poll_stall(context));
@@ -94,7 +95,10 @@ impl Stream {
             }
         };
         self.moved = true;
-        if let Some(Ok(frame)) = &frame {
+        if let Some(Ok(frame)) = &mut frame {
+            if let Some(trailers) = frame.trailers_mut() {
+                trailers::strip(trailers);
+            }
             self.exchange.hands_on(frame.data_ref().map_or(0, Bytes::len));
         }
         match &frame {

@@ -3,9 +3,11 @@
 //!
 //! hyper has parsed the head by now and refused what is no HTTP; `wire` has watched for what hyper forgives.
 
-use http::header::{self, HeaderMap, HeaderValue};
+use std::net::Ipv6Addr;
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
-use http::uri::PathAndQuery;
+use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Uri, Version};
 
 use crate::client::Host;
@@ -40,6 +42,17 @@ fn method(method: &Method) -> Result<(), Refusal> {
 }
 
 fn framing(head: &Parts) -> Result<(), Refusal> {
+    // Behind a gateway interface, where `-` becomes `_`, these would stand for the real ones.
+    if LOOKALIKES.iter().any(|name| head.headers.contains_key(name)) {
+        return Err(Refusal::Malformed(
+            "a field is named like Content-Length or Transfer-Encoding, but with an underscore",
+        ));
+    }
+    // hyper has taken the number, and some would take it for octal.
+    let length = head.headers.get(header::CONTENT_LENGTH).map(HeaderValue::as_bytes);
+    if length.is_some_and(|length| length.len() > 1 && length[0] == b'0') {
+        return Err(Refusal::Malformed("the Content-Length begins with a zero"));
+    }
     let mut codings = head.headers.get_all(header::TRANSFER_ENCODING).iter();
     match (codings.next(), codings.next()) {
         (None, _) => {}
@@ -52,6 +65,9 @@ fn framing(head: &Parts) -> Result<(), Refusal> {
     }
     Ok(())
 }
+
+const LOOKALIKES: [HeaderName; 2] =
+    [HeaderName::from_static("content_length"), HeaderName::from_static("transfer_encoding")];
 
 fn no_upgrade(headers: &HeaderMap) -> Result<(), Refusal> {
     // A client that would rather speak HTTP/2 goes on in HTTP/1.1 when nobody answers its wish (RFC 9110, 7.8).
@@ -88,31 +104,58 @@ fn host(head: &Parts) -> Result<Host, Refusal> {
             HeaderValue::from_str(without_user).map_err(|_| Refusal::Malformed(BAD_HOST))?
         }
     };
-    if host.as_bytes().iter().all(|b| is_host_byte(*b)) {
-        Ok(Host(host))
-    } else {
-        Err(Refusal::Malformed(BAD_HOST))
-    }
+    if is_host(host.as_bytes()) { Ok(Host(host)) } else { Err(Refusal::Malformed(BAD_HOST)) }
 }
 
 const BAD_HOST: &str = "the host of the request is none: use a name or address, and perhaps a port";
 
-const fn is_host_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric()
-        || matches!(byte, b'-' | b'.' | b'_' | b'~' | b':' | b'[' | b']' | b'%')
+/// Says whether this is a name or an address, and perhaps a port. Nothing at all is no host either, but says so.
+fn is_host(text: &[u8]) -> bool {
+    let (is_named, port) = match text.strip_prefix(b"[") {
+        Some(rest) => {
+            let Some(end) = rest.iter().position(|byte| *byte == b']') else { return false };
+            let address = std::str::from_utf8(&rest[..end]).ok();
+            let address = address.and_then(|address| address.parse::<Ipv6Addr>().ok());
+            (address.is_some(), &rest[end + 1..])
+        }
+        None => {
+            let end = text.iter().position(|byte| *byte == b':').unwrap_or(text.len());
+            (end > 0 && text[..end].iter().all(|byte| is_name_byte(*byte)), &text[end..])
+        }
+    };
+    text.is_empty() || (is_named && is_port(port))
+}
+
+/// Says whether this is nothing, or a colon and a port.
+fn is_port(text: &[u8]) -> bool {
+    let Some(digits) = text.strip_prefix(b":") else { return text.is_empty() };
+    let port = std::str::from_utf8(digits).ok().and_then(|digits| digits.parse::<u16>().ok());
+    port.is_some() && digits[0].is_ascii_digit()
+}
+
+const fn is_name_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~')
 }
 
 fn origin_form(head: &mut Parts) -> Result<(), Refusal> {
-    if head.uri.scheme().is_some() {
+    if let Some(scheme) = head.uri.scheme() {
+        if *scheme != Scheme::HTTP && *scheme != Scheme::HTTPS {
+            return Err(Refusal::Malformed(
+                "the target of the request is of another scheme: use http",
+            ));
+        }
         let path = head.uri.path_and_query().cloned();
         head.uri = Uri::from(path.unwrap_or(PathAndQuery::from_static("/")));
     }
     let asterisk = head.method == Method::OPTIONS && head.uri.path() == "*";
-    if head.uri.path().starts_with('/') || asterisk {
-        Ok(())
-    } else {
-        Err(Refusal::Malformed("the target of the request is no path: begin it with /"))
+    if !head.uri.path().starts_with('/') && !asterisk {
+        return Err(Refusal::Malformed("the target of the request is no path: begin it with /"));
     }
+    // Which servers take for what they like, or refuse.
+    if head.uri.path_and_query().is_some_and(|target| !target.as_str().is_ascii()) {
+        return Err(Refusal::Malformed("the target of the request is not ASCII: encode it with %"));
+    }
+    Ok(())
 }
 
 /// Takes away what was meant for this hop, and says who the client was and that the request came by here.

@@ -27,6 +27,8 @@ pub(crate) enum Refusal {
     #[error("{}", match .0 {
         Doubt::TwoLengths => "the request has both Content-Length and Transfer-Encoding: send one of them",
         Doubt::BareLineFeed => "a line of the head ends without a carriage return: end each with CR LF",
+        Doubt::Fragment => "the target of the request has a fragment: leave out # and what is behind it",
+        Doubt::Lost => "the body before this request, on the same connection, has no clear end",
     })]
     Doubt(Doubt),
     /// It has no usable key.

@@ -18,6 +18,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
+use crate::trailers;
 use crate::wire::BodyMark;
 
 /// The longest body that is kept, in bytes: most writes of a cache or a shop fit, and a slower client's does not pile up.
@@ -48,6 +49,9 @@ pub(crate) enum UploadError {
     /// The client left or broke the framing.
     #[error("the client's body broke off")]
     Client(#[source] hyper::Error),
+    /// Its end has more than one reading.
+    #[error("the client's body has no clear end")]
+    Doubt,
     /// This try was given up.
     #[error("the body is sent elsewhere by now")]
     GivenUp,
@@ -82,8 +86,7 @@ struct Reel {
     broken: bool,
     // What all requests of this worker may still keep.
     room: Rc<Cell<usize>>,
-    // Ends with the body.
-    _mark: Option<BodyMark>,
+    mark: Option<BodyMark>,
 }
 
 impl Tape {
@@ -105,7 +108,7 @@ impl Tape {
             waiting: false,
             broken: false,
             room: Rc::clone(room),
-            _mark: mark,
+            mark,
         };
         Self { reel: Some(Rc::new(RefCell::new(reel))) }
     }
@@ -237,20 +240,42 @@ impl Reel {
         exact.map_or(usize::MAX, |rest| usize::try_from(rest).unwrap_or(usize::MAX))
     }
 
-    /// Reads a piece that no try has asked for yet, and says how long it is.
-    fn poll_gather(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, Gathered>> {
+    /// Reads on, and notes how the body ends.
+    fn poll_source(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<Option<Frame<Bytes>>, UploadError>> {
         let polled = ready!(Pin::new(&mut self.source).poll_frame(context));
         self.moved = Instant::now();
-        let frame = match polled.transpose() {
+        let mut frame = match polled.transpose() {
             Ok(frame) => frame,
             Err(error) => {
                 self.broken = true;
-                return Poll::Ready(Err(why_broken(&error)));
+                return Poll::Ready(Err(UploadError::Client(error)));
             }
         };
-        let Some(data) = frame.as_ref().and_then(Frame::data_ref) else {
+        if frame.as_ref().is_none_or(Frame::is_trailers) {
+            if self.mark.as_ref().is_some_and(BodyMark::is_in_doubt) {
+                self.broken = true;
+                return Poll::Ready(Err(UploadError::Doubt));
+            }
+            if let Some(trailers) = frame.as_mut().and_then(Frame::trailers_mut) {
+                trailers::strip(trailers);
+                self.trailers = Some(trailers.clone());
+            }
             self.ended = true;
-            self.trailers = frame.as_ref().and_then(Frame::trailers_ref).cloned();
+        }
+        Poll::Ready(Ok(frame))
+    }
+
+    /// Reads a piece that no try has asked for yet, and says how long it is.
+    fn poll_gather(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, Gathered>> {
+        let frame = match ready!(self.poll_source(context)) {
+            Ok(frame) => frame,
+            Err(UploadError::Client(error)) => return Poll::Ready(Err(why_broken(&error))),
+            Err(_) => return Poll::Ready(Err(Gathered::Broken)),
+        };
+        let Some(data) = frame.as_ref().and_then(Frame::data_ref) else {
             return Poll::Ready(Err(Gathered::Enough));
         };
         self.room.set(self.room.get().saturating_sub(data.len()));
@@ -308,23 +333,16 @@ impl Body for Upload {
             reel.trailers.clone().map(Frame::trailers)
         } else {
             reel.waiting = true;
-            let polled = ready!(Pin::new(&mut reel.source).poll_frame(context));
+            let polled = ready!(reel.poll_source(context));
             reel.waiting = false;
-            reel.moved = Instant::now();
-            match polled.transpose() {
+            match polled {
                 Ok(frame) => {
                     if let Some(data) = frame.as_ref().and_then(Frame::data_ref) {
                         reel.keep(data);
-                    } else {
-                        reel.ended = true;
-                        reel.trailers = frame.as_ref().and_then(Frame::trailers_ref).cloned();
                     }
                     frame
                 }
-                Err(error) => {
-                    reel.broken = true;
-                    return Poll::Ready(Some(Err(UploadError::Client(error))));
-                }
+                Err(error) => return Poll::Ready(Some(Err(error))),
             }
         };
         match frame.as_ref().and_then(Frame::data_ref) {

@@ -5,6 +5,7 @@ mod reloads;
 mod routing;
 mod observing;
 mod framing;
+mod corpus;
 mod bodies;
 mod tries;
 mod headers;
