@@ -18,6 +18,7 @@ mod show;
 mod access_args;
 mod client;
 mod operate;
+mod pause;
 mod assignment;
 mod demo;
 mod drive;
@@ -62,6 +63,8 @@ enum Command {
     #[command(subcommand)]
     Assignment(assignment::AssignmentCommand),
     Moves(assignment::MovesArgs),
+    #[command(subcommand)]
+    Pause(pause::PauseCommand),
     #[command(subcommand)]
     Cluster(operate::ClusterCommand),
     Assigner(Box<node::NodeArgs>),
@@ -125,6 +128,7 @@ fn start(cli: Cli) -> Result<ExitCode, Failure> {
             Command::Task(command) => Box::pin(operate::task(command)).await,
             Command::Assignment(command) => Box::pin(assignment::assignment(command)).await,
             Command::Moves(args) => Box::pin(assignment::moves(args)).await,
+            Command::Pause(command) => Box::pin(pause::pause(command)).await,
             Command::Cluster(command) => Box::pin(operate::cluster(command)).await,
             Command::Assigner(args) => Box::pin(node::run(*args)).await,
             Command::Proxy(args) => Box::pin(proxy::run(*args)).await,

@@ -4,6 +4,7 @@
 //! second: the same forms that the commands and the files accept.
 
 use clap::ValueEnum;
+use mandoline_core::flags::PauseId;
 use mandoline_core::load::Load;
 use mandoline_core::slice::Slice;
 use mandoline_proto::pb;
@@ -51,6 +52,7 @@ pub(crate) fn status_json(status: &pb::StatusReply) -> Value {
         "applied": status.applied,
         "nodes": status.nodes.iter().map(node_json).collect::<Vec<_>>(),
         "jobs": status.jobs.iter().map(job_json).collect::<Vec<_>>(),
+        "pauses": pause_ids(&status.pauses),
     })
 }
 
@@ -223,11 +225,23 @@ pub(crate) fn status_table(status: &pb::StatusReply) -> String {
         status.term,
         status.applied,
         status.last_log,
-        alarms(&status.jobs),
+        paused(&status.pauses) + &alarms(&status.jobs),
         node_table(&status.nodes),
         job_table(&status.jobs),
         task_table(&status.jobs),
     )
+}
+
+/// Says in a line that requests are paused; nothing while none are.
+fn paused(pauses: &[pb::Pause]) -> String {
+    match &pause_ids(pauses)[..] {
+        [] => String::new(),
+        ids => format!("requests are paused: {} (`mandoline pause list`)\n\n", ids.join(", ")),
+    }
+}
+
+fn pause_ids(pauses: &[pb::Pause]) -> Vec<String> {
+    pauses.iter().map(|pause| PauseId(pause.id).to_string()).collect()
 }
 
 /// The cluster's members, for people.
@@ -425,6 +439,7 @@ mod tests {
             applied: 12,
             nodes: vec![node],
             jobs: vec![job],
+            pauses: vec![],
         }
     }
 
@@ -460,6 +475,13 @@ a     kv   s1       127.0.0.1:9001  serving  yes             2   3.0
 b     kv   s2       127.0.0.1:9002  serving  yes             2   1.0
 ";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn that_requests_are_paused_is_said_on_top() {
+        let pauses = [7, 9].map(|id| pb::Pause { id, ..Default::default() });
+        assert_eq!(paused(&pauses), "requests are paused: p7, p9 (`mandoline pause list`)\n\n");
+        assert_eq!(paused(&[]), "");
     }
 
     #[test]
