@@ -16,6 +16,7 @@ use axum::routing::get;
 use clap::Args;
 use mandoline::Hub;
 use mandoline::clerk::{Clerk, State};
+use mandoline::flags::Follower;
 use mandoline_assigner::access::connector;
 use mandoline_assigner::server::serve_watch_and_pages;
 use mandoline_core::name::JobName;
@@ -102,6 +103,18 @@ pub(crate) async fn run(mut args: DistributorArgs) -> Result<ExitCode, Failure> 
             Failure::new(format!("job {job} cannot be followed")).caused_by(&error)
         })
     };
+    let mut flags = Follower::builder()
+        .sources(upstream.iter().cloned())
+        .connector(connector(&access))
+        .named(format!("distributor {listen}"))
+        .publish_to(hub.clone())
+        .silent();
+    if let Some(dir) = &args.cache_dir {
+        flags = flags.cache(dir.join("flags"));
+    }
+    let _flags = flags
+        .start()
+        .map_err(|error| Failure::new("pauses cannot be followed").caused_by(&error))?;
     let followed = jobs.iter().map(follow).collect::<Result<Vec<Clerk>, _>>()?;
     let names: Vec<&str> = jobs.iter().map(JobName::as_str).collect();
     eprintln!("distributor: tells of {} at {listen}", names.join(", "));

@@ -1,7 +1,7 @@
 //! Requests held by hand: `pause add|list|end|wait`. Every proxy hears of it through the assigners' log.
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use mandoline_core::flags::{AtEnd, Pause, PauseId, PauseOrder, Phase, Scope};
@@ -11,6 +11,7 @@ use mandoline_core::slice::Slice;
 use mandoline_proto::flags::millis;
 use mandoline_proto::pb;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::client::{Admin, Client};
 use crate::failure::Failure;
@@ -439,7 +440,10 @@ p12    releasing  -     -                -     -  fail  job kv  disk swap
 "
         );
         let json = known[0].json();
-        assert_eq!((&json["pause"], &json["for"], &json["then"]), (&"p7".into(), &"30s".into(), &"fail".into()));
+        assert_eq!(
+            (&json["pause"], &json["for"], &json["then"]),
+            (&"p7".into(), &"30s".into(), &"fail".into())
+        );
         assert_eq!(json["progress"]["held"], 40);
         assert_eq!(known[1].json()["releasing_over"], "10s");
         assert!(known[0].waits_for().contains("1 of 2 proxies, 3 requests"));

@@ -27,6 +27,7 @@ mod hand;
 mod regions;
 mod langs;
 mod brakes;
+mod pauses;
 mod fate;
 mod secure;
 mod failover;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline::clerk::Clerk;
+use mandoline::flags::Follower;
 use mandoline::http::key::KeyFrom;
 use mandoline_core::assignment::Assignment;
 use mandoline_core::generation::Generation;
@@ -17,7 +18,7 @@ use mandoline_proto::pb;
 use mandoline_proxy::config::Config as ProxyConfig;
 use mandoline_proxy::proxy::Proxy;
 use mandoline_proxy::router::Router;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{Admin, Client};
@@ -36,6 +37,8 @@ pub(crate) struct Town {
     tasks: Vec<(String, Task)>,
     draining: JoinSet<()>,
     proxy: Proxy,
+    flags: Follower,
+    telling: JoinHandle<()>,
     clerk: Clerk,
     newest: Newest,
     tally: Arc<Tally>,
@@ -89,7 +92,7 @@ impl Town {
         })?;
 
         let clerk = Clerk::builder(job.clone())
-            .sources(assigners)
+            .sources(assigners.clone())
             .named("dev")
             .report_offered(true)
             .start()
@@ -100,11 +103,18 @@ impl Town {
             Failure::new("the proxy was not told who serves the job").caused_by(&error)
         })?;
         let tally = Arc::new(Tally::default());
+        let flags = Follower::builder()
+            .sources(assigners)
+            .named("dev")
+            .start()
+            .map_err(|error| Failure::new("pauses cannot be followed").caused_by(&error))?;
         let config = ProxyConfig {
             observer: Some(tally.observer(&newest)),
+            flags: flags.flags(),
             ..ProxyConfig::new(listen, KeyFrom::path(1), Router::new(clerk.clone()))
         };
         let proxy = crate::proxy::start(config, &CancellationToken::new())?;
+        let telling = tokio::spawn(proxy.pauses().tell(flags.standing()));
         let next_task = tasks.len();
         Ok(Self {
             job,
@@ -112,6 +122,8 @@ impl Town {
             tasks,
             draining: JoinSet::new(),
             proxy,
+            flags,
+            telling,
             clerk,
             newest,
             tally,
@@ -202,6 +214,8 @@ impl Town {
     /// Stops everything: those who ask before those who answer.
     pub(crate) async fn stop(self) {
         self.proxy.stop().await;
+        self.telling.abort();
+        drop(self.flags);
         drop(self.clerk);
         let mut stopping = self.draining;
         stopping.abort_all();
