@@ -8,7 +8,6 @@ use std::time::Duration;
 use mandoline::flags::Follower;
 use mandoline_core::flags::{Count, Flags, PauseId, Phase, Standing};
 use serde_json::Value;
-use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::kit::{Process, ask, free_ports, json, local, run, run_with, text, until};
@@ -84,10 +83,11 @@ impl Scene {
 
 fn follow(source: &str, cache: Option<&Path>) -> Follower {
     let builder = Follower::builder().sources([source]).named("test");
-    match cache {
-        Some(path) => builder.cache(path).start().unwrap(),
-        None => builder.start().unwrap(),
-    }
+    let builder = match cache {
+        Some(path) => builder.cache(path),
+        None => builder,
+    };
+    builder.start().unwrap()
 }
 
 /// The pauses that a follower knows, as `1 holding, 2 releasing`.
@@ -152,8 +152,8 @@ fn a_pause_is_added_followed_ended_and_gone_and_nonsense_is_refused() {
 #[test]
 fn waiting_ends_when_every_proxy_holds_and_nothing_is_in_flight() {
     let scene = Scene::start();
-    let (standing, told) = watch::channel(Standing::default());
-    let proxy = Follower::builder().sources([&scene.assigner]).tells(told).start().unwrap();
+    let proxy = scene.follow(None);
+    let standing = proxy.standing();
     let pause = scene.pause("1m", &[]);
     reaches(&proxy, "p1 holding");
     let progress = || scene.list()[0]["progress"].clone();
