@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use mandoline_core::flags::{AtEnd, Flags, Pause, PauseId, PauseOrder, Phase};
@@ -37,7 +37,7 @@ pub(crate) struct Account {
     pub(crate) id: PauseId,
     pub(crate) order: PauseOrder,
     pub(crate) until: Instant,
-    release: OnceLock<Release>,
+    release: Mutex<Option<Release>>,
     room: Room,
     // Workers that go by it.
     in_force: AtomicU64,
@@ -118,7 +118,7 @@ impl Book {
         let fresh = || Arc::new(Account::new(pause, limits, Arc::clone(&self.changes)));
         let account = accounts.entry(pause.id).or_insert_with(fresh);
         if let Phase::Releasing { over } = pause.phase {
-            account.release(over, AtEnd::GoOn);
+            account.release(over);
         }
         Arc::clone(account)
     }
@@ -151,7 +151,7 @@ impl Account {
             order: pause.order.clone(),
             // What overflows would be a pause without end, and there is none.
             until: now.checked_add(pause.order.lasts).unwrap_or(now),
-            release: OnceLock::new(),
+            release: Mutex::default(),
             room: Room::new(limits.paused_requests, limits.paused_bytes),
             in_force: cell(),
             in_flight: cell(),
@@ -165,29 +165,29 @@ impl Account {
         }
     }
 
-    /// Ends the pause, unless it has ended: then it stays as it was.
-    pub(crate) fn release(&self, over: Duration, at_end: AtEnd) {
-        // Whoever was first decides for all workers.
-        let _: Result<(), Release> =
-            self.release.set(Release { began: Instant::now(), over, at_end });
+    /// Ends the pause, or changes over how long those are let go whom it holds still.
+    fn release(&self, over: Duration) {
+        let mut release = lock(&self.release);
+        let stays = |known: Release| known.over == over || known.at_end == AtEnd::Fail;
+        if !release.is_some_and(stays) {
+            *release = Some(Release { began: Instant::now(), over, at_end: AtEnd::GoOn });
+        }
     }
 
-    /// Ends the pause as it was ordered for when it has lasted.
-    pub(crate) fn lapse(&self) {
-        self.release(self.order.release_over, self.order.at_end);
+    /// Ends the pause as it was ordered for when it has lasted, unless it has ended.
+    pub(crate) fn lapse(&self) -> Release {
+        let PauseOrder { release_over: over, at_end, .. } = self.order;
+        *lock(&self.release).get_or_insert_with(|| Release { began: Instant::now(), over, at_end })
     }
 
     /// Says how those whom it held are let go, once it has ended. To be asked again and again: it ends by the clock.
     pub(crate) fn ended(&self, now: Instant) -> Option<Release> {
-        if now >= self.until {
-            self.lapse();
-        }
-        self.release.get().copied()
+        if now >= self.until { Some(self.lapse()) } else { *lock(&self.release) }
     }
 
     /// Says how long it lasts yet at most, to the last request that it holds.
     pub(crate) fn left(&self) -> Duration {
-        let end = match self.release.get() {
+        let end = match *lock(&self.release) {
             Some(release) => release.began.checked_add(release.over),
             None => self.until.checked_add(self.order.release_over),
         };

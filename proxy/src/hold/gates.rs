@@ -16,7 +16,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info};
 
-use crate::hold::book::Account;
+use crate::hold::book::{Account, Release};
 use crate::hold::flights::{Facts, Flights};
 use crate::hold::line::Turn;
 use crate::hold::queue::{House, Queue};
@@ -40,8 +40,8 @@ pub(crate) struct Gate {
     pub(crate) queue: Queue<()>,
     // What was last told of it.
     phase: Cell<Phase>,
-    // What becomes of those whom it holds, once it is open.
-    open: Cell<Option<Turn>>,
+    // How those go whom it holds, once it is open.
+    release: Cell<Option<Release>>,
 }
 
 impl Gates {
@@ -107,7 +107,9 @@ impl Gates {
         for gate in gates.iter().filter(|gate| !flags.pauses.contains_key(&gate.account.id)) {
             match gate.phase.get() {
                 // It has lasted by the leader's clock.
-                Phase::Holding => gate.account.lapse(),
+                Phase::Holding => {
+                    gate.account.lapse();
+                }
                 // So has its release.
                 Phase::Releasing { .. } => {
                     let now = self.house.time(Instant::now());
@@ -128,7 +130,7 @@ impl Gates {
         info!(pause = %pause.id, scope = %pause.order.scope, ?lasts, "Pause begins");
         let (house, stirred) = (Rc::clone(&self.house), Rc::clone(&self.stirred));
         let queue = Queue::new(house, Some(Arc::clone(&account)), stirred);
-        Gate { account, queue, phase: Cell::new(pause.phase), open: Cell::new(None) }
+        Gate { account, queue, phase: Cell::new(pause.phase), release: Cell::new(None) }
     }
 
     /// Opens gates whose time has come, and tells those to go whose turn it is. Says when to look in next, if there is a time.
@@ -136,7 +138,7 @@ impl Gates {
         let mut gates = self.gates.borrow_mut();
         let due = gates.iter().filter_map(|gate| gate.turn(now, &self.house)).min();
         gates.retain(|gate| {
-            let is_over = gate.open.get().is_some() && gate.queue.is_empty();
+            let is_over = gate.is_open() && gate.queue.is_empty();
             if is_over {
                 gate.account.is_let_off();
                 info!(pause = %gate.account.id, "Pause is over");
@@ -155,9 +157,8 @@ impl Gates {
     /// Finds the oldest gate that holds a request, of those at which it has not waited.
     pub(crate) fn holding(&self, facts: &Facts, waited_at: &[PauseId]) -> Option<Rc<Gate>> {
         let gates = self.gates.borrow();
-        let mut others = gates.iter().filter(|gate| {
-            !waited_at.contains(&gate.account.id) && gate.open.get() != Some(Turn::Fail)
-        });
+        let mut others =
+            gates.iter().filter(|gate| !waited_at.contains(&gate.account.id) && !gate.fails());
         let holds = |gate: &&Rc<Gate>| facts.ask(|asked| gate.account.order.scope.covers(asked));
         others.find(holds).map(Rc::clone)
     }
@@ -166,23 +167,27 @@ impl Gates {
 impl Gate {
     /// Says whether those whom it held are being let go.
     pub(crate) const fn is_open(&self) -> bool {
-        self.open.get().is_some()
+        self.release.get().is_some()
     }
 
+    /// Says whether those whom it held are being refused. It holds nobody more.
+    fn fails(&self) -> bool {
+        self.release.get().is_some_and(|release| release.at_end == AtEnd::Fail)
+    }
+
+    /// Opens when it is time, and tells those to go whose turn it is. Says when to look in next, if there is a time.
     fn turn(&self, now: Instant, house: &House) -> Option<Instant> {
-        if self.open.get().is_none() {
-            let Some(release) = self.account.ended(now) else { return Some(self.account.until) };
-            let (turn, over) = match release.at_end {
-                AtEnd::GoOn => (Turn::Go, release.over),
-                AtEnd::Fail => (Turn::Fail, Duration::ZERO),
-            };
-            self.open.set(Some(turn));
+        let Some(release) = self.account.ended(now) else { return Some(self.account.until) };
+        let (turn, over) = match release.at_end {
+            AtEnd::GoOn => (Turn::Go, release.over),
+            AtEnd::Fail => (Turn::Fail, Duration::ZERO),
+        };
+        if self.release.replace(Some(release)) != Some(release) {
             // The standard library's hasher is the one source of randomness that needs no dependency.
             let (waiting, seed) = (self.queue.len(), RandomState::new().hash_one(now));
             debug!(pause = %self.account.id, waiting, ?over, ?turn, seed, "Pause ends");
             self.queue.goes_by(Ramp::new(house.time(now), waiting, over, seed));
         }
-        let turn = self.open.get()?;
         self.queue.let_go(now, turn, |_, ()| true)
     }
 }

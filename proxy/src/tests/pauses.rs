@@ -285,6 +285,28 @@ async fn those_held_go_slowly_in_order_and_others_come_behind_them() {
 }
 
 #[tokio::test]
+async fn a_release_may_be_made_faster_while_it_goes_on() {
+    let backend = Backend::echo("task").await;
+    let (stage, operator) = paused_stage(Owners::all(backend.address).await, |_| {}).await;
+    operator.add(1, order("job=kv", LONG));
+    in_force(&stage, 1).await;
+    let mut wires = Vec::new();
+    for n in 1..=20 {
+        let mut wire = stage.connect().await;
+        wire.send(GET).await;
+        wires.push(wire);
+        held(&stage, n).await;
+    }
+    operator.end(1, LONG);
+    until("the release to begin", || stats(&stage, 1).unwrap().ended).await;
+    assert!(stats(&stage, 1).unwrap().lasts_yet > LONG / 2);
+    operator.end(1, SHORT);
+    for wire in wires {
+        assert!(wire.rest().await.starts_with("HTTP/1.1 200"));
+    }
+}
+
+#[tokio::test]
 async fn those_held_go_to_whoever_serves_them_then() {
     let (old, new) = (Backend::raw(|_| async {}).await, Backend::echo("new").await);
     let (stage, operator) = paused_stage(Owners::all(old.address).await, |_| {}).await;
