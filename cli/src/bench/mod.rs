@@ -8,6 +8,7 @@ mod failover;
 mod handoff;
 mod moving;
 mod rolling;
+mod pause;
 mod crash;
 mod reaction;
 mod route;
@@ -29,6 +30,7 @@ pub(crate) enum BenchCommand {
     Handoff(handoff::HandoffArgs),
     Moving(moving::MovingArgs),
     Rolling(rolling::RollingArgs),
+    Pause(pause::PauseArgs),
     Crash(crash::CrashArgs),
     Reaction(reaction::ReactionArgs),
     Route(route::RouteArgs),
@@ -46,6 +48,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
         BenchCommand::Handoff(args) => handoff::run(args).await,
         BenchCommand::Moving(args) => moving::run(args).await,
         BenchCommand::Rolling(args) => rolling::run(args).await,
+        BenchCommand::Pause(args) => pause::run(args).await,
         BenchCommand::Crash(args) => crash::run(args).await,
         BenchCommand::Reaction(args) => reaction::run(args).await,
         BenchCommand::Route(args) => route::run(args).await,

@@ -478,7 +478,7 @@ async fn is_ready(admin: SocketAddr) -> bool {
 }
 
 /// Asks for a page, and gives the answer with its head.
-async fn page(address: SocketAddr, path: &str) -> Option<String> {
+pub(crate) async fn page(address: SocketAddr, path: &str) -> Option<String> {
     let asked = async {
         let mut stream = TcpStream::connect(address).await.ok()?;
         let request =
