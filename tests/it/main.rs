@@ -22,6 +22,7 @@ mod same_answer;
 mod backhaul;
 mod during_change;
 mod proxy_reload;
+mod pauses_proxy;
 mod proxy_handover;
 mod hand;
 mod regions;

@@ -15,6 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use mandoline_core::flags::{AtEnd, PauseOrder, Scope};
+use mandoline_core::pauses::FORGOTTEN_AFTER;
 use mandoline_core::spec::JobSpec;
 use mandoline_proto::pb;
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -27,8 +28,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 use crate::bench::plain::Caller;
 use crate::bench::processes::{Cluster, Proxy, ProxyKnows, Task, page};
+use crate::bench::trial::{STOPPED, until_stopped};
 use crate::failure::Failure;
-use crate::stop;
 
 /// Stops every task for a while behind a pause, and measures what callers notice
 ///
@@ -59,14 +60,8 @@ pub(crate) struct PauseArgs {
 
 /// Runs until done, or told to stop.
 pub(crate) async fn run(args: PauseArgs) -> Result<ExitCode, Failure> {
-    let stop = stop::on_signal()?;
-    let failed = |error: anyhow::Error| {
-        Failure::new("the bench could not be run").because(format!("{error:#}"))
-    };
-    // Whichever way this ends, the processes are killed with the handles that it holds.
-    let found = tokio::select! {
-        found = measure(&args) => found.map_err(failed)?,
-        () = stop.cancelled() => return Ok(ExitCode::from(130)),
+    let Some(found) = until_stopped(Box::pin(measure(&args))).await? else {
+        return Ok(ExitCode::from(STOPPED));
     };
     if args.json {
         println!("{}", found.json());
@@ -107,6 +102,8 @@ async fn measure(args: &PauseArgs) -> anyhow::Result<Found> {
         cluster.start_proxy("proxy-1", ProxyKnows::default()).await?,
         cluster.start_proxy("proxy-2", ProxyKnows::default()).await?,
     ];
+    // A leader that was elected lately waits to hear of all proxies before it says that nothing is in flight.
+    sleep(FORGOTTEN_AFTER).await;
     let every = Duration::from_secs(args.down.into()) / args.requests;
     let load = Load::start(proxies.each_ref().map(|proxy| proxy.address), every);
     sleep(BEFORE).await;
