@@ -219,7 +219,7 @@ async fn wait(id: PauseId, within: Span, ask: &AskArgs) -> Result<ExitCode, Fail
             eprintln!("there is no pause {id}: it is over, or never was (`{LOOK}`)");
             return Ok(ExitCode::from(1));
         };
-        if found.pause.phase != Phase::Holding {
+        if !found.holds() {
             eprintln!("pause {id} holds nothing any more: it was ended");
             return Ok(ExitCode::from(1));
         }
@@ -289,6 +289,11 @@ impl Known {
         }
     }
 
+    /// What proxies say of a pause is of one that is in force there, and no more once it is released.
+    fn holds(&self) -> bool {
+        self.pause.phase == Phase::Holding
+    }
+
     fn state(&self) -> &'static str {
         match self.pause.phase {
             Phase::Holding => "holding",
@@ -303,8 +308,12 @@ impl Known {
             json["releasing_over"] = Span(over).to_string().into();
         }
         json["progress"] = self.progress.map_or(Value::Null, |progress| {
+            let left = Span(Duration::from_millis(progress.left_ms)).to_string();
+            if !self.holds() {
+                return json!({ "left": left });
+            }
             json!({
-                "left": Span(Duration::from_millis(progress.left_ms)).to_string(),
+                "left": left,
                 "proxies": progress.proxies,
                 "heard": progress.heard,
                 "in_flight": progress.in_flight,
@@ -342,6 +351,10 @@ fn table(known: &[Known]) -> Table {
         let of = |what: &dyn Fn(pb::PauseProgress) -> String| {
             known.progress.map_or_else(String::new, what)
         };
+        let while_it_holds = |what: &dyn Fn(pb::PauseProgress) -> String| match known.holds() {
+            true => of(what),
+            false => String::new(),
+        };
         // To the second: it is gone while it is read.
         let left = |progress: pb::PauseProgress| {
             Span(Duration::from_secs(progress.left_ms.div_ceil(1_000))).to_string()
@@ -350,9 +363,9 @@ fn table(known: &[Known]) -> Table {
             known.pause.id.to_string(),
             known.state().to_owned(),
             of(&left),
-            of(&|progress| format!("{}/{}", progress.heard, progress.proxies)),
-            of(&|progress| progress.in_flight.to_string()),
-            of(&|progress| progress.held.to_string()),
+            while_it_holds(&|progress| format!("{}/{}", progress.heard, progress.proxies)),
+            while_it_holds(&|progress| progress.in_flight.to_string()),
+            while_it_holds(&|progress| progress.held.to_string()),
             known.pause.order.at_end.to_string(),
             known.pause.order.scope.to_string(),
             known.pause.order.why.to_string(),
@@ -429,14 +442,16 @@ mod tests {
         let over = Duration::from_secs(10);
         let known = [
             Known { pause: pause(7, Phase::Holding), progress: Some(progress) },
-            Known { pause: pause(12, Phase::Releasing { over }), progress: None },
+            Known { pause: pause(12, Phase::Releasing { over }), progress: Some(progress) },
+            Known { pause: pause(13, Phase::Holding), progress: None },
         ];
         assert_eq!(
             table(&known).to_string(),
             "\
 PAUSE  STATE      LEFT  PROXIES  IN_FLIGHT  HELD  THEN  SCOPE   WHY
 p7     holding    13s   1/2              3    40  fail  job kv  disk swap
-p12    releasing  -     -                -     -  fail  job kv  disk swap
+p12    releasing  13s   -                -     -  fail  job kv  disk swap
+p13    holding    -     -                -     -  fail  job kv  disk swap
 "
         );
         let json = known[0].json();
@@ -445,7 +460,11 @@ p12    releasing  -     -                -     -  fail  job kv  disk swap
             (&"p7".into(), &"30s".into(), &"fail".into())
         );
         assert_eq!(json["progress"]["held"], 40);
-        assert_eq!(known[1].json()["releasing_over"], "10s");
+        let json = known[1].json();
+        assert_eq!(
+            (&json["releasing_over"], &json["progress"]),
+            (&"10s".into(), &json!({ "left": "12400ms" }))
+        );
         assert!(known[0].waits_for().contains("1 of 2 proxies, 3 requests"));
     }
 }

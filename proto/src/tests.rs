@@ -9,7 +9,8 @@ use mandoline_core::command::{ClusterId, Command, EndReason};
 use mandoline_core::confine::{Confined, Crash};
 use mandoline_core::delta::{Delta, TaskChange};
 use mandoline_core::flags::{
-    AtEnd, Count, Flags, Pause, PauseId, PauseOrder, Phase as PausePhase, Scope, Standing,
+    AtEnd, Count, Flags, HOST_MAX_BYTES, METHOD_MAX_BYTES, METHODS_MAX, PATH_MAX_BYTES, PAUSES_MAX,
+    Pause, PauseId, PauseOrder, Phase as PausePhase, Scope, Standing, WHY_MAX_BYTES,
 };
 use mandoline_core::generation::Generation;
 use mandoline_core::kept::Kept;
@@ -228,6 +229,26 @@ fn flags() -> Flags {
 fn flags_come_back() {
     survives(&flags(), pb::Flags::from(&flags()), Flags::try_from);
     assert_eq!(decode::<pb::Flags>(encode_flags(&flags()), "").unwrap(), (&flags()).into());
+}
+
+#[test]
+fn as_many_pauses_as_there_may_be_fit_a_message_with_room_to_spare() {
+    let long = |max: usize| "x".repeat(max);
+    let mut order = order();
+    order.scope.path = Some(format!("/{}", long(PATH_MAX_BYTES - 1)).into());
+    order.scope.host = Some(long(HOST_MAX_BYTES).into());
+    order.scope.job = Some(long(63).parse().unwrap());
+    order.scope.methods = vec![long(METHOD_MAX_BYTES).into(); METHODS_MAX];
+    order.why = long(WHY_MAX_BYTES).into();
+    let pause = |id| {
+        let id = PauseId(u64::MAX - id);
+        (id, Pause { id, order: order.clone(), phase: PausePhase::Holding })
+    };
+    let flags = Flags { version: NOW, pauses: (0..PAUSES_MAX as u64).map(pause).collect() };
+    let message = encode_flags(&flags);
+    // What gRPC takes by default is 4 MiB.
+    assert!(message.len() < 3 << 20, "{}", message.len());
+    assert_eq!(Flags::try_from(decode::<pb::Flags>(message, "").unwrap()), Ok(flags));
 }
 
 #[test]

@@ -538,7 +538,7 @@ impl Inner {
             applied: status.applied.unwrap_or_default(),
             nodes: status.members.iter().map(node).collect(),
             jobs: self.jobs().await,
-            pauses: self.consensus.state().flags.pauses.values().map(pb::Pause::from).collect(),
+            pauses: self.consensus.state().flags.pauses.keys().map(|id| id.0).collect(),
         }
     }
 
