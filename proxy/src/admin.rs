@@ -1,4 +1,5 @@
-//! What operators and probes ask: `/metrics`, `/livez`, `/readyz`, on an address of its own so that no client can.
+//! What operators and probes ask: `/metrics`, `/livez`, `/readyz`, a page and the same as JSON, and what would become of a request; on an
+//! address of its own so that no client can.
 
 use std::convert::Infallible;
 use std::pin::pin;
@@ -15,20 +16,26 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
+use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use crate::ask::Ask;
+use crate::dry_run::Explanation;
 use crate::metrics::Tally;
+use crate::page;
 use crate::reload::Reloader;
 
 /// Connections at a time: a few probes and scrapers. One more waits in the kernel until another has ended.
 const CONNECTIONS_MAX: usize = 64;
 /// How long one connection may be silent.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// How long a worker may take to say what would become of a request: far longer than it is ever busy.
+const EXPLAIN_WAIT: Duration = Duration::from_secs(5);
 /// How long to wait after the kernel refused a socket.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -38,13 +45,14 @@ pub(crate) struct Admin {
     tally: Tally,
     reloader: Reloader,
     stop: CancellationToken,
+    began: Instant,
 }
 
 impl Admin {
     pub(crate) fn new(tally: Tally, reloader: Reloader, stop: CancellationToken) -> Self {
         let mut registry = Registry::default();
         registry.register_collector(Box::new(tally.clone()));
-        Self { registry, tally, reloader, stop }
+        Self { registry, tally, reloader, stop, began: Instant::now() }
     }
 
     async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
@@ -53,12 +61,18 @@ impl Admin {
             ("/metrics", true) => self.metrics(),
             ("/livez", true) => text(StatusCode::OK, "ok\n"),
             ("/readyz", true) => self.ready(),
-            ("/metrics" | "/livez" | "/readyz", false) => {
+            ("/", true) => html(page::html(&self.state())),
+            ("/api/state", true) => json(&self.state()),
+            ("/explain", true) => self.explain(request.uri().query().unwrap_or_default()).await,
+            ("/" | "/api/state" | "/explain" | "/metrics" | "/livez" | "/readyz", false) => {
                 text(StatusCode::METHOD_NOT_ALLOWED, "ask with GET\n")
             }
             ("/reload", _) if *request.method() == Method::POST => self.reload().await,
             ("/reload", _) => text(StatusCode::METHOD_NOT_ALLOWED, "ask with POST\n"),
-            _ => text(StatusCode::NOT_FOUND, "try /metrics, /livez, /readyz, or POST /reload\n"),
+            _ => text(
+                StatusCode::NOT_FOUND,
+                "try /, /api/state, /explain, /metrics, /livez, /readyz, or POST /reload\n",
+            ),
         }
     }
 
@@ -70,6 +84,23 @@ impl Admin {
                 StatusCode::NOT_IMPLEMENTED,
                 "this proxy was not told where to read a configuration again\n",
             ),
+        }
+    }
+
+    fn state(&self) -> Value {
+        page::state(&self.reloader.in_force(), &self.tally, self.began)
+    }
+
+    async fn explain(&self, query: &str) -> Response<Full<Bytes>> {
+        let Ask { head, client } = match Ask::of(query) {
+            Ok(ask) => ask,
+            Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+        };
+        match timeout(EXPLAIN_WAIT, self.reloader.explain(head, client)).await {
+            Ok(Some(Explanation(explanation))) => json(&explanation),
+            Ok(None) | Err(_) => {
+                text(StatusCode::SERVICE_UNAVAILABLE, "no worker has the time to say so\n")
+            }
         }
     }
 
@@ -93,6 +124,24 @@ impl Admin {
             text(StatusCode::OK, "ok\n")
         }
     }
+}
+
+fn json(value: &Value) -> Response<Full<Bytes>> {
+    typed("application/json", format!("{value}\n"))
+}
+
+fn html(page: String) -> Response<Full<Bytes>> {
+    let mut response = typed("text/html; charset=utf-8", page);
+    // It needs nothing but itself, whatever a name of a route may hold.
+    let policy = HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'");
+    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, policy);
+    response
+}
+
+fn typed(kind: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(body));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
 }
 
 fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {

@@ -35,11 +35,13 @@ mod forward;
 mod download;
 mod serve;
 pub mod dry_run;
+pub mod ask;
 mod listen;
 pub mod sockets;
 pub mod handover;
 pub mod reload;
 pub mod pauses;
+mod page;
 mod admin;
 pub mod proxy;
 

@@ -682,6 +682,11 @@ impl Tally {
         (self.known)().jobs.iter().all(|known| known.generation != Generation::ZERO)
     }
 
+    /// Says how configurations came into force, or not.
+    pub(crate) fn reloads(&self) -> Reloads {
+        (self.known)().reloads
+    }
+
     fn sum(&self, what: Count) -> u64 {
         self.workers.iter().map(|worker| worker.cells[what as usize].load(Relaxed)).sum()
     }

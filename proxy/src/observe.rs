@@ -72,9 +72,7 @@ impl Exchange {
         let shown_in = setup.config.debug.as_ref().and_then(|debug| {
             // Whoever may not ask, asks in vain, and so does whoever asks the task.
             head.headers.remove(&debug.header)?;
-            let is_trusted =
-                debug.networks.iter().any(|network| network.contains(client.address()));
-            is_trusted.then(|| debug.header.clone())
+            debug.trusts(client.address()).then(|| debug.header.clone())
         });
         Self {
             worker: Rc::clone(worker),

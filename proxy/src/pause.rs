@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use http::request::Parts;
 use mandoline_core::flags::PauseId;
 use mandoline_core::key::SliceKey;
 use tokio::time::Instant;
@@ -19,7 +20,7 @@ use crate::setup::To;
 pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
     let route = passage.route();
     let To::Job { job, .. } = &route.to;
-    if !is_exempt(passage) {
+    if !is_exempt(&passage.setup.config.exempt, &mut passage.head) {
         let facts = Facts {
             job: Some(Rc::clone(&job.name)),
             key: passage.key,
@@ -83,9 +84,8 @@ fn refusal(gate: &Gate, why: WhyPaused) -> Refusal {
 }
 
 /// Says whether no pause holds the request. What shows that is not for the task.
-fn is_exempt(passage: &mut Passage) -> bool {
-    let Passage { setup, head, .. } = passage;
-    let Exempt { paths, header } = &setup.config.exempt;
+pub(crate) fn is_exempt(exempt: &Exempt, head: &mut Parts) -> bool {
+    let Exempt { paths, header } = exempt;
     let is_probe = paths.iter().any(|path| **path == *head.uri.path());
     let Some((name, secret)) = header else { return is_probe };
     let shown = head.headers.remove(name);

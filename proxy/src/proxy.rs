@@ -17,11 +17,12 @@ use tracing::info;
 
 use crate::admin::{self, Admin};
 use crate::config::{Checked, Config, ConfigError};
+use crate::dry_run;
 use crate::hold::book::Book;
 use crate::listen;
 use crate::metrics::{Counters, Stats, Tally};
 use crate::pauses::Pauses;
-use crate::reload::Reloader;
+use crate::reload::{Message, Question, Reloader};
 use crate::sockets::{Sockets, SocketsError};
 use crate::worker::Worker;
 
@@ -105,8 +106,17 @@ impl Proxy {
                 let worker = Rc::new(Worker::new(config, counters, book));
                 let reloading = Rc::clone(&worker);
                 worker.pool.spawn(async move {
-                    while let Some(change) = changes.recv().await {
-                        reloading.reload(Arc::clone(&change.config));
+                    while let Some(message) = changes.recv().await {
+                        match message {
+                            Message::Change(change) => {
+                                reloading.reload(Arc::clone(&change.config));
+                            }
+                            Message::Question(question) => {
+                                let Question { head, client, answer } = *question;
+                                // Whoever asked may have gone.
+                                drop(answer.send(dry_run::explain(&reloading, head, client)));
+                            }
+                        }
                     }
                 });
                 listen::run(worker, listeners, open_connections, stop).await;

@@ -2,13 +2,16 @@
 //! at all. What cannot change while the proxy runs is refused by name, and what was in force stays.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use http::request::Parts;
 use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use crate::config::{Checked, Config, ConfigError};
+use crate::dry_run::Explanation;
 use crate::hold::book::Book;
 use crate::metrics::{Knowledge, Reloads};
 use crate::router::Router;
@@ -20,7 +23,7 @@ pub struct Reloader(Arc<Inner>);
 struct Inner {
     // Whoever changes it holds it until all workers were told.
     in_force: Mutex<Arc<Checked>>,
-    workers: Vec<mpsc::UnboundedSender<Change>>,
+    workers: Vec<mpsc::UnboundedSender<Message>>,
     taken: AtomicU64,
     refused: AtomicU64,
     last_refused: AtomicBool,
@@ -38,6 +41,21 @@ impl Asked {
         // Whoever asked may have gone.
         drop(self.0.send(done));
     }
+}
+
+/// What a worker is told.
+pub(crate) enum Message {
+    /// To go by another configuration.
+    Change(Change),
+    /// To say what would become of a request.
+    Question(Box<Question>),
+}
+
+/// A request of which somebody wants to know what would become of it.
+pub(crate) struct Question {
+    pub(crate) head: Parts,
+    pub(crate) client: IpAddr,
+    pub(crate) answer: oneshot::Sender<Explanation>,
 }
 
 /// What a worker is to go by from now on.
@@ -62,7 +80,7 @@ impl Reloader {
     pub(crate) fn new(
         config: Arc<Checked>,
         workers: usize,
-    ) -> (Self, Vec<mpsc::UnboundedReceiver<Change>>) {
+    ) -> (Self, Vec<mpsc::UnboundedReceiver<Message>>) {
         let (workers, changes) = (0..workers).map(|_| mpsc::unbounded_channel()).unzip();
         let in_force = Mutex::new(config);
         let (taken, refused, last_refused, reader) = Default::default();
@@ -111,7 +129,8 @@ impl Reloader {
         let told = self.0.workers.iter().map(|worker| {
             let (done, is_done) = oneshot::channel();
             // Whoever cannot be told has ended.
-            drop(worker.send(Change { config: Arc::clone(&config), _done: done }));
+            let change = Change { config: Arc::clone(&config), _done: done };
+            drop(worker.send(Message::Change(change)));
             is_done
         });
         let told = told.collect();
@@ -123,6 +142,15 @@ impl Reloader {
 
     fn lock(&self) -> MutexGuard<'_, Arc<Checked>> {
         self.0.in_force.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Asks a worker what would become of a request; nothing if none runs any more.
+    pub(crate) async fn explain(&self, head: Parts, client: IpAddr) -> Option<Explanation> {
+        let (answer, answered) = oneshot::channel();
+        let worker = self.0.workers.first()?;
+        let question = Box::new(Question { head, client, answer });
+        worker.send(Message::Question(question)).ok()?;
+        answered.await.ok()
     }
 
     /// Opens the access log anew, for whoever moves it away from time to time.

@@ -2,12 +2,14 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline::clerk::TooOld;
 use mandoline::gateways::{Gateways, Region, Way};
 use mandoline::snapshot::Snapshot;
 use mandoline::{Call, Clerk, Generation, Sent, SessionId, SliceKey, Utilisation};
+use mandoline_core::assignment::Assignment;
 use tokio::time::{Instant, timeout_at};
 
 use crate::pool::{Pool, Upstream};
@@ -70,6 +72,11 @@ impl Lookup {
     /// Gives the gateways of other regions, if requests go by any.
     pub(crate) const fn gateways(&self) -> Option<&Gateways> {
         self.gateways.as_ref()
+    }
+
+    /// Gives what is known of who serves what, if anything is.
+    pub(crate) fn assignment(&self) -> Option<Arc<Assignment>> {
+        self.clerk.assignment()
     }
 
     /// Counts a request for a key, whatever comes of it.

@@ -5,6 +5,7 @@ mod flags;
 mod clerks;
 mod settings;
 mod check;
+mod explain;
 mod reload;
 mod standby;
 mod schema;
@@ -78,6 +79,7 @@ pub(crate) struct ProxyCommand {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Check(check::CheckArgs),
+    Explain(Box<explain::ExplainArgs>),
     /// Prints the JSON Schema of the configuration file, for editors
     Schema,
 }
@@ -176,6 +178,7 @@ pub(crate) async fn run(command: ProxyCommand) -> Result<ExitCode, Failure> {
     match command.verb {
         None => serve(*command.args).await,
         Some(Verb::Check(args)) => check::run(&args),
+        Some(Verb::Explain(args)) => explain::run(*args).await,
         Some(Verb::Schema) => {
             print!("{SCHEMA}");
             Ok(ExitCode::SUCCESS)

@@ -182,19 +182,24 @@ impl Match {
     }
 
     fn takes(&self, asked: &Asked<'_>) -> bool {
-        self.takes_but_for_method(asked) && self.takes_method(asked.method)
-    }
-
-    fn takes_method(&self, method: &Method) -> bool {
-        self.methods.is_empty() || self.methods.contains(method)
+        self.misses(asked).next().is_none()
     }
 
     fn takes_but_for_method(&self, asked: &Asked<'_>) -> bool {
-        self.host.as_ref().is_none_or(|host| host.takes(asked.host))
-            && self.path.as_ref().is_none_or(|path| path.takes(asked.path))
-            && self.headers.iter().all(|(name, value)| {
-                asked.headers.get_all(&name.0).iter().any(|given| given == value)
-            })
+        self.misses(asked).all(|miss| matches!(miss, Miss::Method(_)))
+    }
+
+    /// Gives what it asks for and a request does not have.
+    fn misses<'a>(&'a self, asked: &Asked<'_>) -> impl Iterator<Item = Miss<'a>> {
+        let host = self.host.iter().filter(|host| !host.takes(asked.host)).map(Miss::Host);
+        let path = self.path.iter().filter(|path| !path.takes(asked.path)).map(Miss::Path);
+        let lacks = |(name, value): &(&HeaderKey, &HeaderValue)| {
+            !asked.headers.get_all(&name.0).iter().any(|given| given == *value)
+        };
+        let headers = self.headers.iter().filter(lacks).map(|(name, _)| Miss::Header(name));
+        let is_other = !self.methods.is_empty() && !self.methods.contains(asked.method);
+        let method = is_other.then_some(Miss::Method(&self.methods));
+        host.chain(path).chain(headers).chain(method)
     }
 
     /// Says whether there is a request that both take, and neither is more specific.
@@ -235,6 +240,34 @@ impl PathPattern {
             Self::Below(own) => path
                 .strip_prefix(own.as_bytes())
                 .is_some_and(|rest| rest.is_empty() || rest[0] == b'/'),
+        }
+    }
+}
+
+/// What a route asks for and a request does not have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Miss<'a> {
+    /// It is for another host.
+    Host(&'a HostPattern),
+    /// It is for another path.
+    Path(&'a PathPattern),
+    /// A header is not there, or has another value.
+    Header(&'a HeaderKey),
+    /// It is for other methods.
+    Method(&'a [Method]),
+}
+
+impl fmt::Display for Miss<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(host) => write!(f, "its host is {host}"),
+            Self::Path(path) => write!(f, "its path is {path}"),
+            // Its value may be a secret.
+            Self::Header(name) => write!(f, "it asks for a certain value of the header {}", name.0),
+            Self::Method(methods) => {
+                let methods: Vec<&str> = methods.iter().map(Method::as_str).collect();
+                write!(f, "it takes {}", methods.join(", "))
+            }
         }
     }
 }
@@ -313,20 +346,42 @@ impl Table {
         {
             return Ok(*place);
         }
+        self.ask(head, host, |asked| {
+            let found = self.entries.iter().find(|(given, _)| given.takes(asked));
+            found.map(|(_, place)| *place).ok_or_else(|| self.astray(asked))
+        })?
+    }
+
+    /// Says of each route, the most specific first, what it misses in a request. The first that misses nothing takes it.
+    pub fn misses(
+        &self,
+        head: &Parts,
+        host: Option<&str>,
+    ) -> Result<Vec<(usize, Vec<Miss<'_>>)>, Astray> {
+        self.ask(head, host, |asked| {
+            let all = self.entries.iter();
+            all.map(|(given, place)| (*place, given.misses(asked).collect())).collect()
+        })
+    }
+
+    fn ask<T>(
+        &self,
+        head: &Parts,
+        host: Option<&str>,
+        ask: impl FnOnce(&Asked<'_>) -> T,
+    ) -> Result<T, Astray> {
         let path = head.uri.path();
         let path = if self.reads_paths {
             plain(path).ok_or(Astray::Dots)?
         } else {
             path.as_bytes().into()
         };
-        let asked = Asked {
+        Ok(ask(&Asked {
             host: without_port(host.unwrap_or_default()),
             path: &path,
             method: &head.method,
             headers: &head.headers,
-        };
-        let found = self.entries.iter().find(|(given, _)| given.takes(&asked));
-        found.map(|(_, place)| *place).ok_or_else(|| self.astray(&asked))
+        }))
     }
 
     fn astray(&self, asked: &Asked<'_>) -> Astray {
@@ -467,6 +522,25 @@ mod tests {
             assert_eq!(find(&table, &format!("GET a.org{dots}")), Err(Astray::Dots), "{dots}");
         }
         assert_eq!(find(&table, "GET a.org/x/..."), Ok(0));
+    }
+
+    #[test]
+    fn a_route_that_does_not_take_a_request_says_what_it_misses() {
+        let table = table(&["a.org/x/* GET x-a=1", "a.org/x", "*/x/*", "b.org"]).unwrap();
+        let head = Request::put("/x/1").body(()).unwrap().into_parts().0;
+        let misses =
+            table.misses(&head, Some("a.org")).unwrap().into_iter().map(|(place, misses)| {
+                let misses: Vec<String> = misses.iter().map(ToString::to_string).collect();
+                (place, misses.join("; "))
+            });
+        let expected = [
+            (1, "its path is /x"),
+            (0, "it asks for a certain value of the header x-a; it takes GET"),
+            (3, "its host is b.org"),
+            (2, ""),
+        ];
+        let expected = expected.map(|(place, misses)| (place, misses.to_owned()));
+        assert_eq!(misses.collect::<Vec<_>>(), expected);
     }
 
     #[test]

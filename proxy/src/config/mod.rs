@@ -8,7 +8,7 @@ pub mod route;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::str::FromStr;
@@ -236,6 +236,13 @@ pub struct DebugHeader {
     pub networks: Vec<Network>,
     /// Which header.
     pub header: HeaderName,
+}
+
+impl DebugHeader {
+    /// Says whether requests of a client may ask.
+    pub fn trusts(&self, client: IpAddr) -> bool {
+        self.networks.iter().any(|network| network.contains(client))
+    }
 }
 
 /// Requests that no pause holds: probes, and those of whoever looks after the service meanwhile. None unless set.

@@ -1,14 +1,20 @@
 //! What is told of a request: in metrics by route, in the access log, and to a trusted client with its answer.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use http::Method;
 use http::header::HeaderName;
+use mandoline_core::flags::{AtEnd, Flags, Pause, PauseId, PauseOrder, Phase, Scope};
+use serde_json::Value;
+use tokio::sync::watch;
 
-use super::harness::{Backend, Owners, Stage, status, until};
+use super::harness::{Backend, Owners, Stage, status, talk, until};
 use crate::access_log::AccessLog;
 use crate::access_log::format::Format;
 use crate::access_log::writer::{Place, Writer};
-use crate::config::DebugHeader;
+use crate::ask::Ask;
+use crate::config::{Config, DebugHeader};
 use crate::record::Outcome;
 
 fn get(target: &str, more: &str) -> String {
@@ -106,4 +112,122 @@ async fn a_trusted_client_is_told_what_became_of_its_request() {
     // Only who is trusted is told.
     let stage = trusts("10.0.0.0/8").await;
     assert!(!stage.talk(&asks).await.contains("mandoline-explain"));
+}
+
+/// Asks the admin address.
+async fn admin(stage: &Stage, target: &str) -> String {
+    let address = stage.proxy.admin_addr().unwrap();
+    let request = format!("GET {target} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+    talk(address, request.as_bytes()).await
+}
+
+async fn explained(stage: &Stage, target: &str) -> Value {
+    let answer = admin(stage, &format!("/explain?{target}")).await;
+    serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap()
+}
+
+fn with_admin(config: &mut Config) {
+    config.admin = Some("127.0.0.1:0".parse().unwrap());
+}
+
+#[tokio::test]
+async fn an_explanation_says_what_then_happens() {
+    let (low, high) = (Backend::echo("low").await, Backend::echo("high").await);
+    let owners = Owners::none();
+    owners.give(1, &[(0, 1, low.address), (1 << 63, 2, high.address)]).await;
+    let stage = Stage::with(owners, |config| {
+        with_admin(config);
+        let mut other = config.routes[0].clone();
+        other.name = "posts".into();
+        other.matches.methods = vec![Method::POST];
+        other.matches.path = Some("/posts/*".parse().unwrap());
+        config.routes[0].matches.path = Some("/kv/*".parse().unwrap());
+        config.routes.push(other);
+    });
+    for target in [
+        "/kv/a", "/kv/b", "/kv/c", "/kv/d", "/kv", "/kv/", "/kv/../a", "/other", "/posts/1",
+        "/kv/%61",
+    ] {
+        let told = explained(&stage, &Ask::query([("url", &*format!("http://a{target}"))])).await;
+        let answer = stage.talk(&get(target, "")).await;
+        let happened: u64 = answer.split(' ').nth(1).unwrap().parse().unwrap();
+        match told["end"]["sent_to"]["session"].as_str() {
+            Some(session) => {
+                let task = if session == "s1" { "low" } else { "high" };
+                assert!(
+                    answer.contains(&format!("\r\n\r\n{task} GET ")),
+                    "{target}: {told} {answer}"
+                );
+            }
+            None => {
+                let answers = &told["end"]["answers"];
+                assert_eq!(answers["status"], happened, "{target}: {told}");
+                let text = answers["text"].as_str().unwrap();
+                assert!(
+                    answer.ends_with(&format!("mandoline: {text}\n")),
+                    "{target}: {told} {answer}"
+                );
+            }
+        }
+    }
+    let told = explained(&stage, "url=http://a/posts/1").await;
+    assert_eq!(told["stages"][1]["others"][0]["why"], "it takes POST");
+    assert_eq!(
+        explained(&stage, "url=http://a/posts/1&method=POST").await["stages"][1]["route"],
+        "posts"
+    );
+    // Nothing of it counted as a request.
+    assert_eq!(stage.stats().requests, 10);
+    let bad = admin(&stage, "/explain?url=here").await;
+    assert!(bad.starts_with("HTTP/1.1 400 ") && bad.contains("\"here\" is no URL"), "{bad}");
+}
+
+#[tokio::test]
+async fn an_explanation_names_the_pause_that_holds() {
+    let task = Backend::echo("a").await;
+    let owners = Owners::all(task.address).await;
+    let flags = watch::Sender::new(Arc::new(Flags::default()));
+    let stage = Stage::with(owners, |config| {
+        with_admin(config);
+        config.flags = flags.subscribe();
+    });
+    let order = PauseOrder {
+        scope: Scope { host: Some("a".into()), ..Scope::default() },
+        why: "maintenance".into(),
+        lasts: Duration::from_secs(600),
+        at_end: AtEnd::GoOn,
+        release_over: Duration::ZERO,
+    };
+    flags.send_modify(|flags| {
+        let flags = Arc::make_mut(flags);
+        flags.version = flags.version.next();
+        let id = PauseId(1);
+        flags.pauses.insert(id, Pause { id, order, phase: Phase::Holding });
+    });
+    until("the pause to be in force", || stage.stats().pauses.iter().any(|pause| pause.in_force))
+        .await;
+    let told = explained(&stage, "url=http://a/kv/a").await;
+    let pause = &told["stages"][3]["pauses"][0];
+    assert_eq!(pause["pause"], "p1", "{told}");
+    assert!(told["stages"][3]["says"][0].as_str().unwrap().starts_with("the pause p1 ("), "{told}");
+}
+
+#[tokio::test]
+async fn the_page_shows_how_things_are() {
+    let task = Backend::echo("a").await;
+    let stage = Stage::with(Owners::all(task.address).await, with_admin);
+    stage.talk(&get("/kv/a", "")).await;
+    until("the request to end", || stage.stats().answered == 1).await;
+    let answer = admin(&stage, "/api/state").await;
+    let state: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    assert_eq!(state["routes"][0]["route"], "kv");
+    assert_eq!(state["routes"][0]["answered"], 1);
+    assert_eq!(state["jobs"][0]["generation"], "1.1");
+    assert_eq!(state["tasks"][0]["requests"], 1);
+    assert_eq!(state["configuration"]["last_refused"], false);
+    let page = admin(&stage, "/").await;
+    assert!(page.contains("content-type: text/html"), "{page}");
+    for part in ["<h2>routes</h2>", "<td>kv</td>", "<td>1.1</td>", env!("CARGO_PKG_VERSION")] {
+        assert!(page.contains(part), "{part} in {page}");
+    }
 }
