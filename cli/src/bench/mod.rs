@@ -16,6 +16,7 @@ mod echo;
 mod same;
 mod backhaul;
 mod stub;
+mod proxy;
 
 use std::process::ExitCode;
 
@@ -37,6 +38,9 @@ pub(crate) enum BenchCommand {
     Same(same::SameArgs),
     Backhaul(backhaul::BackhaulArgs),
     Stub(stub::StubArgs),
+    Proxy(proxy::ProxyArgs),
+    #[command(hide = true)]
+    Origin(proxy::origin::OriginArgs),
     #[command(hide = true)]
     Echo(echo::EchoArgs),
 }
@@ -55,6 +59,8 @@ pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
         BenchCommand::Same(args) => same::run(args).await,
         BenchCommand::Backhaul(args) => backhaul::run(args).await,
         BenchCommand::Stub(args) => stub::run(args).await,
+        BenchCommand::Proxy(args) => proxy::run(args).await,
+        BenchCommand::Origin(args) => proxy::origin::run(args).await,
         BenchCommand::Echo(args) => echo::run(args).await,
     }
 }

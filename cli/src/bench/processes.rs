@@ -473,7 +473,7 @@ impl Cluster {
 }
 
 /// Whether the page for that says yes.
-async fn is_ready(admin: SocketAddr) -> bool {
+pub(crate) async fn is_ready(admin: SocketAddr) -> bool {
     page(admin, "/readyz").await.is_some_and(|page| page.starts_with("HTTP/1.1 200"))
 }
 
