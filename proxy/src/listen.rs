@@ -115,7 +115,10 @@ pub(crate) async fn run(
     worker.stopping.set(true);
     listeners.into_iter().for_each(|listener| last_comers(listener, admit));
     connections.close();
-    if timeout(worker.setup().config.timeouts.grace, connections.wait()).await.is_err() {
+    let grace = worker.setup().config.timeouts.grace;
+    // Early enough that who is held then hears of it.
+    worker.gates.stop_at(Instant::now() + grace / 2);
+    if timeout(grace, connections.wait()).await.is_err() {
         warn!(
             connections = connections.len(),
             "Connections were cut off: they took longer than the grace period"

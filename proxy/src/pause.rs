@@ -19,10 +19,12 @@ use crate::setup::To;
 /// Lets a request pass unless a pause holds it, or others with its key are held.
 pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
     let route = passage.route();
-    let To::Job { job, .. } = &route.to;
+    let job = match &route.to {
+        To::Job { job, .. } => Some(job),
+    };
     if !is_exempt(&passage.setup.config.exempt, &mut passage.head) {
         let facts = Facts {
-            job: Some(Rc::clone(&job.name)),
+            job: job.map(|job| Rc::clone(&job.name)),
             key: passage.key,
             host: passage.host.0.clone(),
             path: passage.head.uri.path_and_query().cloned(),
@@ -35,7 +37,7 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
     }
     let waits_for_leave = passage.waits_for_leave;
     let Passage { key, head, tape, line, stays, exchange, .. } = passage;
-    let key = key.expect("key has found the key");
+    let Some((job, key)) = job.zip(*key) else { return Ok(()) };
     let mut held = Held::new(&job.hold, key, Waiter { head, tape, line, stays, waits_for_leave });
     if held.in_turn().await? {
         exchange.goes_on(stays.held);
@@ -64,7 +66,8 @@ async fn while_paused(passage: &mut Passage, facts: &Facts) -> Result<(), Refusa
             Ended::Full(Full::Requests(most)) => refusal(WhyPaused::Requests(most)),
             Ended::Full(Full::Bytes(most)) => refusal(WhyPaused::Bytes(most)),
             Ended::Late => refusal(WhyPaused::Long(most)),
-            Ended::Failed => refusal(WhyPaused::Fails),
+            Ended::Failed if gate.fails() => refusal(WhyPaused::Fails),
+            Ended::Failed => refusal(WhyPaused::Stops),
             Ended::ByClient(refusal) => refusal,
         })?;
     }

@@ -141,11 +141,16 @@ pub(crate) enum WhyPaused {
     Long(Duration),
     /// The pause is over, and those whom it held were to be refused then.
     Fails,
+    /// The proxy stops, and the pause does not end in time.
+    Stops,
 }
 
 impl Paused {
     /// Whole seconds, at least one: less would ask for it all at once.
     fn retry_after(&self) -> u64 {
+        if matches!(self.why, WhyPaused::Fails | WhyPaused::Stops) {
+            return 1;
+        }
         let seconds = self.lasts_yet.as_secs() + u64::from(self.lasts_yet.subsec_nanos() > 0);
         seconds.max(1)
     }
@@ -161,6 +166,13 @@ impl fmt::Display for Paused {
                     f,
                     "the pause {pause}, which held this request, has lasted for as long as it may, and was to refuse what it \
                      held then (--at-end fail): try again in a second"
+                );
+            }
+            WhyPaused::Stops => {
+                return write!(
+                    f,
+                    "this proxy stops, and the pause {pause}, which held this request, does not end in time: try again in a second, \
+                     for another proxy to hold it"
                 );
             }
             WhyPaused::Requests(most) => format!("and as many wait as may ({most})"),

@@ -128,6 +128,13 @@ impl Clerks {
         Ok(self.following.insert(following).flags())
     }
 
+    /// Waits for a moment until the flags are known.
+    pub(crate) async fn heard_flags(&self) {
+        if let Some(following) = &self.following {
+            following.heard().await;
+        }
+    }
+
     /// Says back how a proxy stands towards the flags, from now on.
     pub(crate) fn tell_of(&mut self, pauses: Pauses) {
         if let Some(following) = &mut self.following {

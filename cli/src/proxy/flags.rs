@@ -2,16 +2,20 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mandoline::Hub;
 use mandoline::flags::Follower;
 use mandoline_assigner::access::connector;
 use mandoline_assigner::config::Access;
 use mandoline_core::flags::Flags;
+use mandoline_core::generation::Generation;
 use mandoline_core::task::Address;
 use mandoline_proxy::pauses::Pauses;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
 
 use crate::failure::Failure;
 
@@ -64,6 +68,16 @@ impl Following {
         self.follower.flags()
     }
 
+    /// Waits until the flags are known, or nobody has told them for a while: a proxy that knew of no pause would let pass what others
+    /// hold.
+    pub(crate) async fn heard(&self) {
+        let mut flags = self.follower.flags();
+        if flags.borrow().version == Generation::ZERO {
+            // With nobody to ask it begins without, as it would go on without.
+            let _: Result<_, Elapsed> = timeout(HEARD_WITHIN, flags.changed()).await;
+        }
+    }
+
     /// Says back how a proxy stands, from now on.
     pub(crate) fn tell_of(&mut self, pauses: Pauses) {
         self.telling.spawn(pauses.tell(self.follower.standing()));
@@ -77,3 +91,6 @@ impl Following {
         drop(tokio::task::spawn_blocking(|| follower.leave()).await);
     }
 }
+
+/// How long a proxy that starts waits to hear the flags. They come with the first answer of whoever is asked, in milliseconds.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);

@@ -204,6 +204,7 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     };
     let mut clerks = Clerks::new(access.clone(), watch.is_some().then(|| hub.clone()));
     let config = settings.check(settings.config(&mut clerks)?)?;
+    clerks.heard_flags().await;
     let mut standby = Standby::new(&settings, &clerks).await?;
     let sockets = standby.sockets(&config)?;
     let offer = sockets

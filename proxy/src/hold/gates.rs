@@ -31,6 +31,8 @@ pub(crate) struct Gates {
     // Whether there is any: what nearly every request asks, and no more.
     is_any: Cell<bool>,
     stirred: Rc<Notify>,
+    // When the proxy stops: whoever is held then is told so.
+    stops_at: Cell<Option<Instant>>,
 }
 
 /// A pause that a worker goes by, until the last whom it held has gone.
@@ -53,6 +55,7 @@ impl Gates {
             gates: RefCell::default(),
             is_any: Cell::new(false),
             stirred: Rc::new(Notify::new()),
+            stops_at: Cell::new(None),
         }
     }
 
@@ -63,6 +66,12 @@ impl Gates {
             *self.flags.borrow_mut() = flags;
             self.stirred.notify_one();
         }
+    }
+
+    /// Refuses those who are held then, for the proxy is about to stop.
+    pub(crate) fn stop_at(&self, then: Instant) {
+        self.stops_at.set(Some(then));
+        self.stirred.notify_one();
     }
 
     /// Begins and ends pauses as it is told, and ends them by the clock, for as long as the worker lives.
@@ -136,7 +145,12 @@ impl Gates {
     /// Opens gates whose time has come, and tells those to go whose turn it is. Says when to look in next, if there is a time.
     fn turn(&self, now: Instant) -> Option<Instant> {
         let mut gates = self.gates.borrow_mut();
-        let due = gates.iter().filter_map(|gate| gate.turn(now, &self.house)).min();
+        let stops_at = self.stops_at.get();
+        let due = gates.iter().filter_map(|gate| match stops_at {
+            Some(then) if then <= now => gate.refuse(now, &self.house),
+            _ => gate.turn(now, &self.house),
+        });
+        let due = due.chain(stops_at.filter(|then| now < *then)).min();
         gates.retain(|gate| {
             let is_over = gate.is_open() && gate.queue.is_empty();
             if is_over {
@@ -171,8 +185,14 @@ impl Gate {
     }
 
     /// Says whether those whom it held are being refused. It holds nobody more.
-    fn fails(&self) -> bool {
+    pub(crate) fn fails(&self) -> bool {
         self.release.get().is_some_and(|release| release.at_end == AtEnd::Fail)
+    }
+
+    /// Tells those whom it holds that they are refused, and says when to look in next.
+    fn refuse(&self, now: Instant, house: &House) -> Option<Instant> {
+        self.queue.goes_by(Ramp::fastest(house.time(now)));
+        self.queue.let_go(now, Turn::Fail, |_, ()| true)
     }
 
     /// Opens when it is time, and tells those to go whose turn it is. Says when to look in next, if there is a time.

@@ -694,6 +694,23 @@ async fn a_proxy_that_stops_lets_those_go_on_whose_pause_ends_in_time() {
 }
 
 #[tokio::test]
+async fn a_proxy_that_stops_tells_those_whose_pause_does_not_end_in_time() {
+    let backend = Backend::echo("task").await;
+    let grace = |config: &mut Config| config.timeouts.grace = Duration::from_secs(2);
+    let (Stage { proxy, owners: _owners }, operator) =
+        paused_stage(Owners::all(backend.address).await, grace).await;
+    operator.add(1, order("job=kv", LONG));
+    let tally = proxy.tally();
+    until("the pause", || tally.stats().pauses.iter().any(|pause| pause.in_force)).await;
+    let mut wire = Wire::connect(proxy.local_addr()).await;
+    wire.send(GET).await;
+    until("the request to be held", || tally.stats().held == 1).await;
+    let ((), answer) = tokio::join!(proxy.stop(), wire.rest());
+    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+    assert!(answer.contains("this proxy stops") && answer.contains("retry-after: "), "{answer}");
+}
+
+#[tokio::test]
 async fn a_hand_off_in_a_pause_keeps_the_order_of_both() {
     // Released from the pause while the slice is on its way, requests wait for that too.
     let (old, (new, asked)) = (Backend::raw(|_| async {}).await, recorder().await);
