@@ -161,7 +161,8 @@ impl From<&State> for pb::State {
             last_node: state.last_node,
             hold_off: state.hold_off,
             jobs: state.jobs.values().map(pb::Job::from).collect(),
-            flags: Some((&*state.flags).into()),
+            // What a cluster begins with need not be said: it is of its incarnation.
+            flags: (*state.flags != no_flags(state.incarnation)).then(|| (&*state.flags).into()),
             last_pause: state.last_pause,
         }
     }
