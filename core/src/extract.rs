@@ -78,9 +78,22 @@ pub enum Miss {
     /// A `%` is not followed by two hex digits.
     #[error("the key has a % at byte {0} that two hex digits do not follow: write % itself as %25")]
     Encoding(usize),
+    /// It is in a token or a body that cannot be read.
+    #[error("the key is in a token or a body that cannot be read")]
+    Unreadable,
+    /// It is in a body that is longer than what is read to find it.
+    #[error(
+        "the key is in a body of more than {0} bytes: send a shorter one, or the key elsewhere"
+    )]
+    LongBody(usize),
 }
 
 impl Extract {
+    /// Decodes a segment of a path.
+    pub(crate) fn decoded(segment: &str) -> Result<Cow<'_, [u8]>, Miss> {
+        decode(segment, Plus::IsPlus)
+    }
+
     /// Finds the key. Allocates only if there is something to decode.
     pub fn key<'a, H: Headers + ?Sized>(
         &self,

@@ -9,6 +9,7 @@ pub mod prng;
 pub mod name;
 pub mod key;
 pub mod extract;
+pub mod recipe;
 pub mod slice;
 pub mod slice_map;
 pub mod generation;

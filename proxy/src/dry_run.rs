@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::request::Parts;
+use mandoline::http::key::Asked;
 use mandoline::{Generation, SessionId};
 use mandoline_core::key::SliceKey;
 use mandoline_core::task::Task;
@@ -60,7 +61,7 @@ impl DryRun {
     /// Gives the task that a request with this head would go to, and the assignment that says so; the status of the answer if it
     /// would go to none.
     pub fn first(&self, mut head: Parts) -> Result<(SessionId, Generation), u16> {
-        let target = self.walk().stages(&mut head, &mut Told::default());
+        let target = self.walk().stages(&mut head, None, &mut Told::default());
         target
             .map(|target| (target.session(), target.generation))
             .map_err(|refusal| refusal.status().as_u16())
@@ -128,7 +129,7 @@ impl Walk<'_> {
     fn explain(&self, mut head: Parts, client: IpAddr) -> Explanation {
         let mut told = Told::default();
         let asked = format!("{} {}", head.method, head.uri);
-        let end = match self.stages(&mut head, &mut told) {
+        let end = match self.stages(&mut head, Some(client), &mut told) {
             Ok(target) => self.forward(&target, &mut told),
             // Who serves what, a file cannot tell.
             Err(Refusal::Unserved) if self.gates.is_none() => {
@@ -147,7 +148,12 @@ impl Walk<'_> {
     }
 
     /// The stages up to where the request would be sent.
-    fn stages(&self, head: &mut Parts, told: &mut Told) -> Result<Target, Refusal> {
+    fn stages(
+        &self,
+        head: &mut Parts,
+        client: Option<IpAddr>,
+        told: &mut Told,
+    ) -> Result<Target, Refusal> {
         told.enters("identify");
         let host = identify::check(self.pseudonym, head)?;
         told.fact("host", host.as_str());
@@ -164,7 +170,8 @@ impl Walk<'_> {
         told.fact("job", job.name.as_str());
         told.fact("from", from.to_string());
         told.says(format!("the key is {}", from.describe()));
-        let key = key::find(from, head, &host)?;
+        let asked = Asked { head, host: host.as_str(), client, body: None };
+        let key = key::find(from, &asked)?;
         told.fact("key", key.to_string());
         told.says(format!("it lies at {key}"));
 

@@ -1,26 +1,55 @@
 //! The stage `key`: which key the request is for, where its route leads to a job.
 
-use http::request::Parts;
-use mandoline::http::key::KeyFrom;
+use mandoline::http::key::{Asked, KeyFrom};
+use mandoline_core::extract::Miss;
 use mandoline_core::key::SliceKey;
+use tokio::time::timeout;
 
-use crate::client::Host;
 use crate::passage::Passage;
 use crate::refusal::Refusal;
 use crate::setup::To;
+use crate::upload::{Gathered, REPLAY_MAX_BYTES};
 
 /// Finds the key where the route says that it is.
 pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
     let route = passage.route();
     let To::Job { job, key } = &route.to;
-    let key = find(key, &passage.head, &passage.host)?;
+    let body = if key.reads_body() { Some(body(passage).await?) } else { None };
+    let asked = Asked {
+        head: &passage.head,
+        host: passage.host.as_str(),
+        client: Some(passage.client.address()),
+        body: body.as_deref(),
+    };
+    let key = find(key, &asked)?;
     passage.key = Some(key);
     passage.exchange.has_key(key, job);
     Ok(())
 }
 
+/// Reads a small body, which is kept to be sent on.
+async fn body(passage: &Passage) -> Result<Vec<u8>, Refusal> {
+    let within = passage.setup.config.timeouts.header;
+    let reading = passage.tape.gather(BODY_MAX_BYTES, |_| true);
+    match timeout(within, reading).await {
+        Err(_) => Err(Refusal::SlowBody),
+        Ok(Gathered::Gone) => Err(Refusal::Left),
+        Ok(Gathered::Broken) => {
+            Err(Refusal::Malformed("the body of the request is not well formed"))
+        }
+        Ok(Gathered::Enough) => {
+            let long = || Refusal::Key(Miss::LongBody(BODY_MAX_BYTES).to_string());
+            let body = passage.tape.gathered().filter(|body| body.len() <= BODY_MAX_BYTES);
+            body.ok_or_else(long)
+        }
+    }
+}
+
+/// The longest body that is read to find a key: it has to be kept until its end has come. As much as is kept for a second try.
+const BODY_MAX_BYTES: usize = REPLAY_MAX_BYTES;
+
 /// Finds the key of a request.
-pub(crate) fn find(from: &KeyFrom, head: &Parts, host: &Host) -> Result<SliceKey, Refusal> {
-    let key = from.find_of(head, host.as_str());
+pub(crate) fn find(from: &KeyFrom, asked: &Asked<'_>) -> Result<SliceKey, Refusal> {
+    let key = from.find_in(asked);
     key.map_err(|miss| Refusal::Key(format!("{miss}; the key is {}", from.describe())))
 }

@@ -195,6 +195,14 @@ impl Tape {
         }
     }
 
+    /// Gives the body, if it has been read to its end and is kept.
+    pub(crate) fn gathered(&self) -> Option<Vec<u8>> {
+        let Some(reel) = &self.reel else { return Some(Vec::new()) };
+        let reel = reel.borrow();
+        let is_over = reel.ended || reel.source.is_end_stream();
+        (is_over && reel.whole).then(|| reel.kept.iter().flatten().copied().collect())
+    }
+
     /// Says whether the client's body broke off.
     pub(crate) fn is_broken(&self) -> bool {
         self.reel.as_ref().is_some_and(|reel| reel.borrow().broken)

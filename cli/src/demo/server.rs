@@ -287,7 +287,13 @@ impl From<Miss> for Refusal {
     fn from(miss: Miss) -> Self {
         let status = match miss {
             Miss::TooLong(_) => StatusCode::URI_TOO_LONG,
-            Miss::NoKey | Miss::Empty | Miss::Twice | Miss::Encoding(_) => StatusCode::BAD_REQUEST,
+            // It has no body that could be too long: its key is in the path.
+            Miss::NoKey
+            | Miss::Empty
+            | Miss::Twice
+            | Miss::Encoding(_)
+            | Miss::Unreadable
+            | Miss::LongBody(_) => StatusCode::BAD_REQUEST,
         };
         Self(status, format!("{miss}\n"))
     }

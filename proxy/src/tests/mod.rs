@@ -16,4 +16,5 @@ mod handovers;
 mod spills;
 mod regions;
 mod limits;
+mod keys;
 mod life;

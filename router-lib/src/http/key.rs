@@ -1,12 +1,14 @@
 //! Where a request says its key, for every way into a program: a header, the path, gRPC metadata, or a typed call.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use http::header::{self, HeaderMap, HeaderValue};
 use http::request::Parts;
-use mandoline_core::extract::{self, Extract, ExtractError, Miss};
+use mandoline_core::extract::{self, Extract, Miss};
 use mandoline_core::key::SliceKey;
+use mandoline_core::recipe::{Recipe, RecipeError, Whole, group_and_member};
 
 /// A typed call's key: put it into the request's extensions, for [`KeyFrom::typed`].
 ///
@@ -34,8 +36,8 @@ pub struct KeyFrom(Source);
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Source {
     Typed,
-    Part(Extract),
-    Group { group: Extract, member: Extract },
+    Part(Recipe),
+    Group { group: Recipe, member: Recipe },
 }
 
 impl KeyFrom {
@@ -91,21 +93,58 @@ impl KeyFrom {
 
     /// Does the same where the host that is asked for is known otherwise, such as from a target that was absolute once.
     pub fn find_of(&self, head: &Parts, host: Option<&str>) -> Result<SliceKey, Miss> {
-        let parts = extract::Parts {
-            path: head.uri.path(),
-            query: head.uri.query(),
-            host,
-            headers: &Fields(&head.headers),
-        };
+        self.find_in(&Asked { head, host, client: None, body: None })
+    }
+
+    /// Does the same where more of the request is known than its head.
+    pub fn find_in(&self, asked: &Asked<'_>) -> Result<SliceKey, Miss> {
+        let fields = Fields(&asked.head.headers);
+        let whole = asked.whole(&fields);
         match &self.0 {
-            Source::Typed => head.extensions.get::<Key>().map(|key| key.0).ok_or(Miss::NoKey),
-            Source::Part(part) => Ok(SliceKey::of(&part.key(&parts)?)),
+            Source::Typed => asked.head.extensions.get::<Key>().map(|key| key.0).ok_or(Miss::NoKey),
+            Source::Part(part) => Ok(SliceKey::of(&part.key(&whole, &FORMAT)?)),
             Source::Group { group, member } => {
-                Ok(SliceKey::grouped(&group.key(&parts)?, &member.key(&parts)?))
+                Ok(SliceKey::grouped(&group.key(&whole, &FORMAT)?, &member.key(&whole, &FORMAT)?))
             }
         }
     }
+
+    /// Says whether the key is in the body of a request, which then has to be read first: only a proxy does that.
+    pub fn reads_body(&self) -> bool {
+        match &self.0 {
+            Source::Typed => false,
+            Source::Part(part) => part.reads_body(),
+            Source::Group { group, member } => group.reads_body() || member.reads_body(),
+        }
+    }
 }
+
+/// A request, as far as it is known to whoever looks for its key.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// Its head.
+    pub head: &'a Parts,
+    /// The host that it is for.
+    pub host: Option<&'a str>,
+    /// Who asks.
+    pub client: Option<IpAddr>,
+    /// Its body, if that was read.
+    pub body: Option<&'a [u8]>,
+}
+
+impl<'a> Asked<'a> {
+    fn whole(&self, headers: &'a Fields<'a>) -> Whole<'a, Fields<'a>> {
+        let uri = &self.head.uri;
+        let parts =
+            extract::Parts { path: uri.path(), query: uri.query(), host: self.host, headers };
+        Whole { parts, method: self.head.method.as_str(), client: self.client, body: self.body }
+    }
+}
+
+#[cfg(feature = "json")]
+const FORMAT: crate::http::json::Json = crate::http::json::Json;
+#[cfg(not(feature = "json"))]
+const FORMAT: mandoline_core::recipe::NoJson = mandoline_core::recipe::NoJson;
 
 impl KeyFrom {
     /// Says in words where the key is expected, to finish the sentence "the key is".
@@ -127,20 +166,40 @@ fn host(head: &Parts) -> Option<&str> {
 
 impl From<Extract> for KeyFrom {
     fn from(part: Extract) -> Self {
-        Self(Source::Part(part))
+        Self(Source::Part(Recipe::Part(part)))
     }
 }
 
-/// `header:x-shard-key`, `path:1` and so on, as in flags and configuration; `header:tenant/header:user` groups.
-impl FromStr for KeyFrom {
-    type Err = ExtractError;
+/// Why a text does not say where a key is.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeyFromError {
+    /// It is no recipe.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    /// The library was built without reading JSON.
+    #[error(
+        "{0} is in JSON, which this program does not read: build it with the feature json of mandoline"
+    )]
+    Json(String),
+}
 
-    fn from_str(text: &str) -> Result<Self, ExtractError> {
-        match text.split_once('/') {
-            Some((group, member)) => {
-                Ok(Self(Source::Group { group: group.parse()?, member: member.parse()? }))
+/// `header:x-shard-key`, `path:1`, `first(cookie:s, client)` and so on, as in flags and configuration; `header:tenant/header:user` groups.
+impl FromStr for KeyFrom {
+    type Err = KeyFromError;
+
+    fn from_str(text: &str) -> Result<Self, KeyFromError> {
+        let read = |text: &str| -> Result<Recipe, KeyFromError> {
+            let recipe: Recipe = text.parse()?;
+            if recipe.reads_json() && !cfg!(feature = "json") {
+                return Err(KeyFromError::Json(text.to_owned()));
             }
-            None => Ok(Self(Source::Part(text.parse()?))),
+            Ok(recipe)
+        };
+        match group_and_member(text) {
+            Some((group, member)) => {
+                Ok(Self(Source::Group { group: read(group)?, member: read(member)? }))
+            }
+            None => Ok(Self(Source::Part(read(text)?))),
         }
     }
 }
@@ -190,6 +249,17 @@ mod tests {
             (KeyFrom::typed(), "t1"),
         ] {
             assert_eq!(from.find(&head), Ok(SliceKey::of(key.as_bytes())), "{from:?}");
+        }
+        let client = Some("10.1.2.3".parse().unwrap());
+        let body = Some(&br#"{"user": {"id": "u1"}}"#[..]);
+        let asked = Asked { head: &head, host: Some("a.example"), client, body };
+        for (from, key) in [
+            ("client:8", "10.0.0.0"),
+            ("json(/user/id)", "u1"),
+            ("first(cookie:c, lower(header:tenant))", "acme"),
+        ] {
+            let from: KeyFrom = from.parse().unwrap();
+            assert_eq!(from.find_in(&asked), Ok(SliceKey::of(key.as_bytes())), "{from:?}");
         }
         let grouped = KeyFrom::header("x-shard-key").within(KeyFrom::header("tenant"));
         assert_eq!(grouped, "header:tenant/header:x-shard-key".parse().unwrap());

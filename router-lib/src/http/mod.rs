@@ -11,6 +11,8 @@
 //! All find the key by the same [`key::KeyFrom`], and refuse and understand refusals by the same [`refused::Refused`].
 
 pub mod names;
+#[cfg(feature = "json")]
+mod json;
 pub mod key;
 pub mod refused;
 pub mod replay;
