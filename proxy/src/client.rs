@@ -1,24 +1,53 @@
 //! Who asks, and for which host: the other end of a client's connection, and the name that a request came for.
 
 use std::borrow::Cow;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use http::header::HeaderValue;
 
+use crate::tls::terminator::Identity;
+
 /// The other end of a client's connection.
 pub(crate) struct Client {
-    // `for=...;proto=http`, the same for every request.
+    // `for=...;proto=...`, the same for every request.
     prefix: String,
     address: IpAddr,
+    // Who it is, if it showed a certificate.
+    identity: Option<Identity>,
+}
+
+/// How a client's connection is protected.
+#[derive(Clone, Copy)]
+pub(crate) enum Scheme {
+    Http,
+    Https,
+}
+
+impl Scheme {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Https => "https",
+        }
+    }
 }
 
 impl Client {
-    pub(crate) fn new(address: IpAddr) -> Self {
-        let prefix = match address.to_canonical() {
-            IpAddr::V4(v4) => format!("for={v4};proto=http"),
-            IpAddr::V6(v6) => format!("for=\"[{v6}]\";proto=http"),
+    /// One on a Unix socket has no address. For whoever needs one it is this machine's.
+    pub(crate) fn new(address: Option<IpAddr>, scheme: Scheme, identity: Option<Identity>) -> Self {
+        let proto = scheme.as_str();
+        let prefix = match address.map(|address| address.to_canonical()) {
+            Some(IpAddr::V4(v4)) => format!("for={v4};proto={proto}"),
+            Some(IpAddr::V6(v6)) => format!("for=\"[{v6}]\";proto={proto}"),
+            None => format!("for=unknown;proto={proto}"),
         };
-        Self { prefix, address }
+        let address = address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        Self { prefix, address, identity }
+    }
+
+    /// Says who it is, if it showed a certificate that was verified.
+    pub(crate) const fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
     }
 
     pub(crate) const fn address(&self) -> IpAddr {

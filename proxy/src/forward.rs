@@ -97,7 +97,7 @@ async fn to_owner(passage: &mut Passage, job: &Job, mut target: Target) -> Resul
     let Passage { worker, setup, head, tape, line, key, stays, exchange, .. } = passage;
     let facts = Facts {
         request_id: &passage.request_id,
-        client: passage.client.address(),
+        client: &passage.client,
         host: &passage.host,
         route: &route.name,
         key: *key,

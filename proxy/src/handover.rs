@@ -36,14 +36,14 @@ use tracing::{info, warn};
 
 use crate::sockets::Sockets;
 
-/// One record: an address as text, and zeros. The longest address with a port has 58 bytes.
+/// One record: an address as text, and zeros. The longest path of a Unix socket has 108 bytes.
 const RECORD_BYTES: usize = 128;
 /// What the new process writes when it serves.
 const READY: u8 = b'r';
 /// How long either side waits for the other's next word; the new process needs some of it to learn who serves what.
 const WORD_WAIT: Duration = Duration::from_secs(30);
-/// How many sockets are taken at most: one for each of the most workers, and the admin address.
-const SOCKETS_MAX: usize = 1 + crate::config::WORKERS_MAX;
+/// How many sockets are taken at most: one for each of the most workers on a few listeners, and the admin address.
+const SOCKETS_MAX: usize = 1 + 8 * crate::config::WORKERS_MAX;
 
 /// Sockets that another process may take over. Dropping it takes the offer back, and closes this process's hold on them.
 #[derive(Debug)]
@@ -114,9 +114,8 @@ fn give(stream: &UnixStream, sockets: &Sockets) -> io::Result<()> {
     if peer.uid != getuid() && !peer.uid.is_root() {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it belongs to another user"));
     }
-    for socket in sockets.all() {
+    for (socket, address) in sockets.all() {
         let mut record = [0; RECORD_BYTES];
-        let address = socket.local_addr()?.to_string();
         record[..address.len()].copy_from_slice(address.as_bytes());
         let mut space =
             [const { std::mem::MaybeUninit::uninit() }; rustix::cmsg_space!(ScmRights(1))];

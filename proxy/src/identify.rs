@@ -18,6 +18,7 @@ use mandoline::http::names::{SPILL, lists, strip_hop_by_hop};
 /// The stage `identify`.
 pub(crate) fn identify(passage: &mut Passage) -> Result<(), Refusal> {
     passage.host = check(&passage.worker.pseudonym, &mut passage.head)?;
+    join_crumbs(&mut passage.head);
     Ok(())
 }
 
@@ -87,6 +88,17 @@ fn no_loop(headers: &HeaderMap, pseudonym: &str) -> Result<(), Refusal> {
     if ours { Err(Refusal::Loop) } else { Ok(()) }
 }
 
+/// Makes one `Cookie` of those that HTTP/2 lets a client send one by one (RFC 9113, 8.2.3): in HTTP/1.1 there is but one.
+fn join_crumbs(head: &mut Parts) {
+    if head.version != Version::HTTP_2 || head.headers.get_all(header::COOKIE).iter().count() < 2 {
+        return;
+    }
+    let crumbs: Vec<&[u8]> =
+        head.headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    let whole = HeaderValue::from_bytes(&crumbs.join(&b"; "[..]));
+    head.headers.insert(header::COOKIE, whole.expect("what parts of headers make is one"));
+}
+
 fn host(head: &Parts) -> Result<Host, Refusal> {
     let mut lines = head.headers.get_all(header::HOST).iter();
     let host = match (lines.next(), lines.next()) {
@@ -98,6 +110,19 @@ fn host(head: &Parts) -> Result<Host, Refusal> {
     };
     // An absolute target outweighs Host (RFC 9112, 3.2.2).
     let host = match head.uri.authority() {
+        Some(authority) if head.version == Version::HTTP_2 => {
+            let differs = |host: &HeaderValue| {
+                !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes())
+            };
+            // RFC 9113, 8.3.1.
+            if head.headers.get(header::HOST).is_some_and(differs) {
+                return Err(Refusal::Malformed("Host says something else than :authority"));
+            }
+            HeaderValue::from_str(authority.as_str()).map_err(|_| Refusal::Malformed(BAD_HOST))?
+        }
+        None if head.version == Version::HTTP_2 && host.is_empty() => {
+            return Err(Refusal::Malformed("the request has no :authority"));
+        }
         None => host,
         Some(authority) => {
             let without_user = authority.as_str().rsplit('@').next().unwrap_or_default();
@@ -160,10 +185,13 @@ fn origin_form(head: &mut Parts) -> Result<(), Refusal> {
 
 /// Takes away what was meant for this hop, and says who the client was and that the request came by here.
 pub(crate) fn sign(passage: &mut Passage) {
-    let Passage { worker, client, host, head, .. } = passage;
+    let Passage { worker, client, host, head, tape, .. } = passage;
     let headers = &mut head.headers;
     let trailers = lists(headers.get_all(header::TE), "trailers");
-    let chunked = headers.contains_key(header::TRANSFER_ENCODING);
+    // A body of HTTP/2 may go without a length as it is.
+    let has_length = headers.contains_key(header::CONTENT_LENGTH);
+    let of_frames = head.version == Version::HTTP_2 && !tape.is_empty() && !has_length;
+    let chunked = headers.contains_key(header::TRANSFER_ENCODING) || of_frames;
     strip_hop_by_hop(headers);
     // The proxy meets the expectation itself: it asks for the body as soon as the task takes it.
     headers.remove(header::EXPECT);

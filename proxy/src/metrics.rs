@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -77,6 +78,10 @@ pub(crate) enum Count {
     ConnectionsOpened,
     ConnectionsClosed,
     ConnectionsTurnedAway,
+    Http2Connections,
+    ProxyHeaders,
+    TlsFailures,
+    Floods,
     Connects,
     ConnectFailures,
     Stale,
@@ -89,7 +94,7 @@ pub(crate) enum Count {
     HoldsFailed,
 }
 
-const COUNTS: [(Count, &str, &str); 22] = [
+const COUNTS: [(Count, &str, &str); 26] = [
     (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
     (
         Count::Answered,
@@ -133,6 +138,26 @@ const COUNTS: [(Count, &str, &str); 22] = [
         Count::ConnectionsTurnedAway,
         "mandoline_proxy_connections_turned_away",
         "Client connections over the limit",
+    ),
+    (
+        Count::Http2Connections,
+        "mandoline_proxy_connections_http2",
+        "Client connections that spoke HTTP/2",
+    ),
+    (
+        Count::ProxyHeaders,
+        "mandoline_proxy_proxy_headers_refused",
+        "Connections of trusted senders that did not begin with a good PROXY header, or not in time",
+    ),
+    (
+        Count::TlsFailures,
+        "mandoline_proxy_tls_failures",
+        "TLS handshakes that failed, took too long, or were too many at a time",
+    ),
+    (
+        Count::Floods,
+        "mandoline_proxy_floods",
+        "HTTP/2 connections that were ended since their clients made work for nothing",
     ),
     (Count::Connects, "mandoline_proxy_connects", "Connections to tasks that were opened"),
     (
@@ -327,6 +352,38 @@ const LOG_FAILED: (&str, &str) = (
     "mandoline_proxy_access_log_lines_failed",
     "Lines of the access log that could not be written",
 );
+/// What is counted for each listener that has certificates.
+type TlsNumber = ((&'static str, &'static str), MetricType, fn(&TlsStats) -> u64);
+const TLS_NUMBERS: [TlsNumber; 3] = [
+    (
+        (
+            "mandoline_proxy_certificates_taken",
+            "Changed files of certificates that came into force while the proxy ran",
+        ),
+        MetricType::Counter,
+        |tls| tls.taken,
+    ),
+    (
+        (
+            "mandoline_proxy_certificates_refused",
+            "Changed files of certificates that cannot work: those before stayed in force",
+        ),
+        MetricType::Counter,
+        |tls| tls.refused,
+    ),
+    (
+        (
+            "mandoline_proxy_certificates_last_refused",
+            "One if the newest files of certificates were refused, so that older ones are in force",
+        ),
+        MetricType::Gauge,
+        |tls| tls.last_refused as u64,
+    ),
+];
+const VALID_UNTIL: (&str, &str) = (
+    "mandoline_proxy_certificate_valid_until_seconds",
+    "Until when a certificate is valid, in seconds since 1970",
+);
 const DURATION: (&str, &str) = (
     "mandoline_proxy_request_duration_seconds",
     "From the head of a request to the last byte of its answer",
@@ -504,6 +561,16 @@ pub struct Stats {
     pub held_bytes: u64,
     /// Client connections, now.
     pub connections: u64,
+    /// Client connections that spoke HTTP/2.
+    pub http2_connections: u64,
+    /// Connections of trusted senders without a good PROXY header.
+    pub proxy_headers_refused: u64,
+    /// TLS handshakes that failed.
+    pub tls_failures: u64,
+    /// HTTP/2 connections that were ended since their clients made work for nothing.
+    pub floods: u64,
+    /// The certificates of each listener that has some.
+    pub tls: Vec<TlsStats>,
     /// Connections to tasks that were opened.
     pub connects: u64,
     /// Each task that was tried in the last minutes.
@@ -603,6 +670,22 @@ pub(crate) struct Knowledge {
     pub(crate) held_bytes: u64,
     pub(crate) pauses: Vec<PauseStats>,
     pub(crate) log: Option<LogStats>,
+    pub(crate) tls: Vec<TlsStats>,
+}
+
+/// What is known of a listener's certificates.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlsStats {
+    /// Where the listener is.
+    pub address: String,
+    /// The file of each certificate, and until when it is valid, in seconds since 1970.
+    pub valid_until: Vec<(PathBuf, i64)>,
+    /// How often changed files came into force.
+    pub taken: u64,
+    /// How often they did not, since they cannot work.
+    pub refused: u64,
+    /// Whether the newest did not, so that older ones are in force.
+    pub last_refused: bool,
 }
 
 /// How configurations came into force after the first, or not.
@@ -669,6 +752,11 @@ impl Tally {
             held: holds.saturating_sub(released + late + left + failed),
             held_bytes: known.held_bytes,
             connections: self.sum(Count::ConnectionsOpened).saturating_sub(closed),
+            http2_connections: self.sum(Count::Http2Connections),
+            proxy_headers_refused: self.sum(Count::ProxyHeaders),
+            tls_failures: self.sum(Count::TlsFailures),
+            floods: self.sum(Count::Floods),
+            tls: known.tls,
             connects: self.sum(Count::Connects),
             tasks: self.tasks(),
             routes: self.routes(),
@@ -801,6 +889,36 @@ fn added_up<'a>(all: impl Iterator<Item = &'a Durations> + Clone) -> (f64, u64, 
     (nanos as f64 / 1e9, buckets.iter().map(|(_, count)| count).sum(), buckets)
 }
 
+impl Tally {
+    fn encode_tls(all: &[TlsStats], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        for ((name, help), kind, value) in TLS_NUMBERS {
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for tls in all {
+                let labels = [("listener", tls.address.as_str())];
+                match kind {
+                    MetricType::Counter => {
+                        ConstCounter::new(value(tls)).encode(family.encode_family(&labels)?)?;
+                    }
+                    _ => {
+                        let gauge = ConstGauge::new(i64::try_from(value(tls)).unwrap_or(i64::MAX));
+                        gauge.encode(family.encode_family(&labels)?)?;
+                    }
+                }
+            }
+        }
+        let (name, help) = VALID_UNTIL;
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for tls in all {
+            for (file, until) in &tls.valid_until {
+                let file = file.display().to_string();
+                let labels = [("listener", tls.address.as_str()), ("file", file.as_str())];
+                ConstGauge::new(*until).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Writes all numbers in the form that Prometheus reads.
 impl Collector for Tally {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
@@ -861,6 +979,7 @@ impl Collector for Tally {
                 ConstCounter::new(value).encode(family)?;
             }
         }
+        Self::encode_tls(&stats.tls, &mut encoder)?;
         let histograms = [
             (DURATION, self.durations(|worker| &worker.durations)),
             (UPSTREAM, self.durations(|worker| &worker.upstream)),
@@ -1003,6 +1122,7 @@ mod tests {
             gateways: Some(gateways.clone()),
             reloads: Reloads { taken: 3, refused: 2, last_refused: true },
             held_bytes: 77,
+            tls: Vec::new(),
             pauses: vec![pause.clone()],
             log: Some(LogStats { written: 5, dropped: 6, failed: 7 }),
         };

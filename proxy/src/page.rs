@@ -16,6 +16,7 @@ use crate::router::Router;
 pub(crate) fn state(config: &Checked, tally: &Tally, began: Instant) -> Value {
     let stats = tally.stats();
     let reloads = tally.reloads();
+    let places: Vec<String> = config.listeners.iter().map(|l| l.address.to_string()).collect();
     let log = config.access_log.as_ref().map(|log| {
         let stats = log.writer.stats();
         json!({"written": stats.written, "dropped": stats.dropped, "failed": stats.failed})
@@ -24,7 +25,7 @@ pub(crate) fn state(config: &Checked, tally: &Tally, began: Instant) -> Value {
         "proxy": {
             "version": env!("CARGO_PKG_VERSION"),
             "id": config.id.as_str(),
-            "listen": config.listen.to_string(),
+            "listen": places.join(", "),
             "workers": config.workers,
             "up_seconds": began.elapsed().as_secs(),
             "connections": stats.connections,

@@ -1,5 +1,6 @@
 //! Starting and stopping: sockets first, so that whoever started a proxy knows at once where it listens or why not.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -8,28 +9,35 @@ use std::sync::atomic::AtomicUsize;
 use std::thread;
 use std::time::Duration;
 
+use socket2::Socket;
 use tokio::net::TcpListener;
 use tokio::runtime::{self, Runtime};
 use tokio::sync::oneshot;
 use tokio::task::{LocalSet, spawn_blocking};
+use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::admin::{self, Admin};
+use crate::config::listener::{Address, Listener};
 use crate::config::{Checked, Config, ConfigError};
 use crate::dry_run;
+use crate::connection::Entrance;
 use crate::hold::book::Book;
-use crate::listen;
-use crate::metrics::{Counters, Stats, Tally};
+use crate::listen::{self, Door};
+use crate::metrics::{Counters, Knowledge, Stats, Tally};
 use crate::pauses::Pauses;
 use crate::reload::{Message, Question, Reloader};
 use crate::sockets::{Sockets, SocketsError};
+use crate::stream::Listening;
+use crate::tls::certificates::TlsError;
+use crate::tls::terminator::Terminator;
 use crate::worker::Worker;
 
 /// A running proxy. Dropping it tells it to stop and does not wait.
 #[derive(Debug)]
 pub struct Proxy {
-    local: SocketAddr,
+    addresses: Vec<Address>,
     admin: Option<SocketAddr>,
     tally: Tally,
     reloader: Reloader,
@@ -56,6 +64,15 @@ pub enum StartError {
     /// It has no sockets to listen on.
     #[error(transparent)]
     Sockets(#[from] SocketsError),
+    /// A listener has no certificates that it could show.
+    #[error("TLS cannot be spoken at {address}")]
+    Tls {
+        /// Where.
+        address: Address,
+        /// Which file, and why.
+        #[source]
+        source: TlsError,
+    },
     /// The system gave no thread or no event queue.
     #[error("the proxy cannot start a worker")]
     Worker(#[source] io::Error),
@@ -77,18 +94,24 @@ impl Proxy {
     ) -> Result<Self, StartError> {
         let config = Arc::new(config);
         let workers = config.workers.get();
-        let local = sockets.requests[0].local_addr().map_err(SocketsError::NoListener)?;
+        let addresses = sockets.addresses(&config);
+        let entrances = entrances(&config)?;
         let (sockets, admin_socket) =
             sockets.for_workers(workers).map_err(SocketsError::NoListener)?;
         let counters: Arc<[Arc<Counters>]> = (0..workers).map(|_| Arc::default()).collect();
         let (reloader, changes) = Reloader::new(Arc::clone(&config), workers);
         let in_force = reloader.clone();
         let book = Arc::new(Book::new(workers, config.limits));
-        let known = Arc::clone(&book);
+        let (known, shown) = (Arc::clone(&book), entrances.clone());
+        let knowledge = move || Knowledge {
+            tls: terminators(&shown).map(Terminator::stats).collect(),
+            ..in_force.knowledge(&known)
+        };
+        let admin_address = admin_socket.as_ref().and_then(|socket| socket.local_addr().ok());
         let mut proxy = Self {
-            local,
-            admin: admin_socket.as_ref().and_then(|socket| socket.local_addr().ok()),
-            tally: Tally::new(Arc::clone(&counters), move || in_force.knowledge(&known)),
+            addresses,
+            admin: admin_address.and_then(|address| address.as_socket()),
+            tally: Tally::new(Arc::clone(&counters), knowledge),
             reloader,
             pauses: Pauses::new(Arc::clone(&book)),
             stop: stop.child_token(),
@@ -102,7 +125,11 @@ impl Proxy {
             let (config, counters) = (Arc::clone(&config), Arc::clone(counters));
             let book = Arc::clone(&book);
             let (open_connections, stop) = (Arc::clone(&open_connections), proxy.stop.clone());
-            let body = async move |listeners| {
+            let (entrances, entered) = (entrances.clone(), entrances.clone());
+            let open_door = move |(place, socket): (usize, Socket)| -> io::Result<Door> {
+                Ok((Arc::clone(&entered[place]), Listening::new(socket)?))
+            };
+            let body = async move |doors| {
                 let worker = Rc::new(Worker::new(config, counters, book));
                 let reloading = Rc::clone(&worker);
                 worker.pool.spawn(async move {
@@ -119,11 +146,15 @@ impl Proxy {
                         }
                     }
                 });
-                listen::run(worker, listeners, open_connections, stop).await;
+                if n == 0 {
+                    worker.pool.spawn(keep_certificates_fresh(entrances));
+                }
+                listen::run(worker, doors, open_connections, stop).await;
             };
             // On an error `proxy` is dropped, which stops the workers that have begun.
             proxy.threads.push(
-                spawn(format!("mandoline-proxy-{n}"), sockets, body).map_err(StartError::Worker)?,
+                spawn(format!("mandoline-proxy-{n}"), sockets, open_door, body)
+                    .map_err(StartError::Worker)?,
             );
         }
         if let Some(socket) = admin_socket {
@@ -135,17 +166,26 @@ impl Proxy {
                 admin::run(admin, listener, stopped).await;
             };
             proxy.admin_thread = Some(
-                spawn("mandoline-proxy-admin".to_owned(), vec![socket], body)
+                spawn("mandoline-proxy-admin".to_owned(), vec![socket], into_async, body)
                     .map_err(StartError::Worker)?,
             );
         }
-        info!(address = %local, workers, routes = config.routes.len(), "Proxy listens");
+        info!(address = %Among(&proxy.addresses), workers, routes = config.routes.len(), "Proxy listens");
         Ok(proxy)
     }
 
-    /// Says where requests come in.
-    pub const fn local_addr(&self) -> SocketAddr {
-        self.local
+    /// Says where requests come in: the first address with a port, or none at all (`0.0.0.0:0`) where there are Unix sockets alone.
+    pub fn local_addr(&self) -> SocketAddr {
+        let with_port = self.addresses.iter().find_map(|address| match address {
+            Address::Tcp(address) => Some(*address),
+            Address::Unix { .. } => None,
+        });
+        with_port.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0)))
+    }
+
+    /// Says where each listener is, in their order.
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
     }
 
     /// Says where `/metrics` and its like are served.
@@ -218,11 +258,56 @@ impl Thread {
     }
 }
 
+/// Several addresses, as text.
+struct Among<'a>(&'a [Address]);
+
+impl fmt::Display for Among<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<String> = self.0.iter().map(Address::to_string).collect();
+        f.pad(&all.join(", "))
+    }
+}
+
+/// Reads the certificates of all listeners, which must be good.
+fn entrances(config: &Config) -> Result<Vec<Arc<Entrance>>, StartError> {
+    let listeners = config.listeners.iter();
+    let entrance = |listener: &Listener| {
+        let address = listener.address.clone();
+        let tls = Terminator::new(listener);
+        let tls = tls.map_err(|source| StartError::Tls { address, source })?;
+        Ok(Arc::new(Entrance::new(listener.clone(), tls)))
+    };
+    listeners.map(entrance).collect()
+}
+
+fn terminators(entrances: &[Arc<Entrance>]) -> impl Iterator<Item = &Terminator> {
+    entrances.iter().filter_map(|entrance| entrance.tls.as_ref())
+}
+
+/// Looks at the files of certificates again and again.
+async fn keep_certificates_fresh(entrances: Vec<Arc<Entrance>>) {
+    if terminators(&entrances).next().is_none() {
+        return;
+    }
+    let mut look = interval(LOOK_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        let entrances = entrances.clone();
+        // A panic there would be told by the thread that it ended.
+        drop(spawn_blocking(move || terminators(&entrances).for_each(Terminator::look)).await);
+    }
+}
+
+/// How often files are looked at. Whoever has renewed a certificate looks at the result within a second or two.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// Runs `body` on a thread and a runtime of its own.
-fn spawn(
+fn spawn<S, L: Send + 'static>(
     name: String,
-    sockets: Vec<std::net::TcpListener>,
-    body: impl AsyncFnOnce(Vec<TcpListener>) + Send + 'static,
+    sockets: Vec<S>,
+    into_async: impl Fn(S) -> io::Result<L>,
+    body: impl AsyncFnOnce(Vec<L>) + Send + 'static,
 ) -> io::Result<Thread> {
     let runtime: Runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     let listeners = {
@@ -239,7 +324,7 @@ fn spawn(
     Ok(Thread { handle, done })
 }
 
-fn into_async(socket: std::net::TcpListener) -> io::Result<TcpListener> {
+fn into_async(socket: Socket) -> io::Result<TcpListener> {
     socket.set_nonblocking(true)?;
-    TcpListener::from_std(socket)
+    TcpListener::from_std(socket.into())
 }

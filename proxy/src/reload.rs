@@ -178,6 +178,7 @@ impl Reloader {
             held_bytes: book.room.bytes() as u64,
             pauses: book.stats(),
             log: config.access_log.as_ref().map(|log| log.writer.stats()),
+            tls: Vec::new(),
         }
     }
 }
@@ -185,7 +186,7 @@ impl Reloader {
 /// Names what differs and only a restart can change: sockets and threads.
 fn fixed(old: &Config, new: &Config) -> Option<&'static str> {
     let changes = [
-        ("listen", old.listen != new.listen),
+        ("listen", old.listeners != new.listeners),
         ("admin", old.admin != new.admin),
         ("workers", old.workers != new.workers),
         ("id", old.id != new.id),

@@ -2,21 +2,21 @@
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
-use std::net::IpAddr;
 
 use bytes::Bytes;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use mandoline::{Generation, SliceKey};
 use mandoline_core::prng::Prng;
 
-use crate::client::Host;
+use crate::client::{Client, Host};
 use crate::config::headers::{HeaderRules, Piece, Template, Value};
+use crate::tls::terminator::Identity;
 
 /// What templates may name of one request.
 #[derive(Clone, Copy)]
 pub(crate) struct Facts<'a> {
     pub(crate) request_id: &'a HeaderValue,
-    pub(crate) client: IpAddr,
+    pub(crate) client: &'a Client,
     pub(crate) host: &'a Host,
     pub(crate) route: &'a str,
     pub(crate) key: Option<SliceKey>,
@@ -74,7 +74,13 @@ impl Facts<'_> {
     fn write(&self, value: Value, text: &mut String) {
         let written = match value {
             Value::RequestId => text.write_str(visible(self.request_id)),
-            Value::Client => write!(text, "{}", self.client.to_canonical()),
+            Value::Client => write!(text, "{}", self.client.address().to_canonical()),
+            Value::ClientSubject => {
+                text.write_str(self.client.identity().map_or("", |identity| &identity.subject))
+            }
+            Value::ClientNames => {
+                text.write_str(&self.client.identity().map_or_else(String::new, Identity::names))
+            }
             Value::Host => text.write_str(visible(&self.host.0)),
             Value::Route => text.write_str(self.route),
             Value::Key => self.key.map_or(Ok(()), |key| write!(text, "{key}")),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{Request, Response};
+use http::{Method, Request, Response, Version};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use tokio::time::timeout;
@@ -37,6 +37,8 @@ pub(crate) async fn serve(
     seen: Seen,
 ) -> Result<Response<Download>, Infallible> {
     let doubt = seen.doubt;
+    let (is_http2, is_head) =
+        (request.version() == Version::HTTP_2, request.method() == Method::HEAD);
     let mut passage = Passage::begin(worker, client, request, seen);
     let stopping = Rc::clone(&passage.worker);
     let passed = match doubt {
@@ -47,7 +49,12 @@ pub(crate) async fn serve(
         Ok(()) => pass_on(passage),
         Err(refusal) => refuse(passage, &refusal),
     };
-    if stopping.stopping.get() {
+    if is_http2 {
+        // Unlike in HTTP/1.1 nobody else sees to it that an answer to HEAD has no body.
+        if is_head && let Download::Own(text) = response.body_mut() {
+            text.take();
+        }
+    } else if stopping.stopping.get() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     Ok(response)
@@ -75,7 +82,7 @@ fn pass_on(passage: Passage) -> Response<Download> {
     let (mut head, body) = response.into_parts();
     let facts = Facts {
         request_id: &passage.request_id,
-        client: passage.client.address(),
+        client: &passage.client,
         host: &passage.host,
         route: &route.name,
         key: passage.key,

@@ -3,17 +3,24 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+
+use socket2::{SockAddr, Socket};
 
 use crate::config::Config;
-use crate::listen::{self, Share};
+use crate::config::listener::{Address, Listener};
+use crate::listen;
 
 /// The sockets that a proxy listens on.
 #[derive(Debug)]
 pub struct Sockets {
-    /// For requests, each on the same address.
-    pub(crate) requests: Vec<TcpListener>,
-    pub(crate) admin: Option<TcpListener>,
+    /// For requests: those of each listener, in their order, all on its address.
+    requests: Vec<Vec<Socket>>,
+    admin: Option<Socket>,
 }
+
+/// What one worker listens on: sockets, and the place of each one's listener.
+pub(crate) type Share = Vec<(usize, Socket)>;
 
 /// A socket that is taken over does not fit the configuration.
 #[derive(Debug, thiserror::Error)]
@@ -29,26 +36,41 @@ pub enum SocketsError {
         #[source]
         source: io::Error,
     },
+    /// A file is no place for a socket.
+    #[error(
+        "the proxy cannot listen on the Unix socket {}: give a path in a folder that exists and that this user may write to, where nobody listens and no other file is",
+        path.display()
+    )]
+    BindUnix {
+        /// Which one.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// No socket was handed over that listens where the configuration says.
     #[error("no socket was handed over for {0}, only for {given}", given = list(.1))]
-    Missing(SocketAddr, Vec<SocketAddr>),
+    Missing(Address, Vec<String>),
     /// What was handed over is no listening socket.
     #[error("what was handed over is no socket that listens")]
     NoListener(#[source] io::Error),
 }
 
-fn list(addresses: &[SocketAddr]) -> String {
-    let addresses: Vec<String> = addresses.iter().map(SocketAddr::to_string).collect();
+fn list(addresses: &[String]) -> String {
     if addresses.is_empty() { "nothing".to_owned() } else { addresses.join(", ") }
 }
 
 impl Sockets {
     /// Binds what a configuration names.
     pub fn bind(config: &Config) -> Result<Self, SocketsError> {
-        let failed = |address| move |source| SocketsError::Bind { address, source };
-        let requests =
-            listen::bind(config.listen, config.workers.get()).map_err(failed(config.listen))?;
-        let bind_admin = |address| listen::open(address, Share::Alone).map_err(failed(address));
+        let workers = config.workers.get();
+        let bind = |listener: &Listener| {
+            listen::bind(&listener.address, workers).map_err(|source| match &listener.address {
+                Address::Tcp(address) => SocketsError::Bind { address: *address, source },
+                Address::Unix { path, .. } => SocketsError::BindUnix { path: path.clone(), source },
+            })
+        };
+        let requests = config.listeners.iter().map(bind).collect::<Result<_, _>>()?;
         let admin = config.admin.map(bind_admin).transpose()?;
         Ok(Self { requests, admin })
     }
@@ -56,54 +78,87 @@ impl Sockets {
     /// Sorts sockets that another process listened on. What the configuration names and nobody handed over is bound, where that
     /// can be.
     pub fn adopt(config: &Config, given: Vec<TcpListener>) -> Result<Self, SocketsError> {
-        let (mut requests, mut admin, mut others) = (Vec::new(), None, Vec::new());
-        for socket in given {
-            socket.set_nonblocking(true).map_err(SocketsError::NoListener)?;
+        let mut requests: Vec<Vec<Socket>> = config.listeners.iter().map(|_| Vec::new()).collect();
+        let (mut admin, mut others) = (None, Vec::new());
+        for socket in given.into_iter().map(Socket::from) {
             let address = socket.local_addr().map_err(SocketsError::NoListener)?;
-            if address == config.listen {
-                requests.push(socket);
-            } else if Some(address) == config.admin && admin.is_none() {
+            let listens = config.listeners.iter().position(|l| is_at(&l.address, &address));
+            if let Some(place) = listens {
+                requests[place].push(socket);
+            } else if admin.is_none() && address.as_socket() == config.admin {
                 admin = Some(socket);
             } else {
-                others.push(address);
+                others.push(name(&address));
             }
         }
-        if requests.is_empty() {
-            return Err(SocketsError::Missing(config.listen, others));
+        if let Some(place) = requests.iter().position(Vec::is_empty) {
+            return Err(SocketsError::Missing(config.listeners[place].address.clone(), others));
         }
         if let (None, Some(address)) = (&admin, config.admin) {
-            let bound = listen::open(address, Share::Alone);
-            admin = Some(bound.map_err(|source| SocketsError::Bind { address, source })?);
+            admin = Some(bind_admin(address)?);
         }
         Ok(Self { requests, admin })
     }
 
     /// Gives the same sockets by other descriptors, to hand them on.
     pub fn share(&self) -> io::Result<Self> {
-        let requests =
-            self.requests.iter().map(TcpListener::try_clone).collect::<Result<_, _>>()?;
-        let admin = self.admin.as_ref().map(TcpListener::try_clone).transpose()?;
+        let again = |sockets: &Vec<Socket>| sockets.iter().map(Socket::try_clone).collect();
+        let requests = self.requests.iter().map(again).collect::<Result<_, _>>()?;
+        let admin = self.admin.as_ref().map(Socket::try_clone).transpose()?;
         Ok(Self { requests, admin })
     }
 
-    /// Gives all of them.
-    pub(crate) fn all(&self) -> impl Iterator<Item = &TcpListener> {
-        self.requests.iter().chain(&self.admin)
+    /// Gives all of them, and says where each listens.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&Socket, String)> {
+        let all = self.requests.iter().flatten().chain(&self.admin);
+        all.map(|socket| {
+            (socket, socket.local_addr().map_or_else(|_| String::new(), |at| name(&at)))
+        })
     }
 
-    /// Has as many sockets for requests as there are workers, so that every client is accepted by one: workers share where there
+    /// Says where each listener is, now that its port is known.
+    pub(crate) fn addresses(&self, config: &Config) -> Vec<Address> {
+        let pairs = config.listeners.iter().zip(&self.requests);
+        let address = |(listener, sockets): (&Listener, &Vec<Socket>)| {
+            let bound = sockets[0].local_addr().ok().and_then(|address| address.as_socket());
+            bound.map_or_else(|| listener.address.clone(), Address::Tcp)
+        };
+        pairs.map(address).collect()
+    }
+
+    /// Has at least one socket of each listener for every worker, so that every client is accepted by one: workers share where there
     /// are too few, and serve several where there are too many.
-    pub(crate) fn for_workers(
-        self,
-        workers: usize,
-    ) -> io::Result<(Vec<Vec<TcpListener>>, Option<TcpListener>)> {
-        let mut shares: Vec<Vec<TcpListener>> = (0..workers).map(|_| Vec::new()).collect();
-        for (n, share) in shares.iter_mut().enumerate().skip(self.requests.len()) {
-            share.push(self.requests[n % self.requests.len()].try_clone()?);
-        }
-        for (n, socket) in self.requests.into_iter().enumerate() {
-            shares[n % workers].push(socket);
+    pub(crate) fn for_workers(self, workers: usize) -> io::Result<(Vec<Share>, Option<Socket>)> {
+        let mut shares: Vec<Share> = (0..workers).map(|_| Vec::new()).collect();
+        for (listener, sockets) in self.requests.into_iter().enumerate() {
+            for (n, share) in shares.iter_mut().enumerate().skip(sockets.len()) {
+                share.push((listener, sockets[n % sockets.len()].try_clone()?));
+            }
+            for (n, socket) in sockets.into_iter().enumerate() {
+                shares[n % workers].push((listener, socket));
+            }
         }
         Ok((shares, self.admin))
+    }
+}
+
+fn bind_admin(address: SocketAddr) -> Result<Socket, SocketsError> {
+    listen::open(address, listen::Share::Alone)
+        .map_err(|source| SocketsError::Bind { address, source })
+}
+
+/// Says whether a socket listens where a listener is to.
+fn is_at(wanted: &Address, address: &SockAddr) -> bool {
+    match wanted {
+        Address::Tcp(wanted) => address.as_socket() == Some(*wanted),
+        Address::Unix { path, .. } => address.as_pathname() == Some(path),
+    }
+}
+
+fn name(address: &SockAddr) -> String {
+    match (address.as_socket(), address.as_pathname()) {
+        (Some(address), _) => address.to_string(),
+        (None, Some(path)) => format!("unix:{}", path.display()),
+        (None, None) => "an address of another kind".to_owned(),
     }
 }

@@ -21,8 +21,11 @@ use std::time::Duration;
 use http::Version;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+#[cfg(target_os = "linux")]
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
+
+use crate::stream::Stream;
 
 /// What a head holds that has more than one reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +48,7 @@ pub(crate) struct SlowHead;
 /// A client's socket.
 pub(crate) struct Wire {
     // Shared so that it can be asked whether the client is there while nobody reads; borrowed for the length of a call.
-    stream: Rc<RefCell<TcpStream>>,
+    stream: Rc<RefCell<Stream>>,
     watch: Watch,
     head_timeout: Duration,
     // Runs while a head has begun and not ended, and before the first: who connects has something to say.
@@ -68,7 +71,7 @@ pub(crate) struct Seen {
 
 /// Says whether the client is still there, also while nobody reads what it sends.
 // Weak, for the socket must close with the connection, whoever still thinks of its requests.
-pub(crate) struct Line(Weak<RefCell<TcpStream>>);
+pub(crate) struct Line(Weak<RefCell<Stream>>);
 
 /// Makes a connection end with a reset, so that an answer that breaks off does not seem whole.
 pub(crate) struct Abort(Watch);
@@ -81,7 +84,7 @@ pub(crate) struct BodyMark {
 }
 
 impl Wire {
-    pub(crate) fn new(stream: TcpStream, watch: Watch, head_timeout: Duration) -> Self {
+    pub(crate) fn new(stream: Stream, watch: Watch, head_timeout: Duration) -> Self {
         let stream = Rc::new(RefCell::new(stream));
         watch.0.borrow_mut().socket = Rc::downgrade(&stream);
         Self { stream, watch, head_timeout, slow: None }
@@ -110,6 +113,13 @@ impl BodyMark {
     }
 }
 
+impl Seen {
+    /// Nothing, of a request of HTTP/2: the frames leave one reading, and whoever serves the connection sees it end.
+    pub(crate) const fn nothing() -> Self {
+        Self { doubt: None, body: None, abort: None, line: Line(Weak::new()) }
+    }
+}
+
 impl Line {
     /// Waits until the client has closed its side or is gone; for ever where the system cannot tell.
     ///
@@ -134,6 +144,7 @@ impl Line {
 
         let stream = self.0.upgrade()?;
         let descriptor = stream.borrow().as_fd().try_clone_to_owned().ok()?;
+        // Whatever kind of socket it is: nothing is asked of it but whether it is ready.
         TcpStream::from_std(descriptor.into()).ok()
     }
 }
@@ -156,7 +167,7 @@ impl Drop for Wire {
 
 #[derive(Default)]
 struct Scan {
-    socket: Weak<RefCell<TcpStream>>,
+    socket: Weak<RefCell<Stream>>,
     has_read: bool,
     abort: bool,
     place: Place,
@@ -427,6 +438,10 @@ impl AsyncWrite for Wire {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Within TLS a proper end would say that the answer was whole.
+        if self.watch.0.borrow().abort {
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut *self.stream.borrow_mut()).poll_shutdown(context)
     }
 

@@ -37,6 +37,7 @@ pub(crate) struct Worker {
     pub(crate) request_ids: RequestIds,
     via_10: HeaderValue,
     via_11: HeaderValue,
+    via_2: HeaderValue,
 }
 
 impl Worker {
@@ -47,7 +48,7 @@ impl Worker {
             HeaderValue::try_from(format!("{version} {pseudonym}"))
                 .expect("a proxy's name fits a header")
         };
-        let (via_10, via_11) = (via("1.0"), via("1.1"));
+        let [via_10, via_11, via_2] = ["1.0", "1.1", "2"].map(via);
         let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
         let replay_room = Rc::new(Cell::new(config.limits.replay_bytes));
         let house = Rc::new(House::new(book, Arc::clone(&counters)));
@@ -72,6 +73,7 @@ impl Worker {
             request_ids,
             via_10,
             via_11,
+            via_2,
         };
         worker.begin(&worker.setup(), None);
         let gates = Rc::clone(&worker.gates);
@@ -109,6 +111,10 @@ impl Worker {
 
     /// Gives the `Via` entry for a message that came in by `version`.
     pub(crate) fn via(&self, version: Version) -> HeaderValue {
-        if version == Version::HTTP_10 { self.via_10.clone() } else { self.via_11.clone() }
+        match version {
+            Version::HTTP_10 => self.via_10.clone(),
+            Version::HTTP_2 => self.via_2.clone(),
+            _ => self.via_11.clone(),
+        }
     }
 }

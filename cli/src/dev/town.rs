@@ -164,7 +164,7 @@ impl Town {
     }
 
     /// Gives where requests go.
-    pub(crate) const fn proxy_address(&self) -> SocketAddr {
+    pub(crate) fn proxy_address(&self) -> SocketAddr {
         self.proxy.local_addr()
     }
 

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use mandoline_proxy::config::route::Destination;
+use mandoline_proxy::tls::certificates;
 
 use crate::failure::Failure;
 use crate::proxy::ProxyArgs;
@@ -31,6 +32,11 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
         Settings::of(ProxyArgs { config: Some(args.file.clone()), ..ProxyArgs::default() })?;
     let mut clerks = Clerks::idle();
     let checked = settings.check(settings.config(&mut clerks)?)?;
+    for listener in &checked.listeners {
+        certificates::check(listener).map_err(|error| {
+            Failure::new(format!("TLS cannot be spoken at {}", listener.address)).because(error)
+        })?;
+    }
     let mut table = Table::new(&["#", "ROUTE", "TAKES", "TO", "KEY"]);
     for (rank, place) in checked.table().order().enumerate() {
         let route = &checked.routes[place];

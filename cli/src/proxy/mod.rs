@@ -34,7 +34,8 @@ use crate::access_args::AccessArgs;
 use crate::failure::Failure;
 use crate::proxy::clerks::Clerks;
 use crate::proxy::file::{
-    AccessLogFile, DebugFile, JobFile, LimitsFile, PausesFile, RouteFile, TimeoutsFile,
+    AccessLogFile, DebugFile, JobFile, LimitsFile, ListenerFile, PausesFile, RouteFile,
+    TimeoutsFile,
 };
 use crate::proxy::schema::SCHEMA;
 use crate::proxy::settings::Settings;
@@ -158,6 +159,8 @@ pub(crate) struct ProxyArgs {
     #[command(flatten)]
     access: AccessArgs,
     #[arg(skip)]
+    listeners: Option<Vec<ListenerFile>>,
+    #[arg(skip)]
     routes: Option<Vec<Spanned<RouteFile>>>,
     #[arg(skip)]
     jobs: Option<BTreeMap<Text<JobName>, JobFile>>,
@@ -213,7 +216,7 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     let proxy = Proxy::start_on(sockets, config, &stop).map_err(not_started)?;
     clerks.tell_of(proxy.pauses());
     let offer = standby.serves(offer, &stop)?;
-    eprintln!("proxy: requests for {} at {}", settings.jobs(), proxy.local_addr());
+    eprintln!("proxy: requests for {} at {}", settings.jobs(), places(&proxy));
     let reloading = tokio::spawn(reload::run(args, clerks, proxy.reloader(), stop.clone()));
     match watch {
         Some(listener) => {
@@ -242,6 +245,12 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
 /// Starts a proxy.
 pub(crate) fn start(config: Config, stop: &CancellationToken) -> Result<Proxy, Failure> {
     Proxy::start(config, stop).map_err(not_started)
+}
+
+/// Says where requests come in.
+fn places(proxy: &Proxy) -> String {
+    let places: Vec<String> = proxy.addresses().iter().map(ToString::to_string).collect();
+    places.join(", ")
 }
 
 fn not_started(error: StartError) -> Failure {

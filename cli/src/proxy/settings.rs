@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use mandoline::http::key::KeyFrom;
 use mandoline_assigner::config::Access;
 use mandoline_core::name::JobName;
+use mandoline_proxy::config::listener::{Address, Listener};
 use mandoline_proxy::config::matching::{Ambiguous, Match};
 use mandoline_proxy::config::route::{Destination, Route};
 use mandoline_proxy::config::{Checked, Config, ConfigError, ProxyId};
@@ -38,7 +39,7 @@ impl Settings {
             let from_file: ProxyArgs = file::read(path)?;
             overlay!(
                 args, from_file;
-                listen, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
+                listen, listeners, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
                 workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id, handover,
                 routes, jobs, timeouts, limits, pauses, access_log, debug,
             );
@@ -50,9 +51,13 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Refuses a configuration that says two things of where requests go.
+    /// Refuses a configuration that says two things of where requests come in or go.
     fn routes_or_job(&self) -> Result<(), Failure> {
-        let ProxyArgs { routes, job, key, cache, .. } = &self.args;
+        let ProxyArgs { routes, job, key, cache, listen, listeners, .. } = &self.args;
+        if listen.is_some() && listeners.is_some() {
+            return Err(Failure::new("both listen and listeners are given")
+                .try_this("put the address among the listeners"));
+        }
         let single = [("job", job.is_some()), ("key", key.is_some()), ("cache", cache.is_some())];
         match (routes, single.iter().find(|(_, given)| *given)) {
             (Some(_), Some((what, _))) => Err(Failure::new(format!(
@@ -67,8 +72,22 @@ impl Settings {
         }
     }
 
+    /// Gives the first address with a port, by which others name the proxy.
     pub(crate) fn listen(&self) -> SocketAddr {
-        local(self.args.listen.as_ref(), 8080)
+        let ported = self.listeners().into_iter().find_map(|listener| match listener.address {
+            Address::Tcp(address) => Some(address),
+            Address::Unix { .. } => None,
+        });
+        ported.unwrap_or_else(|| local(None, 8080))
+    }
+
+    /// Gives every place where requests come in.
+    pub(crate) fn listeners(&self) -> Vec<Listener> {
+        let beside = self.name.as_deref().and_then(Path::parent).unwrap_or_else(|| Path::new(""));
+        match &self.args.listeners {
+            Some(listeners) => listeners.iter().map(|one| one.listener(beside)).collect(),
+            None => vec![local(self.args.listen.as_ref(), 8080).into()],
+        }
     }
 
     pub(crate) fn id(&self) -> ProxyId {
@@ -119,6 +138,7 @@ impl Settings {
         });
         let jobs: BTreeMap<JobName, Router> = jobs.collect::<Result<_, Failure>>()?;
         let mut config = Config::with(self.listen(), jobs, routes);
+        config.listeners = self.listeners();
         config.flags = clerks.flags(self.flags_order())?;
         config.admin = Some(local(args.admin.as_ref(), 7480));
         config.gateways = gateways;

@@ -58,6 +58,10 @@ pub enum Value {
     RequestId,
     /// The client's address.
     Client,
+    /// Whom the client's certificate is about, such as `CN=shop, O=Example`; empty if it showed none.
+    ClientSubject,
+    /// The names that the client's certificate is for, such as `URI:spiffe://example.org/shop, DNS:shop`; empty if it showed none.
+    ClientNames,
     /// The host that was asked for.
     Host,
     /// The name of the route.
@@ -71,9 +75,11 @@ pub enum Value {
 }
 
 /// Each value and what it is called in braces.
-const VALUES: [(Value, &str); 7] = [
+const VALUES: [(Value, &str); 9] = [
     (Value::RequestId, "request_id"),
     (Value::Client, "client"),
+    (Value::ClientSubject, "client_subject"),
+    (Value::ClientNames, "client_names"),
     (Value::Host, "host"),
     (Value::Route, "route"),
     (Value::Key, "key"),

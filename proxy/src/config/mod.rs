@@ -1,8 +1,9 @@
 //! What a proxy is told, when it starts and when it reloads. Where it comes from (flags, environment, a file) is the caller's business.
 
 pub mod headers;
-pub mod matching;
 pub mod network;
+pub mod listener;
+pub mod matching;
 pub mod route;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use mandoline_core::name::JobName;
 use tokio::sync::watch;
 
 use crate::access_log::AccessLog;
+use crate::config::listener::{Http2, Listener};
 use crate::config::matching::{Ambiguous, Match, Table};
 use crate::config::network::Network;
 use crate::config::route::{Destination, Route};
@@ -35,8 +37,8 @@ pub const ID_MAX_BYTES: usize = 63;
 /// What a proxy is told.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where requests come in. Port 0 takes any free port.
-    pub listen: SocketAddr,
+    /// Where requests come in: in at least one place.
+    pub listeners: Vec<Listener>,
     /// Where `/metrics`, `/livez` and `/readyz` are served, if anywhere.
     pub admin: Option<SocketAddr>,
     /// The jobs that routes lead to, and what knows who serves their keys.
@@ -82,7 +84,7 @@ impl Config {
     /// Takes jobs and routes, and defaults for the rest.
     pub fn with(listen: SocketAddr, jobs: BTreeMap<JobName, Router>, routes: Vec<Route>) -> Self {
         Self {
-            listen,
+            listeners: vec![listen.into()],
             admin: None,
             jobs,
             routes,
@@ -157,6 +159,29 @@ impl Config {
                 return Err(ConfigError::Limit { name, value, least, most });
             }
         }
+        if self.listeners.is_empty() {
+            return Err(ConfigError::NoListener);
+        }
+        for listener in &self.listeners {
+            if listener.tls.as_ref().is_some_and(|tls| tls.certificates.is_empty()) {
+                return Err(ConfigError::NoCertificate(listener.address.to_string()));
+            }
+            let Some(Http2 { streams, stream_window, connection_window }) = listener.http2 else {
+                continue;
+            };
+            let limits = [
+                ("http2 streams", streams, 1, 10_000),
+                // The least that a client may count on before it knows better (RFC 9113, 6.9.2); and the most that there is.
+                ("http2 stream_window", stream_window, 0xffff, 0x7fff_ffff),
+                ("http2 connection_window", connection_window, 0xffff, 0x7fff_ffff),
+            ];
+            for (name, value, least, most) in limits {
+                if !(least..=most).contains(&value) {
+                    let [value, least, most] = [value, least, most].map(|number| number as usize);
+                    return Err(ConfigError::Limit { name, value, least, most });
+                }
+            }
+        }
         match self.workers.get() {
             1..=WORKERS_MAX => Ok(()),
             value => {
@@ -207,6 +232,12 @@ pub enum ConfigError {
         /// Which job.
         job: JobName,
     },
+    /// Nothing says where requests come in.
+    #[error("there is no listener: say where requests come in")]
+    NoListener,
+    /// A listener is to speak TLS and has nothing to show.
+    #[error("the listener at {0} has TLS and no certificate: give it at least one")]
+    NoCertificate(String),
     /// A time-out was zero or longer than a day.
     #[error("the {name} time-out is {length:?}: give more than 0s and at most 24h")]
     Timeout {

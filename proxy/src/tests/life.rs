@@ -37,7 +37,7 @@ async fn a_taken_address_is_named() {
     let owners = Owners::none();
     let start = |config| Proxy::start(config, &CancellationToken::new());
     for config in [
-        config(&owners, |config| config.listen = address),
+        config(&owners, |config| config.listeners = vec![address.into()]),
         config(&owners, |config| config.admin = Some(address)),
     ] {
         let Err(StartError::Sockets(SocketsError::Bind { address: named, .. })) = start(config)
@@ -49,7 +49,8 @@ async fn a_taken_address_is_named() {
     // Neither is a port shared with another proxy, though workers share theirs.
     let first =
         start(config(&owners, |config| config.workers = NonZeroUsize::new(2).unwrap())).unwrap();
-    let second = start(config(&owners, |config| config.listen = first.local_addr()));
+    let second =
+        start(config(&owners, |config| config.listeners = vec![first.local_addr().into()]));
     let error = second.unwrap_err().to_string();
     let wanted = format!(
         "the proxy cannot listen on {}: give another address, or stop what listens there",

@@ -18,3 +18,7 @@ mod regions;
 mod limits;
 mod keys;
 mod life;
+mod http2;
+mod tls;
+mod proxy_protocol;
+mod unix;

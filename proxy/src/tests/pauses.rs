@@ -658,7 +658,7 @@ async fn a_reload_may_tell_of_pauses_from_elsewhere() {
     held(&stage, 1).await;
     let (other, told) = Operator::new();
     let mut config = super::harness::config(&stage.owners, |config| config.flags = told);
-    config.listen = "127.0.0.1:0".parse().unwrap();
+    config.listeners = vec!["127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()];
     stage.proxy.reloader().reload(config).await.unwrap();
     assert!(wire.rest().await.starts_with("HTTP/1.1 200"));
     other.add(2, order("job=kv", LONG));

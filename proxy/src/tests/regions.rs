@@ -226,7 +226,7 @@ async fn a_gateway_that_leads_back_is_named() {
     // To the proxy itself.
     let free = Backend::nobody().await;
     let own = stage(1, tasks, |config| {
-        config.listen = free;
+        config.listeners = vec![free.into()];
         config.gateways = gateways("eu", &[("us", free)]);
     })
     .await;

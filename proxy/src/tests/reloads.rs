@@ -138,7 +138,10 @@ async fn a_bad_configuration_leaves_the_old_one_in_force() {
         (changed(|config| config.routes.push(config.routes[0].clone())), "routes 1 and 2 both"),
         (changed(|config| config.jobs.clear()), "not among the jobs"),
         (
-            changed(|config| config.listen = "127.0.0.2:0".parse().unwrap()),
+            changed(|config| {
+                config.listeners =
+                    vec!["127.0.0.2:0".parse::<std::net::SocketAddr>().unwrap().into()];
+            }),
             "listen cannot change while the proxy runs",
         ),
     ] {
