@@ -20,6 +20,7 @@ mod wiped;
 mod bad_calls;
 mod same_answer;
 mod backhaul;
+mod flood;
 mod during_change;
 mod proxy_reload;
 mod pauses_proxy;

@@ -17,6 +17,7 @@ mod same;
 mod backhaul;
 mod stub;
 mod proxy;
+mod flood;
 
 use std::process::ExitCode;
 
@@ -41,6 +42,7 @@ pub(crate) enum BenchCommand {
     Proxy(proxy::ProxyArgs),
     #[command(hide = true)]
     Origin(proxy::origin::OriginArgs),
+    Flood(flood::FloodArgs),
     #[command(hide = true)]
     Echo(echo::EchoArgs),
 }
@@ -61,6 +63,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<ExitCode, Failure> {
         BenchCommand::Stub(args) => stub::run(args).await,
         BenchCommand::Proxy(args) => proxy::run(args).await,
         BenchCommand::Origin(args) => proxy::origin::run(args).await,
+        BenchCommand::Flood(args) => flood::run(args).await,
         BenchCommand::Echo(args) => echo::run(args).await,
     }
 }

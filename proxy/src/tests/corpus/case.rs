@@ -22,7 +22,7 @@
 //! closed                       the proxy closes the connection; otherwise it takes one more request
 //! ```
 //!
-//! Of HTTP/2 a case writes frames, and stream 1 is the only one:
+//! Of HTTP/2 a case writes frames. Its outcomes are those of streams 1, 3 and so on:
 //!
 //! ```text
 //! h2                           from here on frames: the preface and settings were exchanged
@@ -123,10 +123,10 @@ impl Frame {
 }
 
 const DATA: u8 = 0;
-const HEADERS: u8 = 1;
+pub(super) const HEADERS: u8 = 1;
 const CONTINUATION: u8 = 9;
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
+pub(super) const END_STREAM: u8 = 1;
+pub(super) const END_HEADERS: u8 = 4;
 
 /// Reads all cases of the corpus, in the order of their files.
 pub(super) fn all() -> Vec<Case> {
@@ -359,7 +359,7 @@ fn escape(text: &str) -> (Vec<u8>, usize) {
 }
 
 /// A field in HPACK, as a literal without indexing and without Huffman's code (RFC 7541, 6.2.2).
-fn literal(name: &[u8], value: &[u8]) -> Vec<u8> {
+pub(super) fn literal(name: &[u8], value: &[u8]) -> Vec<u8> {
     [&[0][..], &length(name.len()), name, &length(value.len()), value].concat()
 }
 

@@ -7,6 +7,7 @@
 
 mod case;
 mod strict;
+mod frames;
 mod recorder;
 mod peers;
 
@@ -18,6 +19,7 @@ use tokio::time::{interval, timeout};
 
 use crate::metrics::Stats;
 use crate::tests::corpus::case::{AtPeer, Case, Forwarded, Outcome, Step};
+use crate::tests::corpus::frames::Frames;
 use crate::tests::corpus::peers::Peer;
 use crate::tests::corpus::recorder::Recorder;
 use crate::tests::corpus::strict::{Fault, Message, Strict};
@@ -125,6 +127,9 @@ impl Bench {
                 Step::Frame(frame) => drop(client.stream.write_all(&frame.bytes()).await),
             }
         }
+        if case.is_h2 {
+            return self.replies(case, Frames::new(client)).await;
+        }
         for outcome in outcomes {
             self.outcome(case, &mut client, outcome).await?;
         }
@@ -140,6 +145,45 @@ impl Bench {
             rest if rest.is_empty() => Ok(()),
             rest => Err(format!("more than was expected: {:?}", String::from_utf8_lossy(&rest))),
         }
+    }
+
+    /// Reads what a client of HTTP/2 gets.
+    async fn replies(&self, case: &Case, mut frames: Frames) -> Result<(), String> {
+        let mut stream = 1;
+        for outcome in &case.outcomes {
+            let reply = frames.reply(stream).await;
+            stream += 2;
+            let Some(reply) = reply else {
+                let may_end = case.closed && matches!(outcome, Outcome::Reset | Outcome::Broken(_));
+                demand(may_end, || format!("closed, and not {outcome:?}"))?;
+                continue;
+            };
+            let is_so = match outcome {
+                Outcome::Reset => reply.is_reset && reply.status == 0,
+                Outcome::Broken(_) => reply.is_reset || reply.status >= 400,
+                Outcome::Refused { status, .. } => reply.status == *status,
+                Outcome::Forwarded(forwarded) => match self.at_peer(forwarded) {
+                    Some(AtPeer::Answers(status)) => reply.status == *status,
+                    _ => {
+                        let has_body = !forwarded.line.starts_with("HEAD ");
+                        let body = if has_body { &forwarded.body[..] } else { &[] };
+                        reply.status == 200 && !reply.is_reset && reply.body == body
+                    }
+                },
+                Outcome::Passed { status, body } => reply.status == *status && reply.body == *body,
+                Outcome::Cut(status) => reply.status == *status && reply.is_reset,
+            };
+            demand(is_so, || format!("not {outcome:?}, but {reply:?}"))?;
+        }
+        if case.closed {
+            frames.closed().await;
+            return Ok(());
+        }
+        let last = 2 * u32::try_from(case.steps.len()).expect("a case is short") + 101;
+        frames.ask(last, "/kv/last").await;
+        let reply = frames.reply(last).await;
+        let is_served = reply.as_ref().is_some_and(|reply| reply.status == 200);
+        demand(is_served, || format!("the next stream got {reply:?}"))
     }
 
     async fn connect(&self) -> Strict {
@@ -308,7 +352,8 @@ impl Bench {
             Outcome::Passed { status, .. } => (500..600).contains(status),
             outcome => matches!(outcome, Outcome::Refused { .. } | Outcome::Cut(_)),
         };
-        if case.outcomes.iter().any(|outcome| matches!(outcome, Outcome::Broken(_))) {
+        let uncounted = |outcome: &Outcome| matches!(outcome, Outcome::Broken(_) | Outcome::Reset);
+        if case.outcomes.iter().any(uncounted) {
             return Ok(());
         }
         let of_client = case.script.is_none();
