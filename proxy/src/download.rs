@@ -8,10 +8,10 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::observe::Exchange;
-use crate::pool::Lease;
+use crate::pool::upstream::Lease;
 use crate::record::Outcome;
 use crate::trailers;
 use crate::wire::Abort;
@@ -65,7 +65,8 @@ impl Stream {
 
     fn finish(&mut self) {
         self.exchange.ends(self.outcome);
-        if let Some(lease) = self.lease.take() {
+        if let Some(mut lease) = self.lease.take() {
+            lease.broke();
             self.worker.pool.give_back(lease);
         }
     }
@@ -98,6 +99,9 @@ impl Stream {
         if let Some(Ok(frame)) = &mut frame {
             if let Some(trailers) = frame.trailers_mut() {
                 trailers::strip(trailers);
+                if let Some(lease) = &mut self.lease {
+                    lease.hears(trailers);
+                }
             }
             self.exchange.hands_on(frame.data_ref().map_or(0, Bytes::len));
         }
@@ -105,7 +109,9 @@ impl Stream {
             // The client sees its connection break too: an answer must not seem whole when it is not.
             Some(Err(_)) => {
                 self.exchange.ends(Outcome::Failed);
-                self.lease = None;
+                if let Some(mut lease) = self.lease.take() {
+                    lease.broke();
+                }
                 if let Some(abort) = &self.abort {
                     abort.abort();
                 }
@@ -120,16 +126,22 @@ impl Stream {
     /// only when it has run out, so that a piece costs no more than a flag.
     fn poll_stall(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let limit = self.worker.setup().config.timeouts.stall;
+        let until = self.lease.as_ref().and_then(|lease| lease.until);
+        let next = || {
+            let stalled = Instant::now() + limit;
+            until.map_or(stalled, |until| until.min(stalled))
+        };
         let stall = self.stall.get_or_insert_with(|| {
             self.moved = false;
-            Box::pin(sleep(limit))
+            Box::pin(sleep_until(next()))
         });
         loop {
             ready!(stall.as_mut().poll(context));
-            if !std::mem::take(&mut self.moved) {
+            let is_over = until.is_some_and(|until| until <= Instant::now());
+            if !std::mem::take(&mut self.moved) || is_over {
                 return Poll::Ready(());
             }
-            stall.as_mut().reset(Instant::now() + limit);
+            stall.as_mut().reset(next());
         }
     }
 }

@@ -257,7 +257,7 @@ impl Walk<'_> {
     fn forward(&self, target: &Target, told: &mut Told) -> Value {
         told.enters("forward");
         let to = match &target.to {
-            target::To::Task(upstream) => upstream.address().to_string(),
+            target::To::Task(upstream) => upstream.endpoint.to_string(),
             target::To::Region(region) => format!("region {region}"),
         };
         let timeouts = &self.setup.config.timeouts;

@@ -2,10 +2,10 @@
 
 use std::rc::Rc;
 
-use mandoline::gateways::Gateways;
 use mandoline_core::name::JobName;
 
 use crate::config::Config;
+use crate::config::transport::Transport;
 use crate::hold::queue::House;
 use crate::hold::settling::Settling;
 use crate::router::Router;
@@ -22,18 +22,25 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn new(config: &Config, router: &Router, house: &Rc<House>) -> Self {
-        let lookup = Lookup::new(router, config.gateways.clone());
+        let transport = config.transports.get(router.job()).cloned().unwrap_or_default();
+        let lookup = Lookup::new(router, config.gateways.clone(), transport);
         let hold = Settling::new(router.clerk().clone(), config.timeouts.hold, house);
         Self { name: Rc::new(router.job().clone()), router: router.clone(), lookup, hold }
     }
 
     /// Says whether it is what a configuration asks for, so that it can stay when that comes into force.
-    pub(crate) fn suits(&self, router: &Router, gateways: Option<&Gateways>) -> bool {
+    pub(crate) fn suits(&self, router: &Router, config: &Config) -> bool {
+        let transport = config.transports.get(&*self.name);
+        let is_spoken_to_alike = match transport {
+            Some(transport) => transport.is(self.lookup.transport()),
+            None => Transport::default().is(self.lookup.transport()),
+        };
+        let gateways = config.gateways.as_ref();
         let same_gateways = match (self.lookup.gateways(), gateways) {
             (None, None) => true,
             (Some(own), Some(other)) => own.is(other),
             _ => false,
         };
-        same_gateways && self.router.is(router)
+        same_gateways && is_spoken_to_alike && self.router.is(router)
     }
 }

@@ -31,7 +31,7 @@ pub(crate) struct Counters {
     durations: Durations,
     holds: Durations,
     upstream: Durations,
-    tasks: Mutex<BTreeMap<SessionId, Arc<TaskCounters>>>,
+    tasks: Mutex<BTreeMap<SessionId, (Address, Arc<TaskCounters>)>>,
     routes: Mutex<BTreeMap<Arc<str>, Arc<RouteCounters>>>,
 }
 
@@ -57,9 +57,8 @@ struct Durations {
 }
 
 /// What one worker counts for one task.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct TaskCounters {
-    address: Address,
     cells: [AtomicU64; TASK_COUNTS.len()],
 }
 
@@ -428,7 +427,8 @@ impl Counters {
     /// Gives the cells of a task, new ones the first time. Takes a lock, so callers keep what they get.
     pub(crate) fn task(&self, session: SessionId, address: &Address) -> Arc<TaskCounters> {
         let mut tasks = self.tasks.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        Arc::clone(tasks.entry(session).or_insert_with(|| Arc::new(TaskCounters::new(address))))
+        let fresh = || (address.clone(), Arc::default());
+        Arc::clone(&tasks.entry(session).or_insert_with(fresh).1)
     }
 
     /// Forgets a task that is gone, so that the list does not grow for ever.
@@ -509,10 +509,6 @@ impl RouteCounters {
 }
 
 impl TaskCounters {
-    pub(crate) fn new(address: &Address) -> Self {
-        Self { address: address.clone(), cells: Default::default() }
-    }
-
     pub(crate) fn count(&self, what: TaskCount) {
         bump(&self.cells[what as usize], 1);
     }
@@ -783,9 +779,9 @@ impl Tally {
         let mut sums = BTreeMap::new();
         for worker in &*self.workers {
             let tasks = worker.tasks.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            for (session, counters) in &*tasks {
+            for (session, (address, counters)) in &*tasks {
                 let empty = TaskStats {
-                    address: counters.address.clone(),
+                    address: address.clone(),
                     tried: 0,
                     answered: 0,
                     misdirected: 0,

@@ -99,6 +99,11 @@ impl Exchange {
         }
     }
 
+    /// Says when its head was there.
+    pub(crate) const fn began(&self) -> Instant {
+        self.began
+    }
+
     /// Says from when on an answer is waited for: the beginning, or the end of the last hold.
     pub(crate) const fn waits_since(&self) -> Instant {
         self.waits_since
@@ -143,7 +148,7 @@ impl Exchange {
         self.last = Some(target.session());
         self.try_began = Some(Instant::now());
         if let (Some(asked), target::To::Task(upstream)) = (&mut self.asked, &target.to) {
-            asked.address = Some(upstream.address().clone());
+            asked.address = upstream.address().cloned();
         }
     }
 

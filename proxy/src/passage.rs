@@ -4,14 +4,14 @@ use std::rc::Rc;
 
 use http::header::HeaderValue;
 use http::request::Parts;
-use http::{Request, Response, header};
+use http::{Request, Response, Version, header};
 use hyper::body::Incoming;
 use mandoline_core::key::SliceKey;
 
 use crate::client::{Client, Host};
 use crate::hold::Stays;
 use crate::observe::Exchange;
-use crate::pool::Lease;
+use crate::pool::upstream::Lease;
 use crate::setup::{Route, Setup};
 use crate::target::Target;
 use crate::upload::Tape;
@@ -34,6 +34,8 @@ pub(crate) struct Passage {
     pub(crate) exchange: Exchange,
     /// Whether the client waits for leave to send its body.
     pub(crate) waits_for_leave: bool,
+    /// Whether it came by HTTP/2.
+    pub(crate) is_http2: bool,
     /// From `identify` on.
     pub(crate) host: Host,
     /// From `admit` on.
@@ -64,6 +66,7 @@ impl Passage {
         Self {
             setup,
             client,
+            is_http2: head.version == Version::HTTP_2,
             waits_for_leave: head.headers.contains_key(header::EXPECT),
             head,
             tape: Tape::new(body, &worker.replay_room, seen.body),

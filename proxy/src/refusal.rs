@@ -280,6 +280,52 @@ impl Refusal {
         }
     }
 
+    /// Gives the status in gRPC's words: as its own libraries say what happens to a call on the way
+    /// (<https://grpc.github.io/grpc/core/md_doc_statuscodes.html>).
+    const fn grpc_code(&self) -> &'static str {
+        match self {
+            // CANCELLED: the client did not go on.
+            Self::SlowBody | Self::Left => "1",
+            // INVALID_ARGUMENT
+            Self::Malformed(_) | Self::Doubt(_) | Self::Key(_) => "3",
+            // DEADLINE_EXCEEDED
+            Self::Late | Self::Deadline => "4",
+            // FAILED_PRECONDITION, with which tasks say it too
+            Self::Crossed { .. } => "9",
+            // UNIMPLEMENTED
+            Self::NoRoute
+            | Self::Method(_)
+            | Self::OtherMethods(_)
+            | Self::Expectation
+            | Self::Upgrade
+            | Self::TransferCoding => "12",
+            // INTERNAL
+            Self::Loop | Self::Garbled(_) | Self::Astray(_) => "13",
+            // UNAVAILABLE
+            _ => "14",
+        }
+    }
+
+    /// Answers a client that speaks gRPC: in its own words, and with nothing but a head ("trailers-only").
+    pub(crate) fn grpc_response(&self) -> Response<Bytes> {
+        let (mut head, _) = self.response().into_parts();
+        head.status = StatusCode::OK;
+        let headers = &mut head.headers;
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert("grpc-status", HeaderValue::from_static(self.grpc_code()));
+        // Spaces may stay; what is not visible ASCII, and %, is escaped.
+        let mut message = String::new();
+        for byte in format!("mandoline: {self}").bytes() {
+            match byte {
+                b' '..=b'~' if byte != b'%' => message.push(char::from(byte)),
+                _ => message.push_str(&format!("%{byte:02X}")),
+            }
+        }
+        let message = HeaderValue::try_from(message).expect("it is visible ASCII");
+        headers.insert("grpc-message", message);
+        Response::from_parts(head, Bytes::new())
+    }
+
     pub(crate) fn response(&self) -> Response<Bytes> {
         let mut response = Response::new(Bytes::from(format!("mandoline: {self}\n")));
         *response.status_mut() = self.status();
@@ -306,17 +352,6 @@ impl Refusal {
                 headers.insert(header::ALLOW, methods.expect("methods are tokens"));
             }
             _ => {}
-        }
-        // To a client of gRPC a status of HTTP says little (grpc-status 4: DEADLINE_EXCEEDED).
-        if matches!(self, Self::Deadline) {
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-            headers.insert("grpc-status", HeaderValue::from_static("4"));
-            let message = HeaderValue::try_from(self.to_string());
-            headers.insert("grpc-message", message.expect("it is words"));
-            let empty = Bytes::new();
-            let (mut head, _) = response.into_parts();
-            head.status = StatusCode::OK;
-            return Response::from_parts(head, empty);
         }
         // What follows a request whose framing is in doubt cannot be trusted to be a request.
         if matches!(

@@ -9,6 +9,7 @@ use http::header::{self, HeaderValue};
 use http::{Method, Request, Response, Version};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use mandoline::http::refused::is_grpc;
 use tokio::time::timeout;
 
 use crate::admit::admit;
@@ -91,6 +92,8 @@ fn pass_on(passage: Passage) -> Response<Download> {
     };
     route.response.apply(&mut head.headers, &facts);
     head.headers.append(header::VIA, worker.via(head.version));
+    // What came by HTTP/2 goes on as the client's connection has it.
+    head.version = Version::HTTP_11;
     exchange.answers(head.status, &mut head.headers);
     let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };
     let stream = Stream::new(body, lease, worker, exchange, outcome, abort);
@@ -99,7 +102,7 @@ fn pass_on(passage: Passage) -> Response<Download> {
 
 /// Answers in the task's place.
 fn refuse(passage: Passage, refusal: &Refusal) -> Response<Download> {
-    let Passage { worker, mut exchange, tape, waits_for_leave, stays, .. } = passage;
+    let Passage { worker, mut exchange, tape, waits_for_leave, stays, head, .. } = passage;
     // A client that waits for leave to send its body will see the answer first.
     if !waits_for_leave && *refusal != Refusal::Left {
         linger(&worker, tape);
@@ -107,9 +110,11 @@ fn refuse(passage: Passage, refusal: &Refusal) -> Response<Download> {
     if matches!(refusal, Refusal::Unserved) {
         worker.counters.count(Count::Unserved);
     }
-    let mut response = refusal.response();
+    let is_grpc = is_grpc(&head.headers);
+    let mut response = if is_grpc { refusal.grpc_response() } else { refusal.response() };
+    let status = response.status();
     exchange.refuses(refusal, stays.held);
-    exchange.answers(refusal.status(), response.headers_mut());
+    exchange.answers(status, response.headers_mut());
     exchange.hands_on(response.body().len());
     exchange.ends(refusal.outcome());
     response.map(|text: Bytes| Download::Own(Some(text)))

@@ -11,7 +11,7 @@ use mandoline_core::name::JobName;
 use crate::config::Checked;
 use crate::config::headers::Value;
 use crate::config::matching::Astray;
-use crate::config::route::Destination;
+use crate::config::route::{Destination, Forwarding};
 use crate::hold::queue::House;
 use crate::job::Job;
 use crate::metrics::RouteCounters;
@@ -30,6 +30,7 @@ pub(crate) struct Route {
     pub(crate) to: To,
     pub(crate) request: Rules,
     pub(crate) response: Rules,
+    pub(crate) forwarding: Forwarding,
     pub(crate) counters: Arc<RouteCounters>,
 }
 
@@ -54,7 +55,7 @@ impl Setup {
             .iter()
             .map(|(name, router)| {
                 let known = before.and_then(|before| before.jobs.get(name));
-                let known = known.filter(|job| job.suits(router, config.gateways.as_ref()));
+                let known = known.filter(|job| job.suits(router, &config));
                 let fresh = || Rc::new(Job::new(&config, router, house));
                 (name.clone(), known.map_or_else(fresh, Rc::clone))
             })
@@ -67,8 +68,9 @@ impl Setup {
                 }
             };
             let (request, response) = (Rules::new(&route.request), Rules::new(&route.response));
-            let counters = house.counters.route(&route.name);
-            Rc::new(Route { name: route.name.clone(), to, request, response, counters })
+            let (name, forwarding) = (route.name.clone(), route.forwarding.clone());
+            let counters = house.counters.route(&name);
+            Rc::new(Route { name, to, request, response, forwarding, counters })
         });
         let routes = routes.collect();
         Self { config, routes, jobs }

@@ -12,7 +12,9 @@ use mandoline::{Call, Clerk, Generation, Sent, SessionId, SliceKey, Utilisation}
 use mandoline_core::assignment::Assignment;
 use tokio::time::{Instant, timeout_at};
 
-use crate::pool::{Pool, Upstream};
+use crate::config::transport::Transport;
+use crate::pool::Pool;
+use crate::pool::upstream::Upstream;
 use crate::router::Router;
 
 /// How long a request waits for a newer assignment before its second try. A move is announced to tasks and callers at the
@@ -31,6 +33,7 @@ pub(crate) struct Lookup {
     clerk: Clerk,
     router: RefCell<mandoline::Router>,
     gateways: Option<Gateways>,
+    transport: Rc<Transport>,
 }
 
 /// The task that a request is for, and where it goes to get there.
@@ -64,9 +67,15 @@ impl Target {
 }
 
 impl Lookup {
-    pub(crate) fn new(router: &Router, gateways: Option<Gateways>) -> Self {
+    pub(crate) fn new(router: &Router, gateways: Option<Gateways>, transport: Transport) -> Self {
         let own = RefCell::new(router.clerk().router());
-        Self { clerk: router.clerk().clone(), router: own, gateways }
+        let transport = Rc::new(transport);
+        Self { clerk: router.clerk().clone(), router: own, gateways, transport }
+    }
+
+    /// Says how its tasks are spoken to.
+    pub(crate) fn transport(&self) -> &Transport {
+        &self.transport
     }
 
     /// Gives the gateways of other regions, if requests go by any.
@@ -170,7 +179,7 @@ impl Lookup {
                 let is_it = task.session == found.session();
                 Target {
                     session: task.session,
-                    to: To::Task(pool.upstream(task)),
+                    to: To::Task(pool.upstream(task, &self.transport)),
                     generation,
                     sent: found.sent().filter(|_| is_it),
                     call: RefCell::new(is_it.then(|| found.begin())),

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use http::Method;
 use http::header::{HeaderName, HeaderValue};
@@ -19,7 +20,9 @@ use mandoline_proxy::config::listener::{
 };
 use mandoline_proxy::config::matching::{HeaderKey, HostPattern, Match, PathPattern};
 use mandoline_proxy::config::network::Network;
-use mandoline_proxy::config::route::{Destination, Route};
+use mandoline_proxy::config::route::{Destination, Forwarding, Route};
+use mandoline_proxy::config::tls::{Tls as TaskTls, TlsFiles};
+use mandoline_proxy::config::transport::{Protocol, Transport};
 use mandoline_proxy::config::{Config, DebugHeader, Exempt, Limits, Timeouts};
 use serde::Deserialize;
 use serde_saphyr::Spanned;
@@ -128,6 +131,9 @@ pub(crate) struct RouteFile {
     headers: Option<BTreeMap<String, String>>,
     job: Option<Text<JobName>>,
     key: Option<Text<KeyFrom>>,
+    protocol: Option<Text<Protocol>>,
+    response_timeout: Option<Span>,
+    total_timeout: Option<Span>,
     request: Option<HeadersFile>,
     response: Option<HeadersFile>,
 }
@@ -153,6 +159,43 @@ impl HeadersFile {
 pub(crate) struct JobFile {
     /// Where its last assignment is kept.
     pub(crate) cache: Option<PathBuf>,
+    protocol: Option<Text<Protocol>>,
+    tls: Option<TaskTlsFile>,
+}
+
+impl JobFile {
+    /// Reads how its tasks are spoken to.
+    pub(crate) fn transport(&self) -> Result<Transport, Failure> {
+        let protocol = self.protocol.clone().map_or(Protocol::Auto, |Text(protocol)| protocol);
+        let tls = self.tls.as_ref().map(TaskTlsFile::tls).transpose()?;
+        Ok(Transport { protocol, tls })
+    }
+}
+
+/// TLS towards tasks and servers.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TaskTlsFile {
+    ca: PathBuf,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    name: Option<String>,
+}
+
+impl TaskTlsFile {
+    fn tls(&self) -> Result<Arc<TaskTls>, Failure> {
+        let identity = match (&self.cert, &self.key) {
+            (None, None) => None,
+            (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
+            _ => {
+                return Err(Failure::new("a certificate and its key belong together")
+                    .try_this("give both cert and key, or neither"));
+            }
+        };
+        let files = TlsFiles { authorities: self.ca.clone(), identity, name: self.name.clone() };
+        let failed = |error| Failure::new("TLS towards tasks cannot be set up").because(error);
+        Ok(Arc::new(TaskTls::load(files).map_err(failed)?))
+    }
 }
 
 /// How long to wait for what.
@@ -234,6 +277,12 @@ impl RouteFile {
         }
         route.request = self.request.as_ref().map(HeadersFile::rules).unwrap_or_default();
         route.response = self.response.as_ref().map(HeadersFile::rules).unwrap_or_default();
+        route.forwarding = Forwarding {
+            protocol: self.protocol.clone().map(|Text(protocol)| protocol),
+            response: self.response_timeout.map(|Span(length)| length),
+            total: self.total_timeout.map(|Span(length)| length),
+            ..Forwarding::default()
+        };
         Ok(route)
     }
 

@@ -64,6 +64,8 @@ mod tests {
             "{listeners: [{address: '[::]:8443', tls: {certificates: [{chain: a.pem, key: a.key}]}, http2_streams: 10}]}",
             "{listeners: [{address: '[::]:8443', proxy_protocol: ['10.0.0.0/8', '::1'], tls: {certificates: [{chain: a.pem, key: a.key}], clients: {authorities: ca.pem, required: false}}}]}",
             "{routes: [{host: a.org, path: /x/*, methods: [GET], headers: {x-a: b}, job: kv, key: host}]}",
+            "{jobs: {kv: {protocol: http2}}}",
+            "{routes: [{job: kv, protocol: http1, response_timeout: 5s, total_timeout: 1m}]}",
             "{routes: [{job: kv}, {host: '*.a.org', job: carts}], jobs: {carts: {cache: /tmp/carts}}}",
             "{access: {insecure: true}}",
             "{routes: [{job: kv, request: {set: {x-id: '{request_id}'}, remove: [cookie]}, response: {}}]}",

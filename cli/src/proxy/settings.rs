@@ -147,6 +147,9 @@ impl Settings {
             config.workers = workers;
         }
         config.id = self.id();
+        for (Text(job), own) in args.jobs.iter().flatten() {
+            config.transports.insert(job.clone(), own.transport()?);
+        }
         if let Some(timeouts) = args.timeouts {
             timeouts.apply(&mut config.timeouts);
         }

@@ -4,6 +4,8 @@ pub mod headers;
 pub mod network;
 pub mod listener;
 pub mod matching;
+pub mod tls;
+pub mod transport;
 pub mod route;
 
 use std::collections::BTreeMap;
@@ -27,7 +29,8 @@ use crate::access_log::AccessLog;
 use crate::config::listener::{Http2, Listener};
 use crate::config::matching::{Ambiguous, Match, Table};
 use crate::config::network::Network;
-use crate::config::route::{Destination, Route};
+use crate::config::route::{Destination, Forwarding, Route};
+use crate::config::transport::Transport;
 use crate::record::Observer;
 use crate::router::Router;
 
@@ -43,6 +46,8 @@ pub struct Config {
     pub admin: Option<SocketAddr>,
     /// The jobs that routes lead to, and what knows who serves their keys.
     pub jobs: BTreeMap<JobName, Router>,
+    /// How the tasks of which job are spoken to: HTTP/1.1 in clear text, and HTTP/2 for gRPC, unless something else is said here.
+    pub transports: BTreeMap<JobName, Transport>,
     /// Where which requests go. The most specific one takes a request, wherever it stands in the list.
     pub routes: Vec<Route>,
     /// The own region and the gateways of others, if requests for what lives there go by those. None sends each to its task.
@@ -87,6 +92,7 @@ impl Config {
             listeners: vec![listen.into()],
             admin: None,
             jobs,
+            transports: BTreeMap::new(),
             routes,
             gateways: None,
             workers: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
@@ -106,6 +112,12 @@ impl Config {
     pub fn check(self) -> Result<Checked, ConfigError> {
         self.check_values()?;
         for route in &self.routes {
+            let Forwarding { response, total, .. } = route.forwarding;
+            for (name, length) in [("response_timeout", response), ("total_timeout", total)] {
+                if let Some(length) = length.filter(|l| l.is_zero() || *l > TIMEOUT_MAX) {
+                    return Err(ConfigError::Timeout { name, length });
+                }
+            }
             let Destination::Job { job, .. } = &route.to;
             if !self.jobs.contains_key(job) {
                 let (route, job) = (route.name.clone(), job.clone());

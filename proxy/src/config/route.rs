@@ -1,10 +1,13 @@
 //! Where requests go: each route takes some and has one destination.
 
+use std::time::Duration;
+
 use mandoline::http::key::KeyFrom;
 use mandoline_core::name::JobName;
 
 use crate::config::headers::HeaderRules;
 use crate::config::matching::Match;
+use crate::config::transport::Protocol;
 
 /// Where requests go that match.
 #[derive(Clone, Debug)]
@@ -19,6 +22,43 @@ pub struct Route {
     pub request: HeaderRules,
     /// What is changed in the heads of answers on their way to a client.
     pub response: HeaderRules,
+    /// How they are forwarded.
+    pub forwarding: Forwarding,
+}
+
+/// How a route's requests are forwarded, where that differs from what is said elsewhere.
+#[derive(Clone, Debug, Default)]
+pub struct Forwarding {
+    /// In which version of HTTP, instead of what is said of the job or the pool.
+    pub protocol: Option<Protocol>,
+    /// How long a task may take to begin its answer, instead of `timeouts.response`.
+    pub response: Option<Duration>,
+    /// How long a request may take in all, from its head to the last byte of its answer; any time unless set. Not for upgrades.
+    pub total: Option<Duration>,
+    /// To which other protocols a connection may be switched.
+    pub upgrades: Upgrades,
+}
+
+/// The protocols that a client may switch its connection to (`Upgrade`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Upgrades(Vec<Box<str>>);
+
+impl Default for Upgrades {
+    fn default() -> Self {
+        Self(vec!["websocket".into()])
+    }
+}
+
+impl Upgrades {
+    /// Takes their names, of any case; none allows none.
+    pub fn new(names: impl IntoIterator<Item = impl Into<Box<str>>>) -> Self {
+        Self(names.into_iter().map(Into::into).collect())
+    }
+
+    /// Says whether a connection may be switched to this one. A version (`name/1`) counts as part of the name.
+    pub fn allow(&self, name: &[u8]) -> bool {
+        self.0.iter().any(|allowed| allowed.as_bytes().eq_ignore_ascii_case(name))
+    }
 }
 
 impl Route {
@@ -31,6 +71,7 @@ impl Route {
             to,
             request: HeaderRules::default(),
             response: HeaderRules::default(),
+            forwarding: Forwarding::default(),
         }
     }
 }

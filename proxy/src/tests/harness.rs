@@ -13,7 +13,7 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use mandoline::{Clerk, Hub};
 use mandoline_core::assignment::{Assigned, Assignment, Replica, Replicas};
 use mandoline_core::generation::Generation;
@@ -339,6 +339,28 @@ impl Backend {
                 let serving = hyper::server::conn::http1::Builder::new()
                     .serve_connection(TokioIo::new(stream), service);
                 // The proxy may close whenever it likes.
+                drop(serving.await);
+            }
+        })
+        .await
+    }
+
+    /// The same, by HTTP/2 in clear text.
+    pub(super) async fn serve_http2<F>(
+        answer: impl Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+    ) -> Self
+    where
+        F: Future<Output = Response<Body>> + Send + 'static,
+    {
+        Self::raw(move |stream| {
+            let answer = answer.clone();
+            async move {
+                let service = service_fn(move |request| {
+                    let answer = answer(request);
+                    async move { Ok::<_, Infallible>(answer.await) }
+                });
+                let serving = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                    .serve_connection(TokioIo::new(stream), service);
                 drop(serving.await);
             }
         })

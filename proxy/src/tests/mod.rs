@@ -22,3 +22,4 @@ mod http2;
 mod tls;
 mod proxy_protocol;
 mod unix;
+mod http2_tasks;

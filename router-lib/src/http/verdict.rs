@@ -4,6 +4,7 @@
 //! answer's head, as they do where a handler failed. What a program does not implement says nothing of the task: another
 //! one would not either.
 
+use http::header::{HeaderMap, HeaderValue};
 use http::{Response, StatusCode};
 
 use crate::choice::Verdict;
@@ -20,6 +21,13 @@ pub fn verdict<B>(answer: &Response<B>) -> Verdict {
     let has_failed = (status.is_server_error() && !is_missing)
         || grpc.is_some_and(|code| FAILED.contains(&code.as_bytes()));
     if has_failed { Verdict::Failed } else { Verdict::Served }
+}
+
+/// Judges an answer of gRPC by its end, where its head did not say how the call went.
+pub fn of_trailers(trailers: &HeaderMap) -> Verdict {
+    // Without a status it is an answer that broke off.
+    let code = trailers.get("grpc-status").map_or(&b"2"[..], HeaderValue::as_bytes);
+    if FAILED.contains(&code) { Verdict::Failed } else { Verdict::Served }
 }
 
 #[cfg(test)]
@@ -45,5 +53,16 @@ mod tests {
         assert_eq!(of(200, Some("14")), Verdict::Failed);
         assert_eq!(of(200, Some("0")), Verdict::Served);
         assert_eq!(of(200, Some("3")), Verdict::Served);
+    }
+
+    #[test]
+    fn the_end_of_an_answer_says_how_the_call_went() {
+        let of = |code: &'static str| {
+            let code = HeaderValue::from_static(code);
+            of_trailers(&HeaderMap::from_iter([("grpc-status".parse().unwrap(), code)]))
+        };
+        assert_eq!((of("0"), of("5")), (Verdict::Served, Verdict::Served));
+        assert_eq!((of("13"), of("14")), (Verdict::Failed, Verdict::Failed));
+        assert_eq!(of_trailers(&HeaderMap::new()), Verdict::Failed);
     }
 }

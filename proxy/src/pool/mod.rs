@@ -1,5 +1,10 @@
-//! One worker's connections to tasks: one request at a time on each, the last used first, so that the rest grow old and
-//! are closed. Bounded: as many as there are requests in flight, and `idle_per_task` more for each task.
+//! One worker's connections to tasks, gateways and servers. HTTP/1.1 carries one request at a time on each, the last used first, so
+//! that the rest grow old and are closed: as many as there are requests in flight, and `idle_per_task` more for each task. HTTP/2
+//! carries many on few.
+
+pub(crate) mod dial;
+pub(crate) mod http2;
+pub(crate) mod upstream;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -9,67 +14,32 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::HeaderValue;
 use http_body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use hyper::client::conn::http1::{Builder, SendRequest};
+use hyper::client::conn::http1::Builder;
 use hyper_util::rt::TokioIo;
 use mandoline_core::task::{Address, SessionId, Task};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
+use crate::config::transport::{Endpoint, Transport};
 use crate::config::{Limits, Timeouts};
 use crate::metrics::{Count, Counters, TaskCounters};
-use crate::upload::Upload;
+use crate::pool::dial::{ConnectError, Speech};
+use crate::pool::upstream::{Lease, Sender, Upstream};
 
 /// Connections to tasks, by session: a task that comes back is another one, and gets no old connection.
 pub(crate) struct Pool {
     upstreams: RefCell<HashMap<SessionId, Rc<Upstream>>>,
     // As many as the configuration names.
     gateways: RefCell<HashMap<Address, Rc<Upstream>>>,
+    plain: Rc<Transport>,
     timeouts: Cell<Timeouts>,
     limits: Cell<Limits>,
     counters: Arc<Counters>,
     drivers: TaskTracker,
-}
-
-/// One task or gateway, as one worker knows it.
-pub(crate) struct Upstream {
-    /// The task's name; empty for a gateway.
-    pub(crate) name: HeaderValue,
-    address: Address,
-    // Oldest first.
-    idle: RefCell<Vec<Idle>>,
-    used: Cell<Instant>,
-    limit: usize,
-    pub(crate) counters: Arc<TaskCounters>,
-}
-
-struct Idle {
-    sender: SendRequest<Upload>,
-    since: Instant,
-}
-
-/// A connection that is this request's alone.
-pub(crate) struct Lease {
-    pub(crate) sender: SendRequest<Upload>,
-    pub(crate) upstream: Rc<Upstream>,
-    /// Whether it has carried a request before: if so, the task may be closing it at this moment.
-    pub(crate) reused: bool,
-}
-
-/// Why there is no connection to a task.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ConnectError {
-    #[error("{0} does not accept connections")]
-    Refused(Address, #[source] io::Error),
-    #[error("{0} did not accept a connection in time")]
-    Late(Address),
-    #[error("{0} closed a new connection before a request was written")]
-    Closed(Address),
 }
 
 /// A task that nothing was sent to for so long is forgotten, its counters too. Longer than any scrape interval.
@@ -87,7 +57,8 @@ impl Pool {
         let drivers = TaskTracker::new();
         let (upstreams, gateways) = Default::default();
         let (timeouts, limits) = (Cell::new(timeouts), Cell::new(limits));
-        Self { upstreams, gateways, timeouts, limits, counters, drivers }
+        let plain = Rc::default();
+        Self { upstreams, gateways, plain, timeouts, limits, counters, drivers }
     }
 
     /// Goes by other time-outs and limits, for connections that are opened from now on.
@@ -97,18 +68,19 @@ impl Pool {
     }
 
     /// Gives a task's counters and connections.
-    pub(crate) fn upstream(&self, task: &Task) -> Rc<Upstream> {
+    pub(crate) fn upstream(&self, task: &Task, transport: &Rc<Transport>) -> Rc<Upstream> {
         let (session, address) = (task.session, &task.info.address);
         let mut upstreams = self.upstreams.borrow_mut();
-        let known = upstreams.get(&session).filter(|upstream| upstream.address == *address);
-        if let Some(upstream) = known {
+        let is_it = |upstream: &&Rc<Upstream>| {
+            matches!(&upstream.endpoint, Endpoint::Tcp(known) if known == address)
+                && Rc::ptr_eq(&upstream.transport, transport)
+        };
+        if let Some(upstream) = upstreams.get(&session).filter(is_it) {
             return Rc::clone(upstream);
         }
-        let upstream = Rc::new(self.fresh(
-            address,
-            task.info.name.as_str(),
-            self.counters.task(session, address),
-        ));
+        let counters = self.counters.task(session, address);
+        let upstream =
+            self.fresh(task.info.name.as_str(), address.clone().into(), transport, counters);
         upstreams.insert(session, Rc::clone(&upstream));
         upstream
     }
@@ -116,64 +88,99 @@ impl Pool {
     /// Gives a gateway's connections. What is sent there is counted by `Gateways`.
     pub(crate) fn gateway(&self, address: &Address) -> Rc<Upstream> {
         let mut gateways = self.gateways.borrow_mut();
-        let fresh = || Rc::new(self.fresh(address, "", Arc::new(TaskCounters::new(address))));
+        let fresh = || self.fresh("", address.clone().into(), &self.plain, Arc::default());
         Rc::clone(gateways.entry(address.clone()).or_insert_with(fresh))
     }
 
-    fn fresh(&self, address: &Address, name: &str, counters: Arc<TaskCounters>) -> Upstream {
-        Upstream {
-            name: HeaderValue::from_str(name).expect("a task's name fits a header"),
-            address: address.clone(),
-            idle: RefCell::default(),
-            used: Cell::new(Instant::now()),
-            limit: self.limits.get().idle_per_task,
-            counters,
-        }
+    /// Makes a place to send requests to, that has no connection yet.
+    pub(crate) fn fresh(
+        &self,
+        name: &str,
+        endpoint: Endpoint,
+        transport: &Rc<Transport>,
+        counters: Arc<TaskCounters>,
+    ) -> Rc<Upstream> {
+        let limit = self.limits.get().idle_per_task;
+        Rc::new(Upstream::new(name, endpoint, transport, limit, counters))
     }
 
     /// Takes a kept connection that is still good.
-    pub(crate) fn kept(&self, upstream: &Rc<Upstream>) -> Option<Lease> {
-        let mut idle = upstream.idle.borrow_mut();
-        while let Some(Idle { sender, .. }) = idle.pop() {
-            if sender.is_ready() {
-                return Some(Lease { sender, upstream: Rc::clone(upstream), reused: true });
-            }
-            self.counters.count(Count::Stale);
-        }
-        None
+    pub(crate) fn kept(&self, upstream: &Rc<Upstream>, speech: Speech) -> Option<Lease> {
+        upstream.kept(speech, || self.counters.count(Count::Stale))
     }
 
-    /// Opens a connection.
-    pub(crate) async fn connect(&self, upstream: &Rc<Upstream>) -> Result<Lease, ConnectError> {
-        let opened = self.open(upstream).await;
+    /// Opens a connection; or waits for one that is being opened and carries many.
+    pub(crate) async fn connect(
+        &self,
+        upstream: &Rc<Upstream>,
+        speech: Speech,
+    ) -> Result<Lease, ConnectError> {
+        if speech == Speech::One {
+            return self.counted(upstream, speech).await;
+        }
+        let hots = &upstream.hots;
+        let failures = hots.failures.get();
+        let _turn = hots.opening.lock().await;
+        if let Some(ride) = hots.ride() {
+            return Ok(upstream.lease(Sender::Many(ride), true));
+        }
+        // Else each of many that wait would wait for as long as the first, one after the other.
+        if hots.failures.get() != failures {
+            return Err(ConnectError::Along(upstream.endpoint.clone()));
+        }
+        let opened = self.counted(upstream, speech).await;
+        if opened.is_err() {
+            hots.failures.set(failures + 1);
+        }
+        opened
+    }
+
+    async fn counted(
+        &self,
+        upstream: &Rc<Upstream>,
+        speech: Speech,
+    ) -> Result<Lease, ConnectError> {
+        let late = |_| ConnectError::Late(upstream.endpoint.clone());
+        let opening = timeout(self.timeouts.get().connect, self.open(upstream, speech));
+        let opened = opening.await.map_err(late).flatten();
         self.counters.count(if opened.is_ok() { Count::Connects } else { Count::ConnectFailures });
         opened
     }
 
-    async fn open(&self, upstream: &Rc<Upstream>) -> Result<Lease, ConnectError> {
-        let address = &upstream.address;
-        let refused = |error| ConnectError::Refused(address.clone(), error);
-        let connecting = timeout(self.timeouts.get().connect, TcpStream::connect(address.as_str()));
-        let stream =
-            connecting.await.map_err(|_| ConnectError::Late(address.clone()))?.map_err(refused)?;
-        stream.set_nodelay(true).map_err(refused)?;
-        let mut builder = Builder::new();
+    async fn open(&self, upstream: &Rc<Upstream>, speech: Speech) -> Result<Lease, ConnectError> {
+        let tls = upstream.transport.tls.as_deref();
+        let (io, is_http2) = dial::dial(&upstream.endpoint, tls, speech).await?;
+        let refused = |error| ConnectError::Refused(upstream.endpoint.clone(), error);
         let limits = self.limits.get();
+        if is_http2 {
+            upstream.chosen.set(Some(Speech::Many));
+            let (sender, connection) = http2::handshake(io, &limits).await.map_err(refused)?;
+            self.drive(connection);
+            return Ok(upstream.lease(Sender::Many(upstream.hots.add(sender)), false));
+        }
+        if speech == Speech::Either {
+            upstream.chosen.set(Some(Speech::One));
+        }
+        let mut builder = Builder::new();
         builder.max_headers(limits.headers).max_header_size(limits.header_bytes);
         builder.max_buf_size(2 * limits.header_bytes);
-        let made = builder.handshake(TokioIo::new(stream)).await;
+        let made = builder.handshake(TokioIo::new(io)).await;
         let (sender, connection) = made.map_err(|error| refused(io::Error::other(error)))?;
+        self.drive(connection);
+        Ok(upstream.lease(Sender::One(sender), false))
+    }
+
+    fn drive(&self, connection: impl Future<Output = hyper::Result<()>> + 'static) {
         self.drivers.spawn_local(async move {
             if let Err(error) = connection.await {
                 debug!(%error, "Connection to a task broke");
             }
         });
-        Ok(Lease { sender, upstream: Rc::clone(upstream), reused: false })
     }
 
     /// Keeps a connection whose answer has been read to the end.
     pub(crate) fn give_back(&self, lease: Lease) {
-        let Lease { mut sender, upstream, .. } = lease;
+        let Lease { sender: Sender::One(mut sender), upstream, .. } = lease else { return };
         if sender.is_ready() {
             upstream.keep(sender);
         } else if !sender.is_closed() {
@@ -191,7 +198,8 @@ impl Pool {
         if answer.is_end_stream() {
             return self.give_back(lease);
         }
-        let Lease { mut sender, upstream, .. } = lease;
+        // On one that carries many, the rest of the answer is cut off alone.
+        let Lease { sender: Sender::One(mut sender), upstream, .. } = lease else { return };
         self.drivers.spawn_local(async move {
             let mut left = UNREAD_MAX_BYTES;
             let read = async {
@@ -214,47 +222,23 @@ impl Pool {
 
     /// Closes connections that were not used for too long, and forgets tasks that are gone.
     pub(crate) fn sweep(&self, now: Instant) {
+        let idle_for = self.timeouts.get().idle;
         self.upstreams.borrow_mut().retain(|session, upstream| {
-            let is_idle = upstream.sweep(now, self.timeouts.get().idle);
-            let gone = is_idle && upstream.used.get() + FORGET_AFTER <= now;
+            let unused_since = upstream.sweep(now, idle_for);
+            let gone = unused_since.is_some_and(|used| used + FORGET_AFTER <= now);
             if gone {
                 self.counters.forget(*session);
             }
             !gone
         });
         for gateway in self.gateways.borrow().values() {
-            gateway.sweep(now, self.timeouts.get().idle);
+            gateway.sweep(now, idle_for);
         }
     }
 
     /// Closes all connections that are not in use, and lets no more be kept.
     pub(crate) fn close(&self) {
         let upstreams = self.upstreams.take().into_values();
-        for upstream in upstreams.chain(self.gateways.take().into_values()) {
-            upstream.idle.borrow_mut().clear();
-        }
-    }
-}
-
-impl Upstream {
-    pub(crate) const fn address(&self) -> &Address {
-        &self.address
-    }
-
-    /// Closes connections that were not used for so long, and says whether none is left.
-    fn sweep(&self, now: Instant, idle_for: Duration) -> bool {
-        let mut idle = self.idle.borrow_mut();
-        let old = idle.partition_point(|idle| idle.since + idle_for <= now);
-        idle.drain(..old);
-        idle.is_empty()
-    }
-
-    fn keep(&self, sender: SendRequest<Upload>) {
-        let now = Instant::now();
-        self.used.set(now);
-        let mut idle = self.idle.borrow_mut();
-        if idle.len() < self.limit {
-            idle.push(Idle { sender, since: now });
-        }
+        upstreams.chain(self.gateways.take().into_values()).for_each(|upstream| upstream.close());
     }
 }
