@@ -353,7 +353,9 @@ impl Bench {
             outcome => matches!(outcome, Outcome::Refused { .. } | Outcome::Cut(_)),
         };
         let uncounted = |outcome: &Outcome| matches!(outcome, Outcome::Broken(_) | Outcome::Reset);
-        if case.outcomes.iter().any(uncounted) {
+        // A connection of HTTP/2 that breaks its rules is counted as one, with or without requests.
+        let breaks = case.is_h2 && case.closed;
+        if breaks || case.outcomes.iter().any(uncounted) {
             return Ok(());
         }
         let of_client = case.script.is_none();
