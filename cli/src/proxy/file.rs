@@ -281,7 +281,6 @@ impl RouteFile {
             protocol: self.protocol.clone().map(|Text(protocol)| protocol),
             response: self.response_timeout.map(|Span(length)| length),
             total: self.total_timeout.map(|Span(length)| length),
-            ..Forwarding::default()
         };
         Ok(route)
     }

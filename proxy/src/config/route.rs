@@ -33,32 +33,8 @@ pub struct Forwarding {
     pub protocol: Option<Protocol>,
     /// How long a task may take to begin its answer, instead of `timeouts.response`.
     pub response: Option<Duration>,
-    /// How long a request may take in all, from its head to the last byte of its answer; any time unless set. Not for upgrades.
+    /// How long a request may take in all, from its head to the last byte of its answer; any time unless set.
     pub total: Option<Duration>,
-    /// To which other protocols a connection may be switched.
-    pub upgrades: Upgrades,
-}
-
-/// The protocols that a client may switch its connection to (`Upgrade`).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Upgrades(Vec<Box<str>>);
-
-impl Default for Upgrades {
-    fn default() -> Self {
-        Self(vec!["websocket".into()])
-    }
-}
-
-impl Upgrades {
-    /// Takes their names, of any case; none allows none.
-    pub fn new(names: impl IntoIterator<Item = impl Into<Box<str>>>) -> Self {
-        Self(names.into_iter().map(Into::into).collect())
-    }
-
-    /// Says whether a connection may be switched to this one. A version (`name/1`) counts as part of the name.
-    pub fn allow(&self, name: &[u8]) -> bool {
-        self.0.iter().any(|allowed| allowed.as_bytes().eq_ignore_ascii_case(name))
-    }
 }
 
 impl Route {
