@@ -11,6 +11,7 @@ pub mod record;
 pub mod access_log;
 pub mod metrics;
 mod stream;
+mod send;
 mod wire;
 mod trailers;
 mod refusal;

@@ -25,6 +25,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
 
+use crate::send::poll_write_pieces;
 use crate::stream::Stream;
 
 /// What a head holds that has more than one reading.
@@ -448,9 +449,9 @@ impl AsyncWrite for Wire {
     fn poll_write_vectored(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
-        buffers: &[io::IoSlice<'_>],
+        pieces: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.stream.borrow_mut()).poll_write_vectored(context, buffers)
+        poll_write_pieces(Pin::new(&mut *self.stream.borrow_mut()), context, pieces)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -13,6 +13,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::config::tls::Tls;
 use crate::config::transport::Endpoint;
+use crate::send::poll_write_pieces;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -188,8 +189,8 @@ impl AsyncWrite for Plain {
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, buffers),
-            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(context, buffers),
+            Self::Tcp(stream) => poll_write_pieces(Pin::new(stream), context, buffers),
+            Self::Unix(stream) => poll_write_pieces(Pin::new(stream), context, buffers),
         }
     }
 
