@@ -9,6 +9,7 @@
 
 pub mod record;
 pub mod access_log;
+pub mod trace;
 pub mod metrics;
 mod stream;
 mod send;

@@ -21,6 +21,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 
 use crate::access_log::writer::LogStats;
 use crate::record::{Outcome, Record};
+use crate::trace::TraceStats;
 
 /// What one worker counts. Only that worker writes.
 // Two workers' cells must not share a cache line, nor the pair of lines that the prefetcher fetches.
@@ -383,6 +384,14 @@ const VALID_UNTIL: (&str, &str) = (
     "mandoline_proxy_certificate_valid_until_seconds",
     "Until when a certificate is valid, in seconds since 1970",
 );
+const SPANS_EXPORTED: (&str, &str) =
+    ("mandoline_proxy_spans", "Spans of traces that were exported");
+const SPANS_DROPPED: (&str, &str) = (
+    "mandoline_proxy_spans_dropped",
+    "Spans that were dropped, since whoever exports did not keep up",
+);
+const SPANS_FAILED: (&str, &str) =
+    ("mandoline_proxy_spans_failed", "Spans that could not be exported");
 const DURATION: (&str, &str) = (
     "mandoline_proxy_request_duration_seconds",
     "From the head of a request to the last byte of its answer",
@@ -666,6 +675,7 @@ pub(crate) struct Knowledge {
     pub(crate) held_bytes: u64,
     pub(crate) pauses: Vec<PauseStats>,
     pub(crate) log: Option<LogStats>,
+    pub(crate) traces: Option<TraceStats>,
     pub(crate) tls: Vec<TlsStats>,
 }
 
@@ -935,7 +945,7 @@ impl Collector for Tally {
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
         Self::encode_pauses(&stats.pauses, &mut encoder)?;
-        let Knowledge { jobs, reloads, log, .. } = (self.known)();
+        let Knowledge { jobs, reloads, log, traces, .. } = (self.known)();
         for ((name, help), value) in [(RELOADS, reloads.taken), (RELOADS_REFUSED, reloads.refused)]
         {
             let family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
@@ -967,13 +977,16 @@ impl Collector for Tally {
         }
         Self::encode_gateways(&stats.gateways, &mut encoder)?;
         self.encode_routes(&mut encoder)?;
-        if let Some(log) = log {
-            for ((name, help), value) in
-                [(LOG_WRITTEN, log.written), (LOG_DROPPED, log.dropped), (LOG_FAILED, log.failed)]
-            {
-                let family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-                ConstCounter::new(value).encode(family)?;
-            }
+        let lines = log.map(|log| {
+            [(LOG_WRITTEN, log.written), (LOG_DROPPED, log.dropped), (LOG_FAILED, log.failed)]
+        });
+        let spans = traces.map(|spans| {
+            let TraceStats { exported, dropped, failed } = spans;
+            [(SPANS_EXPORTED, exported), (SPANS_DROPPED, dropped), (SPANS_FAILED, failed)]
+        });
+        for ((name, help), value) in lines.into_iter().chain(spans).flatten() {
+            let family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            ConstCounter::new(value).encode(family)?;
         }
         Self::encode_tls(&stats.tls, &mut encoder)?;
         let histograms = [
@@ -1121,6 +1134,7 @@ mod tests {
             tls: Vec::new(),
             pauses: vec![pause.clone()],
             log: Some(LogStats { written: 5, dropped: 6, failed: 7 }),
+            traces: Some(TraceStats { exported: 5, dropped: 6, failed: 7 }),
         };
         let tally = Tally::new(workers, known);
         let stats = tally.stats();
@@ -1152,6 +1166,9 @@ mod tests {
             "mandoline_proxy_route_request_duration_seconds_bucket{le=\"0.001024\",route=\"carts\"} 2",
             "mandoline_proxy_route_upstream_duration_seconds_bucket{le=\"0.000512\",route=\"carts\"} 2",
             "mandoline_proxy_upstream_duration_seconds_count 2",
+            "mandoline_proxy_spans_total 5",
+            "mandoline_proxy_spans_dropped_total 6",
+            "mandoline_proxy_spans_failed_total 7",
             "mandoline_proxy_access_log_lines_total 5",
             "mandoline_proxy_access_log_lines_dropped_total 6",
             "mandoline_proxy_access_log_lines_failed_total 7",

@@ -8,9 +8,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::StatusCode;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
+use http::{Method, StatusCode};
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
 use mandoline_core::task::SessionId;
@@ -23,7 +23,19 @@ use crate::metrics::Count;
 use crate::record::{Asked, Outcome, Record};
 use crate::setup::{Route, Setup};
 use crate::target::{self, Target};
+use crate::trace::{Attribute, Context, Traced, Trail};
 use crate::worker::Worker;
+
+/// Those that RFC 9110 and RFC 5789 define and that come this far.
+const USUAL_METHODS: [Method; 7] = [
+    Method::GET,
+    Method::HEAD,
+    Method::POST,
+    Method::PUT,
+    Method::DELETE,
+    Method::OPTIONS,
+    Method::PATCH,
+];
 
 /// One request, under way.
 pub(crate) struct Exchange {
@@ -51,7 +63,9 @@ pub(crate) struct Exchange {
     bytes_out: u64,
     // Once no pause holds it.
     flight: Option<Flight>,
-    // Where there is a log.
+    // Where there is a trace.
+    trail: Option<Box<Trail>>,
+    // Where there is a log or a trace.
     asked: Option<Box<Asked>>,
     // Where a trusted client asks what becomes of it.
     shown_in: Option<HeaderName>,
@@ -66,8 +80,22 @@ impl Exchange {
     ) -> Self {
         worker.counters.count(Count::Requests);
         let began = Instant::now();
-        let asked = setup.config.access_log.as_ref().map(|log| {
-            Box::new(Asked::of(client.address(), head, log.format.headers(&head.headers)))
+        let traced =
+            setup.config.traces.as_ref().map(|traces| {
+                traces.begin(&mut head.headers, began, &mut worker.chance.borrow_mut())
+            });
+        let trail = match traced {
+            Some(Traced::Recorded(trail)) => Some(trail),
+            Some(Traced::AsItCame) | None => None,
+        };
+        let log = setup.config.access_log.as_ref();
+        let asked = (log.is_some() || trail.is_some()).then(|| {
+            let headers = log.map(|log| log.format.headers(&head.headers)).unwrap_or_default();
+            let mut asked = Box::new(Asked::of(client.address(), head, headers));
+            let trace = trail.as_ref().map(|trail| trail.request);
+            let trace = trace.or_else(|| log.and_then(|_| Context::of(&head.headers)));
+            asked.trace = trace.map(|context| format!("{:032x}", context.trace));
+            asked
         });
         let shown_in = setup.config.debug.as_ref().and_then(|debug| {
             // Whoever may not ask, asks in vain, and so does whoever asks the task.
@@ -94,6 +122,7 @@ impl Exchange {
             outcome: Outcome::Abandoned,
             bytes_out: 0,
             flight: None,
+            trail,
             asked,
             shown_in,
         }
@@ -118,7 +147,14 @@ impl Exchange {
     /// The request was held for so long in all, and is let go on.
     pub(crate) fn goes_on(&mut self, held: Duration) {
         self.waits_since = Instant::now();
-        self.held = held;
+        self.was_held(held);
+    }
+
+    fn was_held(&mut self, held: Duration) {
+        let lasted = held.saturating_sub(std::mem::replace(&mut self.held, held));
+        if let Some(trail) = self.trail.as_mut().filter(|_| !lasted.is_zero()) {
+            trail.was_held(lasted, &mut self.worker.chance.borrow_mut());
+        }
     }
 
     /// The request's key is known: from here on it counts as offered, second tries apart.
@@ -147,6 +183,9 @@ impl Exchange {
         self.tries += 1;
         self.last = Some(target.session());
         self.try_began = Some(Instant::now());
+        if let Some(trail) = &mut self.trail {
+            trail.tries(&mut self.worker.chance.borrow_mut());
+        }
         if let (Some(asked), target::To::Task(upstream)) = (&mut self.asked, &target.to) {
             asked.address = upstream.address().cloned();
         }
@@ -154,9 +193,25 @@ impl Exchange {
 
     /// Whom it was sent to has begun to answer, or will not.
     pub(crate) fn tried(&mut self) {
-        if let Some(began) = self.try_began.take() {
-            self.upstream += began.elapsed();
+        let Some(began) = self.try_began.take() else { return };
+        self.upstream += began.elapsed();
+        if let Some(trail) = &mut self.trail {
+            let address = self.asked.as_ref().and_then(|asked| asked.address.as_ref());
+            let texts = [
+                ("server.address", address.map(ToString::to_string)),
+                ("mandoline.task", self.last.map(|task| task.to_string())),
+            ];
+            let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text?)));
+            let mut said: Vec<_> =
+                texts.map(|(name, text)| (name, Attribute::Text(text))).collect();
+            said.push(("http.request.resend_count", Attribute::Number(i64::from(self.tries) - 1)));
+            trail.tried(said);
         }
+    }
+
+    /// Says where the try under way is in a trace, if the request is recorded.
+    pub(crate) fn trace(&self) -> Option<Context> {
+        self.trail.as_ref().map(|trail| trail.here())
     }
 
     /// The task that was tried last takes the request.
@@ -174,7 +229,7 @@ impl Exchange {
 
     /// The proxy answers itself, after it has held the request for so long in all.
     pub(crate) fn refuses(&mut self, why: &impl ToString, held: Duration) {
-        self.held = held;
+        self.was_held(held);
         if let Some(asked) = &mut self.asked {
             asked.reason = Some(why.to_string());
         }
@@ -209,6 +264,32 @@ impl Exchange {
         add("held", seconds(self.held));
         add("upstream_time", seconds(self.upstream));
         HeaderValue::try_from(line).expect("what is not printable is escaped")
+    }
+
+    /// Says in a trace what became of the request.
+    fn leaves_trace(&mut self, record: &Record) {
+        let (Some(trail), Some(asked)) = (self.trail.take(), &self.asked) else { return };
+        // Any text can be a method, and spans are told apart by few names.
+        let is_usual = USUAL_METHODS.contains(&asked.method);
+        let method = if is_usual { asked.method.as_str() } else { "HTTP" };
+        let route = record.route.as_deref();
+        let name = route.map_or_else(|| method.to_owned(), |route| format!("{method} {route}"));
+        let texts = [
+            ("http.request.method", Some(asked.method.to_string())),
+            ("url.path", Some(asked.uri.path().to_owned())),
+            ("client.address", Some(asked.client.to_string())),
+            ("http.route", route.map(str::to_owned)),
+            ("mandoline.key", record.key.map(|key| key.to_string())),
+            ("mandoline.generation", record.first.map(|_| record.generation.to_string())),
+            ("mandoline.outcome", Some(record.outcome.as_str().to_owned())),
+            ("mandoline.reason", asked.reason.clone()),
+        ];
+        let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text?)));
+        let mut said: Vec<_> = texts.map(|(name, text)| (name, Attribute::Text(text))).collect();
+        if let Some(status) = record.status {
+            said.push(("http.response.status_code", Attribute::Number(status.into())));
+        }
+        trail.ends(name, record.duration, record.outcome == Outcome::Failed, said);
     }
 
     /// Says what there is to say at its end.
@@ -246,6 +327,7 @@ impl Drop for Exchange {
         if let Some(observer) = &self.worker.setup().config.observer {
             observer.observe(&record);
         }
+        self.leaves_trace(&record);
         if let (Some(asked), Some(log)) = (&mut self.asked, &self.setup.config.access_log) {
             asked.job = self.job.as_ref().map(|job| (*job.name).clone());
             log.tell(&record, asked, &mut self.worker.chance.borrow_mut());

@@ -235,11 +235,16 @@ impl Proxy {
         };
         // Panics there are none, and what is late is lost.
         drop(spawn_blocking(flush).await);
+        if let Some(traces) = &self.reloader.in_force().traces {
+            traces.sink.flush(LAST_SPANS_WAIT).await;
+        }
     }
 }
 
 /// How long a log is given to write its last lines, when the proxy stops.
 const LAST_LINES_WAIT: Duration = Duration::from_secs(1);
+/// The same for the last spans of traces.
+const LAST_SPANS_WAIT: Duration = Duration::from_secs(2);
 
 impl Drop for Proxy {
     fn drop(&mut self) {

@@ -179,6 +179,7 @@ impl Reloader {
             pauses: book.stats(),
             log: config.access_log.as_ref().map(|log| log.writer.stats()),
             tls: Vec::new(),
+            traces: config.traces.as_ref().map(|traces| traces.sink.stats()),
         }
     }
 }

@@ -16,13 +16,16 @@ use mandoline_core::flags::Flags;
 use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
 use mandoline_proxy::access_log::writer::{Place, Writer};
+use mandoline_proxy::config::ProxyId;
 use mandoline_proxy::pauses::Pauses;
 use mandoline_proxy::router::Router;
+use mandoline_proxy::trace::Sink;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::failure::Failure;
 use crate::proxy::flags::{FlagsOrder, Following};
+use crate::proxy::otlp;
 
 /// What a clerk is told when it starts: one with the same order is the same one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +51,7 @@ pub(crate) struct Clerks {
     // The proxy that goes by the flags, once it runs.
     pauses: Option<Pauses>,
     log: Option<(Place, Writer)>,
+    traces: Option<(String, Sink)>,
     idle: bool,
 }
 
@@ -61,6 +65,7 @@ impl Clerks {
             following: None,
             pauses: None,
             log: None,
+            traces: None,
             idle: false,
         }
     }
@@ -204,6 +209,18 @@ impl Clerks {
         })?;
         self.log = Some((place.clone(), writer.clone()));
         Ok(writer)
+    }
+
+    /// Gives where spans go for a collector: the same as long as the collector is the same.
+    pub(crate) fn sink(&mut self, collector: &str, id: &ProxyId) -> Result<Sink, Failure> {
+        if let Some((known, sink)) = &self.traces
+            && known == collector
+        {
+            return Ok(sink.clone());
+        }
+        let sink = otlp::start(collector, id.to_string())?;
+        self.traces = Some((collector.to_owned(), sink.clone()));
+        Ok(sink)
     }
 
     /// Lets go of the clerks of jobs that are not among these.

@@ -24,6 +24,7 @@ use mandoline_proxy::config::route::{Destination, Forwarding, Route};
 use mandoline_proxy::config::tls::{Tls as TaskTls, TlsFiles};
 use mandoline_proxy::config::transport::{Protocol, Transport};
 use mandoline_proxy::config::{Config, DebugHeader, Exempt, Limits, Timeouts};
+use mandoline_proxy::trace::{Sink, Traces};
 use serde::Deserialize;
 use serde_saphyr::Spanned;
 
@@ -222,6 +223,15 @@ pub(crate) struct AccessLogFile {
     slow: Option<Span>,
 }
 
+/// Which requests are traced, and where their spans go.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TracesFile {
+    /// A collector that takes OTLP over gRPC.
+    pub(crate) otlp: String,
+    share: Option<Share>,
+}
+
 /// Who may ask what became of a request, with the request itself.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -346,15 +356,7 @@ impl AccessLogFile {
                     .try_this("name the fields in the template, or leave format out"));
             }
         };
-        let share = match self.share {
-            None => Ratio::percent(100),
-            Some(Share(share)) if share <= Ratio::percent(100) => share,
-            Some(Share(share)) => {
-                return Err(Failure::new(format!(
-                    "the access log's share is {share}: give at most 100%"
-                )));
-            }
-        };
+        let share = whole("the access log's share", self.share, Ratio::percent(100))?;
         let slow = self.slow.map(|Span(slow)| slow);
         Ok(AccessLog { share, slow, ..AccessLog::new(writer, format) })
     }
@@ -368,6 +370,23 @@ impl AccessLogFile {
             .iter()
             .map(|name| name.value.parse::<Field>().map_err(|error| refuse(&error, name)));
         Format::json(fields.collect::<Result<_, _>>()?).map_err(Failure::new)
+    }
+}
+
+/// Gives a share of no more than everything.
+fn whole(what: &str, given: Option<Share>, usual: Ratio) -> Result<Ratio, Failure> {
+    match given {
+        None => Ok(usual),
+        Some(Share(share)) if share <= Ratio::percent(100) => Ok(share),
+        Some(Share(share)) => Err(Failure::new(format!("{what} is {share}: give at most 100%"))),
+    }
+}
+
+impl TracesFile {
+    /// Makes what goes by them.
+    pub(crate) fn traces(&self, sink: Sink) -> Result<Traces, Failure> {
+        // Whoever wants all of them can say so.
+        Ok(Traces { share: whole("the share of traces", self.share, Ratio::percent(1))?, sink })
     }
 }
 

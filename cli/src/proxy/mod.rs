@@ -2,6 +2,7 @@
 
 mod file;
 mod flags;
+mod otlp;
 mod clerks;
 mod settings;
 mod check;
@@ -35,7 +36,7 @@ use crate::failure::Failure;
 use crate::proxy::clerks::Clerks;
 use crate::proxy::file::{
     AccessLogFile, DebugFile, JobFile, LimitsFile, ListenerFile, PausesFile, RouteFile,
-    TimeoutsFile,
+    TimeoutsFile, TracesFile,
 };
 use crate::proxy::schema::SCHEMA;
 use crate::proxy::settings::Settings;
@@ -174,6 +175,8 @@ pub(crate) struct ProxyArgs {
     access_log: Option<AccessLogFile>,
     #[arg(skip)]
     debug: Option<DebugFile>,
+    #[arg(skip)]
+    traces: Option<TracesFile>,
 }
 
 /// Runs until told to stop.

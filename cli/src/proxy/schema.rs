@@ -74,6 +74,7 @@ mod tests {
             "{access_log: {to: stderr, format: json, fields: [time, 'header:x-a', status]}}",
             "{debug: {networks: ['10.0.0.0/8', '::1']}}",
             "{debug: {networks: [], header: x-explain}}",
+            "{traces: {otlp: 'http://127.0.0.1:4317', share: 0.5%}}",
         ] {
             assert!(taken(good).await, "{good}");
         }
@@ -111,6 +112,8 @@ mod tests {
             "{access_log: {to: stdout, share: 0.5}}",
             "{debug: {networks: [here]}}",
             "{debug: {header: x-explain}}",
+            "{traces: {share: 1%}}",
+            "{traces: {otlp: '127.0.0.1:4317'}}",
         ] {
             assert!(!taken(bad).await, "{bad}");
         }
@@ -186,6 +189,7 @@ mod tests {
             ),
             ("/$defs/head/properties", "{routes: [{request: {nothing_like_it: 1}}]}"),
             ("/properties/access_log/properties", "{access_log: {to: stdout, nothing_like_it: 1}}"),
+            ("/properties/traces/properties", "{traces: {otlp: 'http://a:1', nothing_like_it: 1}}"),
             ("/properties/debug/properties", "{debug: {networks: [], nothing_like_it: 1}}"),
             (
                 "/$defs/listener/properties",

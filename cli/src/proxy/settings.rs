@@ -41,7 +41,7 @@ impl Settings {
                 args, from_file;
                 listen, listeners, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
                 workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id, handover,
-                routes, jobs, timeouts, limits, pauses, access_log, debug,
+                routes, jobs, timeouts, limits, pauses, access_log, debug, traces,
             );
             args.access.overlay(from_file.access);
         }
@@ -162,6 +162,10 @@ impl Settings {
         if let Some(log) = &args.access_log {
             let writer = clerks.log(log.place())?;
             config.access_log = Some(log.access_log(writer, |text| self.place(text))?);
+        }
+        if let Some(traces) = &args.traces {
+            let sink = clerks.sink(&traces.otlp, &self.id())?;
+            config.traces = Some(traces.traces(sink)?);
         }
         config.debug = args.debug.as_ref().map(DebugFile::debug);
         if let Some(Span(wait)) = args.hold_wait {

@@ -33,6 +33,7 @@ use crate::config::route::{Destination, Forwarding, Route};
 use crate::config::transport::Transport;
 use crate::record::Observer;
 use crate::router::Router;
+use crate::trace::Traces;
 
 /// The longest name of a proxy, in bytes: a DNS label.
 pub const ID_MAX_BYTES: usize = 63;
@@ -71,6 +72,8 @@ pub struct Config {
     pub observer: Option<Observer>,
     /// Where requests are written down, if anywhere.
     pub access_log: Option<AccessLog>,
+    /// Which requests are traced, if any.
+    pub traces: Option<Traces>,
     /// Who may ask what became of a request, with the request itself.
     pub debug: Option<DebugHeader>,
 }
@@ -104,6 +107,7 @@ impl Config {
             exempt: Exempt::default(),
             observer: None,
             access_log: None,
+            traces: None,
             debug: None,
         }
     }

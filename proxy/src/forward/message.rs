@@ -20,6 +20,7 @@ use crate::passage::Answer;
 use crate::pool::upstream::Lease;
 use crate::refusal::Refusal;
 use crate::rules::{Facts, Rules};
+use crate::trace::Context;
 use crate::upload::Upload;
 
 /// What a request is made of, for every try.
@@ -39,6 +40,8 @@ pub(crate) struct Marks {
     pub(crate) may_forward: bool,
     /// Whether it does not own the key.
     pub(crate) is_spilled: bool,
+    /// Where it is in a trace, if the request is recorded.
+    pub(crate) trace: Option<Context>,
 }
 
 /// Makes a request to be sent by a connection.
@@ -63,6 +66,9 @@ pub(crate) fn request(
     if marks.is_spilled {
         let generation = HeaderValue::try_from(marks.generation.to_string());
         request.headers_mut().insert(SPILL, generation.expect("a generation fits a header"));
+    }
+    if let Some(trace) = marks.trace {
+        trace.put(request.headers_mut());
     }
     if lease.is_shared() {
         in_http2(&mut request, lease.upstream.transport.tls.is_some())?;

@@ -275,6 +275,7 @@ async fn exchange_messages(
         generation: target.generation,
         may_forward: matches!(target.to, target::To::Region(_)),
         is_spilled: target.is_spilled,
+        trace: observed.trace(),
     };
     let heard = |load| trip.job.lookup.heard(target, load);
     exchange(&trip.trip, upstream, marks, observed.waits_since(), heard).await

@@ -4,6 +4,7 @@ mod harness;
 mod reloads;
 mod routing;
 mod observing;
+mod tracing;
 mod framing;
 mod corpus;
 mod bodies;
