@@ -23,6 +23,7 @@ use mandoline_sim::rehearsal::{Rehearsal, Rehearsed};
 use mandoline_sim::replay::Replay;
 use serde_json::Value;
 
+use crate::callers::my_turn_blocking;
 use crate::kit::{Process, json, until};
 
 const TASKS: usize = 5;
@@ -39,6 +40,7 @@ const LENGTH: Duration = Duration::from_secs(40);
 #[test]
 fn a_trace_does_to_the_simulator_what_it_does_to_the_real_thing() {
     let Some(path) = trace("arc_oltp_pages.tsv.zst") else { return };
+    let _turn = my_turn_blocking();
     let runs: Vec<(Value, Start)> = thread::scope(|scope| {
         let runs: Vec<_> = (0..RUNS).map(|_| scope.spawn(|| real(&path))).collect();
         runs.into_iter().map(|run| run.join().unwrap()).collect()

@@ -180,10 +180,19 @@ pub(crate) fn kv() -> pb::JobSpec {
 }
 
 /// Waits for its turn: tests that measure time take it, so that they do not measure each other. Held until dropped.
-pub(crate) async fn my_turn() -> tokio::sync::MutexGuard<'static, ()> {
-    static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+pub(crate) async fn my_turn() -> Turn {
     TURN.lock().await
 }
+
+/// [`my_turn`] for a test without a runtime.
+pub(crate) fn my_turn_blocking() -> Turn {
+    TURN.blocking_lock()
+}
+
+/// Held by one test at a time.
+pub(crate) type Turn = tokio::sync::MutexGuard<'static, ()>;
+
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// A number from the environment: how long or how often, for who runs a test by hand.
 pub(crate) fn number(variable: &str, usual: u64) -> u64 {

@@ -65,8 +65,9 @@ async fn callers_go_by_a_distributor_when_all_assigners_are_dead() {
     knows(&below, "a clerk of the second tier").await;
     let generation = above.assignment().unwrap().generation;
     below.wait_for(generation, PATIENCE).await.unwrap();
+    // The clerk of the first tier watches the job; the second tier watches the job and the flags.
     let metrics = page(ports[0], "/metrics").unwrap().body;
-    assert!(metrics.contains("mandoline_distributor_watchers 2"), "{metrics}");
+    assert!(metrics.contains("mandoline_distributor_watchers 3"), "{metrics}");
     let known = format!("mandoline_distributor_job_generation{{job=\"kv\"}} {}", generation.number);
     assert!(metrics.contains(&known), "{metrics}");
     // It tells by server-sent events too, and what it has not heard of it does not claim to be nowhere.

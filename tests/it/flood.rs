@@ -3,10 +3,12 @@
 
 use serde_json::Value;
 
+use crate::callers::my_turn_blocking;
 use crate::kit::{run, text};
 
 #[test]
 fn floods_leave_memory_bounded_and_other_clients_served() {
+    let _turn = my_turn_blocking();
     let output = run(&["bench", "flood", "--rounds", "1", "--window-ms", "150", "--json"]);
     let found: Value = serde_json::from_slice(&output.stdout)
         .unwrap_or_else(|error| panic!("{error}: {}", text(&output.stderr)));
