@@ -171,7 +171,10 @@ impl Walk<'_> {
         told.fact("from", from.to_string());
         told.says(format!("the key is {}", from.describe()));
         let asked = Asked { head, host: host.as_str(), client, body: None };
-        let key = key::find(from, &asked)?;
+        let key = match &route.lookup {
+            None => key::find(from, &asked)?,
+            Some(lookup) => key::known(from, &asked, lookup)?,
+        };
         told.fact("key", key.to_string());
         told.says(format!("it lies at {key}"));
 

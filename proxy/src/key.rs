@@ -5,6 +5,7 @@ use mandoline_core::extract::Miss;
 use mandoline_core::key::SliceKey;
 use tokio::time::timeout;
 
+use crate::lookup::Lookup;
 use crate::passage::Passage;
 use crate::refusal::Refusal;
 use crate::setup::To;
@@ -21,7 +22,13 @@ pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
         client: Some(passage.client.address()),
         body: body.as_deref(),
     };
-    let key = find(key, &asked)?;
+    let key = match &route.lookup {
+        None => find(key, &asked)?,
+        Some(lookup) => {
+            let looked_up = key.bytes_in(&asked).map_err(|miss| refusal(miss, key))?;
+            SliceKey::of(&lookup.find(&looked_up).await.map_err(Refusal::Lookup)?)
+        }
+    };
     passage.key = Some(key);
     passage.exchange.has_key(key, job);
     Ok(())
@@ -50,6 +57,19 @@ const BODY_MAX_BYTES: usize = REPLAY_MAX_BYTES;
 
 /// Finds the key of a request.
 pub(crate) fn find(from: &KeyFrom, asked: &Asked<'_>) -> Result<SliceKey, Refusal> {
-    let key = from.find_in(asked);
-    key.map_err(|miss| Refusal::Key(format!("{miss}; the key is {}", from.describe())))
+    from.find_in(asked).map_err(|miss| refusal(miss, from))
+}
+
+/// Finds the key of a request by what a lookup knows already: the table is not asked.
+pub(crate) fn known(
+    from: &KeyFrom,
+    asked: &Asked<'_>,
+    lookup: &Lookup,
+) -> Result<SliceKey, Refusal> {
+    let looked_up = from.bytes_in(asked).map_err(|miss| refusal(miss, from))?;
+    Ok(SliceKey::of(&lookup.known(&looked_up).map_err(Refusal::Lookup)?))
+}
+
+fn refusal(miss: Miss, from: &KeyFrom) -> Refusal {
+    Refusal::Key(format!("{miss}; the key is {}", from.describe()))
 }

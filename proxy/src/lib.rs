@@ -18,6 +18,7 @@ mod trailers;
 mod refusal;
 mod upload;
 pub mod router;
+pub mod lookup;
 pub mod config;
 pub mod tls;
 mod pool;

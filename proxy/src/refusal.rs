@@ -10,6 +10,7 @@ use http::{Method, Response, StatusCode};
 
 use mandoline_core::flags::PauseId;
 
+use crate::lookup::Fault;
 use crate::record::Outcome;
 use crate::wire::Doubt;
 use mandoline::Generation;
@@ -34,6 +35,9 @@ pub(crate) enum Refusal {
     /// It has no usable key.
     #[error("{0}")]
     Key(String),
+    /// Its key has no translation.
+    #[error("{0}; the key of this request is looked up in a table")]
+    Lookup(Fault),
     /// The client stopped sending the body.
     #[error("the body of the request stopped coming")]
     SlowBody,
@@ -196,7 +200,7 @@ impl Refusal {
         match self {
             Self::Malformed(_) | Self::Doubt(_) | Self::Key(_) => StatusCode::BAD_REQUEST,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
-            Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::NoRoute | Self::Lookup(Fault::Unknown) => StatusCode::NOT_FOUND,
             Self::Method(_) | Self::OtherMethods(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::Expectation => StatusCode::EXPECTATION_FAILED,
             Self::Upgrade | Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
@@ -213,7 +217,13 @@ impl Refusal {
             | Self::BrokenRepeatable
             | Self::Lost(_)
             | Self::Full => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Broken | Self::Garbled(_) | Self::Astray(_) => StatusCode::BAD_GATEWAY,
+            Self::Lookup(Fault::Down(_) | Fault::Late | Fault::Busy | Fault::Unasked) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            Self::Broken
+            | Self::Garbled(_)
+            | Self::Astray(_)
+            | Self::Lookup(Fault::Two | Fault::Length(_)) => StatusCode::BAD_GATEWAY,
             Self::Late | Self::Deadline => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -225,6 +235,7 @@ impl Refusal {
             | Self::Key(_)
             | Self::SlowBody
             | Self::NoRoute
+            | Self::Lookup(Fault::Unknown)
             | Self::Method(_)
             | Self::OtherMethods(_)
             | Self::Expectation
@@ -255,7 +266,10 @@ impl Refusal {
             | Self::Upgrade
             | Self::TransferCoding => "mandoline; error=http_request_error",
             Self::Loop | Self::Astray(_) => "mandoline; error=proxy_loop_detected",
-            Self::NoRoute | Self::Crossed { .. } => "mandoline; error=destination_not_found",
+            Self::NoRoute | Self::Crossed { .. } | Self::Lookup(Fault::Unknown) => {
+                "mandoline; error=destination_not_found"
+            }
+            Self::Lookup(_) => "mandoline; error=proxy_internal_error",
             Self::Unserved
             | Self::TooOld(_)
             | Self::Moving

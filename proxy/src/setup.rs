@@ -14,6 +14,7 @@ use crate::config::matching::Astray;
 use crate::config::route::{Destination, Forwarding};
 use crate::hold::queue::House;
 use crate::job::Job;
+use crate::lookup::Lookup;
 use crate::metrics::RouteCounters;
 use crate::rules::Rules;
 
@@ -28,6 +29,7 @@ pub(crate) struct Setup {
 pub(crate) struct Route {
     pub(crate) name: Box<str>,
     pub(crate) to: To,
+    pub(crate) lookup: Option<Lookup>,
     pub(crate) request: Rules,
     pub(crate) response: Rules,
     pub(crate) forwarding: Forwarding,
@@ -69,8 +71,8 @@ impl Setup {
             };
             let (request, response) = (Rules::new(&route.request), Rules::new(&route.response));
             let (name, forwarding) = (route.name.clone(), route.forwarding.clone());
-            let counters = house.counters.route(&name);
-            Rc::new(Route { name, to, request, response, forwarding, counters })
+            let (lookup, counters) = (route.lookup.clone(), house.counters.route(&name));
+            Rc::new(Route { name, to, lookup, request, response, forwarding, counters })
         });
         let routes = routes.collect();
         Self { config, routes, jobs }

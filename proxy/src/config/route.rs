@@ -8,6 +8,7 @@ use mandoline_core::name::JobName;
 use crate::config::headers::HeaderRules;
 use crate::config::matching::Match;
 use crate::config::transport::Protocol;
+use crate::lookup::Lookup;
 
 /// Where requests go that match.
 #[derive(Clone, Debug)]
@@ -18,6 +19,8 @@ pub struct Route {
     pub matches: Match,
     /// Where they go.
     pub to: Destination,
+    /// The table through which the key is translated, if it is.
+    pub lookup: Option<Lookup>,
     /// What is changed in the heads of requests on their way to a task.
     pub request: HeaderRules,
     /// What is changed in the heads of answers on their way to a client.
@@ -45,6 +48,7 @@ impl Route {
             name,
             matches,
             to,
+            lookup: None,
             request: HeaderRules::default(),
             response: HeaderRules::default(),
             forwarding: Forwarding::default(),

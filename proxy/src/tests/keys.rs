@@ -131,3 +131,48 @@ async fn a_request_is_sharded_by_a_claim_of_its_token() {
     let request = |_: &str| get("/", &format!("cookie: t={token}\r\n"));
     check("jwt(sub, cookie:t)", request, |_| b"ann".to_vec()).await;
 }
+
+/// Shops have domains, and a database says on which shard each is.
+#[cfg(feature = "sqlite")]
+#[tokio::test]
+async fn a_shard_is_looked_up_in_a_database() {
+    use crate::lookup::sqlite::Sqlite;
+    use crate::lookup::{Limits, Lookup};
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("shops.db");
+    let db = rusqlite::Connection::open(&path).unwrap();
+    db.execute_batch("create table shops (domain text, shard)").unwrap();
+    for n in 0..20 {
+        let row = (format!("{n}.org"), n % 4);
+        db.execute("insert into shops values (?1, ?2)", row).unwrap();
+    }
+    db.execute_batch("insert into shops values ('two.org', 1), ('two.org', 2), ('e.org', '')")
+        .unwrap();
+
+    let table = Sqlite::new(&path, "select shard from shops where domain = ?1");
+    let lookup = Lookup::start(table, Limits::default()).unwrap();
+    let (owners, _tasks) = halves().await;
+    let stage = Stage::with(owners, |config| {
+        key_at(config, "host");
+        config.routes[0].lookup = Some(lookup);
+    });
+    let ask = |host: &str| get("/", "").replace("host: h", &format!("host: {host}"));
+    for n in 0..20 {
+        let answer = stage.talk(&ask(&format!("{n}.org"))).await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{n}: {answer}");
+        let served_by = answer.split("\r\n\r\n").nth(1).unwrap();
+        assert!(served_by.starts_with(owner((n % 4).to_string().as_bytes())), "{n}: {answer}");
+    }
+    for (host, status) in [("none.org", "404"), ("two.org", "502"), ("e.org", "502")] {
+        let answer = stage.talk(&ask(host)).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{host}: {answer}");
+    }
+    // A database that nobody can open disturbs only those whom it has told nothing.
+    let table = Sqlite::new(folder.path().join("none.db"), "select 1");
+    let lookup = Lookup::start(table, Limits::default()).unwrap();
+    let (owners, _tasks) = halves().await;
+    let stage = Stage::with(owners, |config| config.routes[0].lookup = Some(lookup));
+    let answer = stage.talk(&get("/kv/a", "")).await;
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+}

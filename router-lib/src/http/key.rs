@@ -109,6 +109,15 @@ impl KeyFrom {
         }
     }
 
+    /// Finds the key's bytes, for whoever looks something else up by them. A key that is typed or grouped has none.
+    pub fn bytes_in(&self, asked: &Asked<'_>) -> Result<Vec<u8>, Miss> {
+        let fields = Fields(&asked.head.headers);
+        match &self.0 {
+            Source::Part(part) => Ok(part.key(&asked.whole(&fields), &FORMAT)?.into_owned()),
+            Source::Typed | Source::Group { .. } => Err(Miss::NoKey),
+        }
+    }
+
     /// Says whether the key is in the body of a request, which then has to be read first: only a proxy does that.
     pub fn reads_body(&self) -> bool {
         match &self.0 {
