@@ -53,6 +53,7 @@ pub(crate) fn fits(root: &Value, schema: &Value, value: &Value) -> bool {
             value.as_array().is_none_or(|all| all.len() as u64 <= given.as_u64().unwrap())
         }
         "oneOf" => list(given).iter().filter(|rules| fits(root, rules, value)).count() == 1,
+        "not" => !fits(root, given, value),
         "enum" => list(given).contains(value),
         "const" => given == value,
         "pattern" => {

@@ -6,6 +6,7 @@ use crate::config::headers::Value;
 use crate::config::matching::Astray;
 use crate::passage::Passage;
 use crate::refusal::Refusal;
+use crate::upgrade::granted;
 
 /// Finds the route that takes the request.
 pub(crate) fn admit(passage: &mut Passage) -> Result<(), Refusal> {
@@ -14,6 +15,9 @@ pub(crate) fn admit(passage: &mut Passage) -> Result<(), Refusal> {
         passage.request_id = passage.worker.request_ids.of(&passage.head.headers);
     }
     let route = Rc::clone(route);
+    if let Some(wish) = &mut passage.upgrade {
+        *wish = granted(wish, &route.upgrades)?.clone();
+    }
     passage.exchange.takes(&route);
     passage.route = Some(route);
     Ok(())

@@ -33,6 +33,7 @@ use crate::serve::serve;
 use crate::stream::{Plain, Socket, Stream};
 use crate::tls::certificates::H2;
 use crate::tls::terminator::{Identity, Terminator};
+use crate::tunnel::Switch;
 use crate::wire::{Seen, SlowHead, Watch, Wire};
 use crate::worker::Worker;
 
@@ -239,9 +240,10 @@ async fn serve_http1(
     let client = Rc::new(client);
     let watch = Watch::default();
     let wire = Wire::new(stream, watch.clone(), worker.setup().config.timeouts.header);
+    let switch = Switch::default();
     let service = service_fn(|request: Request<Incoming>| {
         let seen = watch.head_is_parsed(request.version(), !request.body().is_end_stream());
-        serve(Rc::clone(worker), Rc::clone(&client), request, seen)
+        serve(Rc::clone(worker), Rc::clone(&client), request, seen, Some(switch.clone()))
     });
     let limits = worker.setup().config.limits;
     let mut builder = http1::Builder::new();
@@ -255,12 +257,12 @@ async fn serve_http1(
         .max_buf_size(2 * limits.header_bytes);
     // No `pipeline_flush`: with it hyper 1.12 forgets to send the 400 that it answers to a malformed head, because the
     // bytes that it could not parse count as a request that is yet to be answered.
-    let mut connection = pin!(builder.serve_connection(TokioIo::new(wire), service));
+    let mut connection = builder.serve_connection(TokioIo::new(wire), service);
     let served = tokio::select! {
-        served = connection.as_mut() => served,
+        served = &mut connection => served,
         () = last_request(stop) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+            std::pin::Pin::new(&mut connection).graceful_shutdown();
+            (&mut connection).await
         }
     };
     if let Err(error) = served {
@@ -268,6 +270,10 @@ async fn serve_http1(
             worker.counters.count(Count::Malformed);
         }
         debug!(%error, peer = %client.address(), "Client connection broke");
+    } else if let Some(tunnel) = switch.take() {
+        let parts = connection.into_parts();
+        watch.switches();
+        Box::pin(tunnel.run(parts.io.into_inner(), parts.read_buf, stop)).await;
     }
 }
 
@@ -305,7 +311,7 @@ async fn serve_http2(
     let client = Rc::new(client);
     let (own, asks) = (Rc::clone(worker), Rc::clone(&client));
     let service = service_fn(move |request: Request<Incoming>| {
-        serve(Rc::clone(&own), Rc::clone(&asks), request, Seen::nothing())
+        serve(Rc::clone(&own), Rc::clone(&asks), request, Seen::nothing(), None)
     });
     let mut builder = http2::Builder::new(streams.clone());
     builder

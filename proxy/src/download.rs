@@ -103,7 +103,7 @@ impl Stream {
                     lease.hears(trailers);
                 }
             }
-            self.exchange.hands_on(frame.data_ref().map_or(0, Bytes::len));
+            self.exchange.hands_on(frame.data_ref().map_or(0, Bytes::len) as u64);
         }
         match &frame {
             // The client sees its connection break too: an answer must not seem whole when it is not.

@@ -30,6 +30,7 @@ use crate::refusal::Refusal;
 use crate::route;
 use crate::setup::{Route, Setup, To};
 use crate::target::{self, Target};
+use crate::upgrade;
 use crate::worker::Worker;
 
 /// How many other routes are told of.
@@ -163,7 +164,13 @@ impl Walk<'_> {
         });
 
         told.enters("admit");
+        let wish = upgrade::wish(head, false)?;
         let route = self.admit(head, &host, told)?;
+        if let Some(wish) = wish {
+            let protocol = upgrade::granted(&wish, &route.upgrades)?.to_str().unwrap_or_default();
+            told.fact("upgrade", protocol);
+            told.says(format!("its connection may switch to {protocol}, if the task agrees"));
+        }
 
         let To::Job { job, key: from } = &route.to;
         told.enters("key");

@@ -13,11 +13,13 @@ use http::{Method, Uri, Version};
 use crate::client::Host;
 use crate::passage::Passage;
 use crate::refusal::Refusal;
+use crate::upgrade::wish;
 use mandoline::http::names::{SPILL, lists, strip_hop_by_hop};
 
 /// The stage `identify`.
 pub(crate) fn identify(passage: &mut Passage) -> Result<(), Refusal> {
     passage.host = check(&passage.worker.pseudonym, &mut passage.head)?;
+    passage.upgrade = wish(&passage.head, !passage.tape.is_empty())?;
     join_crumbs(&mut passage.head);
     Ok(())
 }
@@ -26,7 +28,6 @@ pub(crate) fn identify(passage: &mut Passage) -> Result<(), Refusal> {
 pub(crate) fn check(pseudonym: &str, head: &mut Parts) -> Result<Host, Refusal> {
     method(&head.method)?;
     framing(head)?;
-    no_upgrade(&head.headers)?;
     no_loop(&head.headers, pseudonym)?;
     let host = host(head)?;
     origin_form(head)?;
@@ -69,13 +70,6 @@ fn framing(head: &Parts) -> Result<(), Refusal> {
 
 const LOOKALIKES: [HeaderName; 2] =
     [HeaderName::from_static("content_length"), HeaderName::from_static("transfer_encoding")];
-
-fn no_upgrade(headers: &HeaderMap) -> Result<(), Refusal> {
-    // A client that would rather speak HTTP/2 goes on in HTTP/1.1 when nobody answers its wish (RFC 9110, 7.8).
-    let mut wishes = headers.get_all(header::UPGRADE).iter();
-    let harmless = wishes.all(|wish| wish.as_bytes().eq_ignore_ascii_case(b"h2c"));
-    if harmless { Ok(()) } else { Err(Refusal::Upgrade) }
-}
 
 fn no_loop(headers: &HeaderMap, pseudonym: &str) -> Result<(), Refusal> {
     let mut entries =
@@ -185,7 +179,7 @@ fn origin_form(head: &mut Parts) -> Result<(), Refusal> {
 
 /// Takes away what was meant for this hop, and says who the client was and that the request came by here.
 pub(crate) fn sign(passage: &mut Passage) {
-    let Passage { worker, client, host, head, tape, .. } = passage;
+    let Passage { worker, client, host, head, tape, upgrade, .. } = passage;
     let headers = &mut head.headers;
     let trailers = lists(headers.get_all(header::TE), "trailers");
     // A body of HTTP/2 may go without a length as it is.
@@ -200,6 +194,10 @@ pub(crate) fn sign(passage: &mut Passage) {
     if trailers {
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
         headers.insert(header::CONNECTION, HeaderValue::from_static("te"));
+    }
+    if let Some(protocol) = upgrade {
+        headers.insert(header::UPGRADE, protocol.clone());
+        headers.append(header::CONNECTION, HeaderValue::from_static("upgrade"));
     }
     if chunked {
         // Also with GET, where hyper would take a body of unknown length for none.

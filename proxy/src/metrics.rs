@@ -92,9 +92,15 @@ pub(crate) enum Count {
     HoldsLeft,
     HoldsRefused,
     HoldsFailed,
+    TunnelsOpened,
+    TunnelsClosed,
+    TunnelsSilent,
+    TunnelsCut,
+    TunnelBytesUp,
+    TunnelBytesDown,
 }
 
-const COUNTS: [(Count, &str, &str); 26] = [
+const COUNTS: [(Count, &str, &str); 32] = [
     (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
     (
         Count::Answered,
@@ -201,6 +207,32 @@ const COUNTS: [(Count, &str, &str); 26] = [
         "mandoline_proxy_holds_failed",
         "Holds that ended because their pause was to end so: with 503",
     ),
+    (
+        Count::TunnelsOpened,
+        "mandoline_proxy_tunnels_opened",
+        "Connections that switched to another protocol, such as WebSocket",
+    ),
+    (Count::TunnelsClosed, "mandoline_proxy_tunnels_closed", "Tunnels that have ended"),
+    (
+        Count::TunnelsSilent,
+        "mandoline_proxy_tunnels_silent",
+        "Tunnels that were ended since nothing came through for too long",
+    ),
+    (
+        Count::TunnelsCut,
+        "mandoline_proxy_tunnels_cut",
+        "Tunnels that were ended since the proxy stopped",
+    ),
+    (
+        Count::TunnelBytesUp,
+        "mandoline_proxy_tunnel_bytes_up",
+        "Bytes that went through tunnels from clients to tasks",
+    ),
+    (
+        Count::TunnelBytesDown,
+        "mandoline_proxy_tunnel_bytes_down",
+        "Bytes that went through tunnels from tasks to clients",
+    ),
 ];
 
 /// What is counted for each task. `TASK_COUNTS` has the name and the help of each, in this order.
@@ -245,6 +277,8 @@ const IN_FLIGHT: (&str, &str) =
     ("mandoline_proxy_requests_in_flight", "Requests that have begun and not ended");
 const CONNECTIONS: (&str, &str) =
     ("mandoline_proxy_connections_open", "Client connections that are open");
+const TUNNELS: (&str, &str) =
+    ("mandoline_proxy_tunnels_open", "Connections that have switched to another protocol");
 const GENERATION: (&str, &str) = (
     "mandoline_proxy_assignment_generation",
     "Number of the generation that requests are routed by, 0 before the first",
@@ -430,7 +464,11 @@ impl Durations {
 
 impl Counters {
     pub(crate) fn count(&self, what: Count) {
-        bump(&self.cells[what as usize], 1);
+        self.add(what, 1);
+    }
+
+    pub(crate) fn add(&self, what: Count, by: u64) {
+        bump(&self.cells[what as usize], by);
     }
 
     /// Gives the cells of a task, new ones the first time. Takes a lock, so callers keep what they get.
@@ -576,6 +614,14 @@ pub struct Stats {
     pub floods: u64,
     /// The certificates of each listener that has some.
     pub tls: Vec<TlsStats>,
+    /// Connections that have switched to another protocol, now.
+    pub tunnels: u64,
+    /// Those that were ended since nothing came through for too long.
+    pub tunnels_silent: u64,
+    /// Those that were ended since the proxy stopped.
+    pub tunnels_cut: u64,
+    /// Bytes that went through them, from clients to tasks and back.
+    pub tunnel_bytes: [u64; 2],
     /// Connections to tasks that were opened.
     pub connects: u64,
     /// Each task that was tried in the last minutes.
@@ -733,6 +779,8 @@ impl Tally {
                 .sum(),
             self.sum(Count::ConnectionsClosed) + self.sum(Count::ConnectionsTurnedAway),
         ];
+        // What has ended is read first, for it has begun.
+        let tunnels_closed = self.sum(Count::TunnelsClosed);
         let (requests, known) = (self.sum(Count::Requests), (self.known)());
         let holds = self.sum(Count::Holds);
         let ends = [Count::HoldsReleased, Count::HoldsLate, Count::HoldsLeft, Count::HoldsFailed];
@@ -763,6 +811,10 @@ impl Tally {
             tls_failures: self.sum(Count::TlsFailures),
             floods: self.sum(Count::Floods),
             tls: known.tls,
+            tunnels: self.sum(Count::TunnelsOpened).saturating_sub(tunnels_closed),
+            tunnels_silent: self.sum(Count::TunnelsSilent),
+            tunnels_cut: self.sum(Count::TunnelsCut),
+            tunnel_bytes: [Count::TunnelBytesUp, Count::TunnelBytesDown].map(|c| self.sum(c)),
             connects: self.sum(Count::Connects),
             tasks: self.tasks(),
             routes: self.routes(),
@@ -939,6 +991,7 @@ impl Collector for Tally {
             (HELD, now(stats.held)),
             (HELD_BYTES, now(stats.held_bytes)),
             (CONNECTIONS, now(stats.connections)),
+            (TUNNELS, now(stats.tunnels)),
         ];
         for ((name, help), value) in gauges {
             let gauge = ConstGauge::new(value);

@@ -230,14 +230,27 @@ impl Exchange {
     /// The proxy answers itself, after it has held the request for so long in all.
     pub(crate) fn refuses(&mut self, why: &impl ToString, held: Duration) {
         self.was_held(held);
+        self.ends_since(why);
+    }
+
+    /// The connection switches protocols, and the request lasts for as long as its tunnel. Whoever waits for what is in flight waits
+    /// for answers, and this has one.
+    pub(crate) fn switches(&mut self) {
+        if let Some(flight) = self.flight.take() {
+            self.worker.gates.flights.ends(flight);
+        }
+    }
+
+    /// Says why it ends as it does.
+    pub(crate) fn ends_since(&mut self, why: &impl ToString) {
         if let Some(asked) = &mut self.asked {
             asked.reason = Some(why.to_string());
         }
     }
 
     /// So much of the answer's body is handed on.
-    pub(crate) const fn hands_on(&mut self, bytes: usize) {
-        self.bytes_out += bytes as u64;
+    pub(crate) const fn hands_on(&mut self, bytes: u64) {
+        self.bytes_out += bytes;
     }
 
     pub(crate) const fn ends(&mut self, outcome: Outcome) {

@@ -14,6 +14,7 @@ use crate::observe::Exchange;
 use crate::pool::upstream::Lease;
 use crate::setup::{Route, Setup};
 use crate::target::Target;
+use crate::tunnel::Switch;
 use crate::upload::Tape;
 use crate::wire::{Abort, Line, Seen};
 use crate::worker::Worker;
@@ -34,10 +35,14 @@ pub(crate) struct Passage {
     pub(crate) exchange: Exchange,
     /// Whether the client waits for leave to send its body.
     pub(crate) waits_for_leave: bool,
+    /// What its connection may be switched by.
+    pub(crate) switch: Option<Switch>,
     /// Whether it came by HTTP/2.
     pub(crate) is_http2: bool,
     /// From `identify` on.
     pub(crate) host: Host,
+    /// The protocol that the client wants to switch to: as it says, from `identify` on; as the route names it, from `admit` on.
+    pub(crate) upgrade: Option<HeaderValue>,
     /// From `admit` on.
     pub(crate) route: Option<Rc<Route>>,
     /// The request's number, from `admit` on, where the route names it.
@@ -59,6 +64,7 @@ impl Passage {
         client: Rc<Client>,
         request: Request<Incoming>,
         seen: Seen,
+        switch: Option<Switch>,
     ) -> Self {
         let setup = worker.setup();
         let (mut head, body) = request.into_parts();
@@ -72,8 +78,10 @@ impl Passage {
             tape: Tape::new(body, &worker.replay_room, seen.body),
             line: seen.line,
             abort: seen.abort,
+            switch,
             exchange,
             host: Host::unknown(),
+            upgrade: None,
             route: None,
             request_id: HeaderValue::from_static(""),
             key: None,

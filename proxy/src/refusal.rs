@@ -53,8 +53,10 @@ pub(crate) enum Refusal {
     /// The client expects something that is not known.
     #[error("this proxy knows no expectation but 100-continue")]
     Expectation,
-    /// The connection cannot change its protocol.
-    #[error("this proxy cannot switch protocols: send the request without Upgrade")]
+    /// The connection cannot switch to that protocol.
+    #[error(
+        "this route does not switch to the protocol that Upgrade names: name it alone, and under the route's upgrades, or send the request without it"
+    )]
     Upgrade,
     /// The body is encoded in a way that would have to be undone to pass it on.
     #[error("the transfer coding is not known here: use chunked alone, or Content-Length")]

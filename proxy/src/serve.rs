@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{Method, Request, Response, Version};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use mandoline::http::refused::is_grpc;
@@ -26,6 +26,7 @@ use crate::refusal::Refusal;
 use crate::route::route;
 use crate::rules::Facts;
 use crate::setup::To;
+use crate::tunnel::{Switch, Tunnel};
 use crate::upload::Tape;
 use crate::wire::Seen;
 use crate::worker::Worker;
@@ -36,11 +37,12 @@ pub(crate) async fn serve(
     client: Rc<Client>,
     request: Request<Incoming>,
     seen: Seen,
+    switch: Option<Switch>,
 ) -> Result<Response<Download>, Infallible> {
     let doubt = seen.doubt;
     let (is_http2, is_head) =
         (request.version() == Version::HTTP_2, request.method() == Method::HEAD);
-    let mut passage = Passage::begin(worker, client, request, seen);
+    let mut passage = Passage::begin(worker, client, request, seen, switch);
     let stopping = Rc::clone(&passage.worker);
     let passed = match doubt {
         Some(doubt) => Err(Refusal::Doubt(doubt)),
@@ -55,7 +57,7 @@ pub(crate) async fn serve(
         if is_head && let Download::Own(text) = response.body_mut() {
             text.take();
         }
-    } else if stopping.stopping.get() {
+    } else if stopping.stopping.get() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     Ok(response)
@@ -78,8 +80,10 @@ async fn stages(passage: &mut Passage) -> Result<(), Refusal> {
 /// Passes a task's answer on. The exchange ends with its last byte, and is observed then.
 fn pass_on(passage: Passage) -> Response<Download> {
     let route = passage.route();
-    let Passage { worker, answer, mut exchange, abort, .. } = passage;
-    let (response, lease) = answer.expect("forward has got an answer");
+    let Passage { worker, answer, mut exchange, abort, upgrade, switch, .. } = passage;
+    let (mut response, lease) = answer.expect("forward has got an answer");
+    let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+    let task = switches.then(|| hyper::upgrade::on(&mut response));
     let (mut head, body) = response.into_parts();
     let facts = Facts {
         request_id: &passage.request_id,
@@ -95,6 +99,15 @@ fn pass_on(passage: Passage) -> Response<Download> {
     // What came by HTTP/2 goes on as the client's connection has it.
     head.version = Version::HTTP_11;
     exchange.answers(head.status, &mut head.headers);
+    if let Some(task) = task {
+        let protocol = upgrade.expect("a task that switches unasked has failed");
+        head.headers.insert(header::UPGRADE, protocol);
+        head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        exchange.switches();
+        let switch = switch.expect("only who has a connection of its own may switch");
+        switch.set(Tunnel::new(worker, task, exchange));
+        return Response::from_parts(head, Download::Own(None));
+    }
     let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };
     let stream = Stream::new(body, lease, worker, exchange, outcome, abort);
     Response::from_parts(head, Download::Task(Box::new(stream)))
@@ -115,7 +128,7 @@ fn refuse(passage: Passage, refusal: &Refusal) -> Response<Download> {
     let status = response.status();
     exchange.refuses(refusal, stays.held);
     exchange.answers(status, response.headers_mut());
-    exchange.hands_on(response.body().len());
+    exchange.hands_on(response.body().len() as u64);
     exchange.ends(refusal.outcome());
     response.map(|text: Bytes| Download::Own(Some(text)))
 }

@@ -12,6 +12,7 @@ use crate::config::Checked;
 use crate::config::headers::Value;
 use crate::config::matching::Astray;
 use crate::config::route::{Destination, Forwarding};
+use crate::config::upgrade::Upgrade;
 use crate::hold::queue::House;
 use crate::job::Job;
 use crate::lookup::Lookup;
@@ -33,6 +34,8 @@ pub(crate) struct Route {
     pub(crate) request: Rules,
     pub(crate) response: Rules,
     pub(crate) forwarding: Forwarding,
+    /// What its requests may switch to.
+    pub(crate) upgrades: Box<[Upgrade]>,
     pub(crate) counters: Arc<RouteCounters>,
 }
 
@@ -72,7 +75,8 @@ impl Setup {
             let (request, response) = (Rules::new(&route.request), Rules::new(&route.response));
             let (name, forwarding) = (route.name.clone(), route.forwarding.clone());
             let (lookup, counters) = (route.lookup.clone(), house.counters.route(&name));
-            Rc::new(Route { name, to, lookup, request, response, forwarding, counters })
+            let upgrades = route.upgrades.clone();
+            Rc::new(Route { name, to, lookup, request, response, forwarding, upgrades, counters })
         });
         let routes = routes.collect();
         Self { config, routes, jobs }

@@ -107,6 +107,15 @@ impl Watch {
     }
 }
 
+impl Watch {
+    /// From here on there are no requests.
+    pub(crate) fn switches(&self) {
+        let mut scan = self.0.borrow_mut();
+        scan.place = Place::Tunnel;
+        scan.heads = VecDeque::new();
+    }
+}
+
 impl BodyMark {
     /// Says whether the body that was read so far breaks the strictest reading.
     pub(crate) fn is_in_doubt(&self) -> bool {
@@ -201,6 +210,8 @@ enum Place {
     Trailer { length: usize, last: u8 },
     /// Nobody knows.
     Lost,
+    /// Behind a switch to another protocol, where there are no requests.
+    Tunnel,
 }
 
 /// A head so far.
@@ -256,7 +267,7 @@ impl Scan {
                     self.place = if left == 0 { Place::ChunkEnd } else { Place::Chunk(left) };
                     rest
                 }
-                Place::Lost => return,
+                Place::Lost | Place::Tunnel => return,
                 place => {
                     self.place = place.after(bytes[0]);
                     if self.place == Place::Lost {

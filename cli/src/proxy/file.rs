@@ -23,6 +23,7 @@ use mandoline_proxy::config::network::Network;
 use mandoline_proxy::config::route::{Destination, Forwarding, Route};
 use mandoline_proxy::config::tls::{Tls as TaskTls, TlsFiles};
 use mandoline_proxy::config::transport::{Protocol, Transport};
+use mandoline_proxy::config::upgrade::Upgrade;
 use mandoline_proxy::config::{Config, DebugHeader, Exempt, Limits, Timeouts};
 use mandoline_proxy::trace::{Sink, Traces};
 use serde::Deserialize;
@@ -135,6 +136,7 @@ pub(crate) struct RouteFile {
     protocol: Option<Text<Protocol>>,
     response_timeout: Option<Span>,
     total_timeout: Option<Span>,
+    upgrades: Option<Vec<Text<Upgrade>>>,
     request: Option<HeadersFile>,
     response: Option<HeadersFile>,
 }
@@ -209,6 +211,7 @@ pub(crate) struct TimeoutsFile {
     response: Option<Span>,
     stall: Option<Span>,
     idle: Option<Span>,
+    tunnel: Option<Span>,
     grace: Option<Span>,
 }
 
@@ -292,6 +295,9 @@ impl RouteFile {
             response: self.response_timeout.map(|Span(length)| length),
             total: self.total_timeout.map(|Span(length)| length),
         };
+        if let Some(upgrades) = self.upgrades.clone() {
+            route.upgrades = plain(upgrades).into();
+        }
         Ok(route)
     }
 
@@ -403,7 +409,7 @@ const DEBUG_HEADER: HeaderName = HeaderName::from_static("mandoline-explain");
 impl TimeoutsFile {
     /// Changes what is given.
     pub(crate) fn apply(self, to: &mut Timeouts) {
-        let Self { connect, header, client_idle, response, stall, idle, grace } = self;
+        let Self { connect, header, client_idle, response, stall, idle, tunnel, grace } = self;
         for (given, place) in [
             (connect, &mut to.connect),
             (header, &mut to.header),
@@ -411,6 +417,7 @@ impl TimeoutsFile {
             (response, &mut to.response),
             (stall, &mut to.stall),
             (idle, &mut to.idle),
+            (tunnel, &mut to.tunnel),
             (grace, &mut to.grace),
         ] {
             if let Some(Span(length)) = given {

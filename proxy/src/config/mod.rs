@@ -6,6 +6,7 @@ pub mod listener;
 pub mod matching;
 pub mod tls;
 pub mod transport;
+pub mod upgrade;
 pub mod route;
 
 use std::collections::BTreeMap;
@@ -133,8 +134,18 @@ impl Config {
     }
 
     fn check_values(&self) -> Result<(), ConfigError> {
-        let Timeouts { connect, header, client_idle, response, stall, idle, hold, pause, grace: _ } =
-            self.timeouts;
+        let Timeouts {
+            connect,
+            header,
+            client_idle,
+            response,
+            stall,
+            idle,
+            hold,
+            pause,
+            tunnel,
+            grace: _,
+        } = self.timeouts;
         let timeouts = [
             ("connect", connect),
             ("header", header),
@@ -144,6 +155,7 @@ impl Config {
             ("idle", idle),
             ("hold", hold),
             ("pause", pause),
+            ("tunnel", tunnel),
         ];
         for (name, length) in timeouts {
             if length.is_zero() || length > TIMEOUT_MAX {
@@ -325,6 +337,9 @@ pub struct Timeouts {
     /// How long a request is held at most by pauses, all together. Longer than pauses for maintenance last, for clients that give up
     /// are noticed by themselves; without it one that never does would be held for as long as a pause may last, an hour.
     pub pause: Duration,
+    /// For either side of a tunnel to say something. Several times what applications that keep a WebSocket wait between two pings, some
+    /// 30 s, and shorter than what routers remember a silent connection for.
+    pub tunnel: Duration,
     /// For requests in flight to finish once the proxy is told to stop.
     pub grace: Duration,
 }
@@ -340,6 +355,7 @@ impl Default for Timeouts {
             idle: Duration::from_secs(4),
             hold: Duration::from_secs(30),
             pause: Duration::from_secs(300),
+            tunnel: Duration::from_secs(300),
             grace: Duration::from_secs(10),
         }
     }

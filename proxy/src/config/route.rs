@@ -8,6 +8,7 @@ use mandoline_core::name::JobName;
 use crate::config::headers::HeaderRules;
 use crate::config::matching::Match;
 use crate::config::transport::Protocol;
+use crate::config::upgrade::Upgrade;
 use crate::lookup::Lookup;
 
 /// Where requests go that match.
@@ -27,6 +28,8 @@ pub struct Route {
     pub response: HeaderRules,
     /// How they are forwarded.
     pub forwarding: Forwarding,
+    /// What a request may switch its connection to, where its task agrees: WebSocket unless something else is said.
+    pub upgrades: Box<[Upgrade]>,
 }
 
 /// How a route's requests are forwarded, where that differs from what is said elsewhere.
@@ -52,6 +55,7 @@ impl Route {
             request: HeaderRules::default(),
             response: HeaderRules::default(),
             forwarding: Forwarding::default(),
+            upgrades: Box::new([Upgrade::WEBSOCKET]),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 
-use http::header::HeaderMap;
+use http::header::{HeaderMap, HeaderValue};
 use mandoline::Utilisation;
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
@@ -19,7 +19,7 @@ use crate::forward::setback::Setback;
 use crate::hold::grpc::patience;
 use crate::observe::Exchange;
 use crate::passage::Answer;
-use crate::pool::dial::ConnectError;
+use crate::pool::dial::{ConnectError, Speech};
 use crate::pool::http2::Fate;
 use crate::pool::upstream::Upstream;
 use crate::refusal::Refusal;
@@ -34,6 +34,8 @@ pub(crate) struct Trip<'a> {
     pub(crate) original: Original<'a>,
     pub(crate) tape: &'a Tape,
     pub(crate) forwarding: &'a Forwarding,
+    /// What the connection is to be switched to, if anything.
+    pub(crate) upgrade: Option<&'a HeaderValue>,
     pub(crate) is_grpc: bool,
     /// Whether it is gRPC that came by HTTP/2, and so knows nothing else.
     pub(crate) needs_http2: bool,
@@ -54,7 +56,11 @@ pub(crate) async fn exchange(
     heard: impl Fn(Utilisation),
 ) -> Result<Answer, Setback> {
     let Trip { worker, original, tape, .. } = trip;
-    let speech = upstream.speech(trip.forwarding.protocol, trip.needs_http2);
+    let speech = match trip.upgrade {
+        // Only a connection that carries nothing else can be switched.
+        Some(_) => Speech::One,
+        None => upstream.speech(trip.forwarding.protocol, trip.needs_http2),
+    };
     let limit = trip.forwarding.response.unwrap_or(trip.setup.config.timeouts.response);
     let mut kept_may_do = true;
     let mut untouched = 0;
@@ -85,7 +91,7 @@ pub(crate) async fn exchange(
                     return Err(setback);
                 }
                 lease.until = trip.deadline;
-                return message::accept(response, lease);
+                return message::accept(response, lease, trip.upgrade);
             }
             Err(error) => error,
         };

@@ -21,6 +21,7 @@ use crate::pool::upstream::Lease;
 use crate::refusal::Refusal;
 use crate::rules::{Facts, Rules};
 use crate::trace::Context;
+use crate::upgrade::agrees;
 use crate::upload::Upload;
 
 /// What a request is made of, for every try.
@@ -120,11 +121,21 @@ pub(crate) fn refused(response: &Response<Incoming>, is_grpc: bool) -> Option<Se
 }
 
 /// Takes an answer over: what belongs to this hop ends here.
-pub(crate) fn accept(mut response: Response<Incoming>, lease: Lease) -> Result<Answer, Setback> {
+pub(crate) fn accept(
+    mut response: Response<Incoming>,
+    lease: Lease,
+    upgrade: Option<&HeaderValue>,
+) -> Result<Answer, Setback> {
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return Err(Setback::Final(Refusal::Garbled(
-            "it switched protocols though nobody had asked",
-        )));
+        let garbled = |what| Err(Setback::Final(Refusal::Garbled(what)));
+        match upgrade {
+            None => return garbled("it switched protocols though nobody had asked"),
+            Some(wish) if !agrees(response.headers(), wish) => {
+                return garbled("it switched to another protocol than it was asked to");
+            }
+            // Behind its head there is another protocol, and no body.
+            Some(_) => drop(response.headers_mut().remove(header::CONTENT_LENGTH)),
+        }
     }
     framing(&mut response)?;
     strip_hop_by_hop(response.headers_mut());

@@ -83,6 +83,7 @@ pub(crate) async fn to_owner(
         original: Original { head, rules: &route.request, facts },
         tape,
         forwarding: &route.forwarding,
+        upgrade: passage.upgrade.as_ref(),
         is_grpc,
         needs_http2: is_grpc && *is_http2,
         deadline: deadline(exchange, &route.forwarding, is_grpc.then_some(&head.headers)),

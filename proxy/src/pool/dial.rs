@@ -4,8 +4,10 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use rustls::pki_types::ServerName;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
@@ -99,6 +101,26 @@ fn name_of(endpoint: &Endpoint) -> io::Result<ServerName<'static>> {
     };
     ServerName::try_from(host).map_err(io::Error::other)
 }
+
+impl Io {
+    /// Has the kernel notice an other side that has vanished: one that does not answer its probes, or takes nothing for `stall`.
+    pub(crate) fn keep_alive(&self, stall: Duration) -> io::Result<()> {
+        let plain = match self {
+            Self::Plain(plain) => plain,
+            Self::Tls(stream) => stream.get_ref().0,
+        };
+        let Plain::Tcp(stream) = plain else { return Ok(()) };
+        let socket = SockRef::from(stream);
+        #[cfg(target_os = "linux")]
+        socket.set_tcp_user_timeout(Some(stall))?;
+        #[cfg(not(target_os = "linux"))]
+        let _ = stall; // only the probes end it there
+        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE))
+    }
+}
+
+/// How long a connection is silent before the kernel asks whether the other side is still there.
+const KEEPALIVE: Duration = Duration::from_secs(60);
 
 impl AsyncRead for Io {
     fn poll_read(

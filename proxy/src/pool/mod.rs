@@ -166,7 +166,7 @@ impl Pool {
         builder.max_buf_size(2 * limits.header_bytes);
         let made = builder.handshake(TokioIo::new(io)).await;
         let (sender, connection) = made.map_err(|error| refused(io::Error::other(error)))?;
-        self.drive(connection);
+        self.drive(connection.with_upgrades());
         Ok(upstream.lease(Sender::One(sender), false))
     }
 

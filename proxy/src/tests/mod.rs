@@ -24,3 +24,4 @@ mod tls;
 mod proxy_protocol;
 mod unix;
 mod http2_tasks;
+mod tunnels;
