@@ -49,6 +49,9 @@ pub(crate) fn fits(root: &Value, schema: &Value, value: &Value) -> bool {
         "minItems" => {
             value.as_array().is_none_or(|all| all.len() as u64 >= given.as_u64().unwrap())
         }
+        "uniqueItems" => value.as_array().is_none_or(|all| {
+            all.iter().enumerate().all(|(place, one)| !all[..place].contains(one))
+        }),
         "maxItems" => {
             value.as_array().is_none_or(|all| all.len() as u64 <= given.as_u64().unwrap())
         }

@@ -28,7 +28,7 @@ use crate::pause;
 use crate::pool::Pool;
 use crate::refusal::Refusal;
 use crate::route;
-use crate::setup::{Route, Setup, To};
+use crate::setup::{EVERYTHING, Route, Setup, To};
 use crate::target::{self, Target};
 use crate::upgrade;
 use crate::worker::Worker;
@@ -172,7 +172,10 @@ impl Walk<'_> {
             told.says(format!("its connection may switch to {protocol}, if the task agrees"));
         }
 
-        let To::Job { job, key: from } = &route.to;
+        let (job, from) = match &route.to {
+            To::Job { job, key } => (job, key),
+            To::Pool { job } => return self.any(head, &host, job, told),
+        };
         told.enters("key");
         told.fact("job", job.name.as_str());
         told.fact("from", from.to_string());
@@ -186,12 +189,32 @@ impl Walk<'_> {
         told.says(format!("it lies at {key}"));
 
         told.enters("pause");
-        self.pause(head, &host, job, key, told);
+        self.pause(head, &host, Some(job), Some(key), told);
 
         told.enters("route");
         let owners = owners(job, key, told);
         let target = route::find(job, key, self.pool, self.setup)?;
         chosen(job, &target, owners, told);
+        Ok(target)
+    }
+
+    /// The same for a pool, any of whose servers will do.
+    fn any(
+        &self,
+        head: &mut Parts,
+        host: &Host,
+        pool: &Job,
+        told: &mut Told,
+    ) -> Result<Target, Refusal> {
+        told.enters("pause");
+        self.pause(head, host, None, None, told);
+        told.enters("route");
+        told.fact("pool", pool.name.as_str());
+        let target = pool.lookup.route(EVERYTHING, self.pool).ok_or(Refusal::NoServer)?;
+        told.says(format!(
+            "any server of the pool {} that is there, such as the one below",
+            pool.name
+        ));
         Ok(target)
     }
 
@@ -224,7 +247,14 @@ impl Walk<'_> {
         found.map(Rc::clone).map_err(admit::refusal)
     }
 
-    fn pause(&self, head: &mut Parts, host: &Host, job: &Job, key: SliceKey, told: &mut Told) {
+    fn pause(
+        &self,
+        head: &mut Parts,
+        host: &Host,
+        job: Option<&Job>,
+        key: Option<SliceKey>,
+        told: &mut Told,
+    ) {
         if pause::is_exempt(&self.setup.config.exempt, head) {
             told.fact("exempt", true);
             return told.says("no pause holds it: it is exempt");
@@ -233,8 +263,8 @@ impl Walk<'_> {
             return told.says("whether a pause holds it only a proxy that runs knows");
         };
         let facts = Facts {
-            job: Some(Rc::clone(&job.name)),
-            key: Some(key),
+            job: job.map(|job| Rc::clone(&job.name)),
+            key,
             host: host.0.clone(),
             path: head.uri.path_and_query().cloned(),
             method: head.method.clone(),
@@ -253,7 +283,7 @@ impl Walk<'_> {
                 "pause": id, "scope": scope, "waiting": waiting, "lasts_yet": left.as_secs_f64(),
             }));
         }
-        let is_behind = job.hold.last(key).is_some();
+        let is_behind = job.zip(key).is_some_and(|(job, key)| job.hold.last(key).is_some());
         if is_behind {
             told.says("it waits behind others with its key until the key's slice has settled");
         } else if waited_at.is_empty() {

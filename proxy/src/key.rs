@@ -11,10 +11,10 @@ use crate::refusal::Refusal;
 use crate::setup::To;
 use crate::upload::{Gathered, REPLAY_MAX_BYTES};
 
-/// Finds the key where the route says that it is.
+/// Finds the key where the route says that it is. What goes to a pool has none.
 pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
     let route = passage.route();
-    let To::Job { job, key } = &route.to;
+    let To::Job { job, key } = &route.to else { return Ok(()) };
     let body = if key.reads_body() { Some(body(passage).await?) } else { None };
     let asked = Asked {
         head: &passage.head,

@@ -10,6 +10,7 @@
 pub mod record;
 pub mod access_log;
 pub mod trace;
+pub mod servers;
 pub mod metrics;
 mod stream;
 mod send;
@@ -22,6 +23,7 @@ pub mod lookup;
 pub mod config;
 pub mod tls;
 mod pool;
+pub mod probe;
 mod target;
 mod hold;
 mod client;

@@ -21,6 +21,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 
 use crate::access_log::writer::LogStats;
 use crate::record::{Outcome, Record};
+use crate::servers::Servers;
 use crate::trace::TraceStats;
 
 /// What one worker counts. Only that worker writes.
@@ -301,6 +302,22 @@ const RELOAD_LAST_REFUSED: (&str, &str) = (
 type JobGauge = ((&'static str, &'static str), fn(&Known) -> u64);
 const JOB_GAUGES: [JobGauge; 2] =
     [(GENERATION, |known| known.generation.number), (AVOIDED, |known| known.avoided as u64)];
+/// What is known of each fixed pool.
+type PoolGauge = ((&'static str, &'static str), fn(&Servers) -> u64);
+const POOL_GAUGES: [PoolGauge; 3] = [
+    (("mandoline_proxy_pool_servers", "Servers of a fixed pool"), |pool| pool.servers.len() as u64),
+    (
+        ("mandoline_proxy_pool_servers_healthy", "Servers of a fixed pool that are healthy"),
+        |pool| pool.healthy() as u64,
+    ),
+    (
+        (
+            "mandoline_proxy_pool_panic",
+            "One while requests go to all servers of a pool since hardly any is healthy",
+        ),
+        |pool| u64::from(pool.is_panic),
+    ),
+];
 const HELD: (&str, &str) = ("mandoline_proxy_requests_held", "Requests that are held");
 const HELD_BYTES: (&str, &str) =
     ("mandoline_proxy_held_bytes", "Heads and read bodies of requests that are held");
@@ -715,6 +732,7 @@ pub struct Tally {
 /// What the configuration in force says when it is asked.
 pub(crate) struct Knowledge {
     pub(crate) jobs: Vec<Known>,
+    pub(crate) pools: Vec<(JobName, Arc<Servers>)>,
     pub(crate) gateways: Option<Gateways>,
     pub(crate) reloads: Reloads,
     /// Heads and read bodies of requests that are held.
@@ -998,7 +1016,7 @@ impl Collector for Tally {
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
         }
         Self::encode_pauses(&stats.pauses, &mut encoder)?;
-        let Knowledge { jobs, reloads, log, traces, .. } = (self.known)();
+        let Knowledge { jobs, pools, reloads, log, traces, .. } = (self.known)();
         for ((name, help), value) in [(RELOADS, reloads.taken), (RELOADS_REFUSED, reloads.refused)]
         {
             let family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
@@ -1012,6 +1030,13 @@ impl Collector for Tally {
             for known in &jobs {
                 let gauge = ConstGauge::new(now(value(known)));
                 gauge.encode(family.encode_family(&[("job", known.job.as_str())])?)?;
+            }
+        }
+        for ((name, help), value) in POOL_GAUGES {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (pool, servers) in &pools {
+                let gauge = ConstGauge::new(now(value(servers)));
+                gauge.encode(family.encode_family(&[("pool", pool.as_str())])?)?;
             }
         }
         for (what, name, help) in TASK_COUNTS {
@@ -1103,6 +1128,7 @@ mod tests {
     use mandoline_core::key::SliceKey;
 
     use super::*;
+    use crate::servers::Server;
 
     #[test]
     fn each_count_is_listed_where_it_is_counted() {
@@ -1179,8 +1205,14 @@ mod tests {
             refused: 7,
         };
         let generation = Generation { incarnation: 1, number: 42 };
+        let server = |fault: Option<&str>| Server {
+            address: "127.0.0.1:1".parse().unwrap(),
+            fault: fault.map(str::to_owned),
+        };
+        let servers = Servers { servers: vec![server(None), server(Some("late"))], is_panic: true };
         let known = move || Knowledge {
             jobs: vec![Known { job: "kv".parse().unwrap(), generation, avoided: 1 }],
+            pools: vec![("web".parse().unwrap(), Arc::new(servers.clone()))],
             gateways: Some(gateways.clone()),
             reloads: Reloads { taken: 3, refused: 2, last_refused: true },
             held_bytes: 77,
@@ -1210,6 +1242,9 @@ mod tests {
             "mandoline_proxy_reloads_refused_total 2",
             "mandoline_proxy_reload_last_refused 1",
             "mandoline_proxy_tasks_avoided{job=\"kv\"} 1",
+            "mandoline_proxy_pool_servers{pool=\"web\"} 2",
+            "mandoline_proxy_pool_servers_healthy{pool=\"web\"} 1",
+            "mandoline_proxy_pool_panic{pool=\"web\"} 1",
             "mandoline_proxy_task_requests_total{task=\"s7\",address=\"127.0.0.1:1\"} 2",
             "mandoline_proxy_request_duration_seconds_count 2",
             "mandoline_proxy_request_duration_seconds_bucket{le=\"0.001024\"} 2",

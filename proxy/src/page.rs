@@ -1,16 +1,17 @@
 //! How things are with the proxy, on one page: for people who look, and as JSON for programs.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
 use mandoline_core::name::JobName;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::config::Checked;
-use crate::config::route::Destination;
 use crate::metrics::{RouteStats, Stats, Tally};
 use crate::record::Outcome;
 use crate::router::Router;
+use crate::servers::Server;
 
 /// Gathers how things are.
 pub(crate) fn state(config: &Checked, tally: &Tally, began: Instant) -> Value {
@@ -45,7 +46,8 @@ pub(crate) fn state(config: &Checked, tally: &Tally, began: Instant) -> Value {
             "held": stats.held,
         },
         "routes": routes(config, &stats),
-        "jobs": config.jobs.iter().map(job).collect::<Vec<_>>(),
+        "jobs": jobs(config),
+        "pools": pools(config),
         "pauses": pauses(&stats),
         "tasks": tasks(&stats),
         "gateways": gateways(&stats),
@@ -57,7 +59,7 @@ pub(crate) fn state(config: &Checked, tally: &Tally, began: Instant) -> Value {
 fn routes(config: &Checked, stats: &Stats) -> Vec<Value> {
     let route = |place: usize| {
         let route = &config.routes[place];
-        let Destination::Job { job, key } = &route.to;
+        let (to, key) = route.to.describe();
         let empty = RouteStats::default();
         let stats = stats.routes.get(&*route.name).unwrap_or(&empty);
         let ended: u64 = Outcome::ALL.iter().map(|outcome| stats.ended(*outcome)).sum();
@@ -65,8 +67,8 @@ fn routes(config: &Checked, stats: &Stats) -> Vec<Value> {
         json!({
             "route": &*route.name,
             "takes": route.matches.to_string(),
-            "to": format!("job {job}"),
-            "key": key.to_string(),
+            "to": to,
+            "key": key,
             "in_flight": stats.in_flight,
             "answered": stats.ended(Outcome::Answered),
             "refused": stats.ended(Outcome::Refused),
@@ -77,6 +79,29 @@ fn routes(config: &Checked, stats: &Stats) -> Vec<Value> {
         })
     };
     config.table().order().map(route).collect()
+}
+
+fn jobs(config: &Checked) -> Vec<Value> {
+    let jobs = config.jobs.iter().filter(|(name, _)| !config.pools.contains_key(name));
+    jobs.map(job).collect()
+}
+
+/// A line for each server of each pool.
+fn pools(config: &Checked) -> Vec<Value> {
+    let pools = config.pools.iter().map(|(name, known)| (name, Arc::clone(&known.borrow())));
+    let mut lines = Vec::new();
+    for (name, known) in pools {
+        for Server { address, fault } in &known.servers {
+            lines.push(json!({
+                "pool": name.as_str(),
+                "server": address.as_str(),
+                "healthy": fault.is_none(),
+                "asked": fault.is_none() || known.is_panic,
+                "fault": fault,
+            }));
+        }
+    }
+    lines
 }
 
 fn job((name, router): (&JobName, &Router)) -> Value {
@@ -137,7 +162,7 @@ fn gateways(stats: &Stats) -> Vec<Value> {
 }
 
 /// What the page has, in its order, and the columns of each.
-const PARTS: [(&str, &[&str]); 9] = [
+const PARTS: [(&str, &[&str]); 10] = [
     ("proxy", &["version", "id", "listen", "workers", "up_seconds", "connections"]),
     ("configuration", &["reloads", "refused", "last_refused"]),
     ("requests", &["in_flight", "held", "answered", "refused", "failed", "abandoned", "retried"]),
@@ -158,6 +183,7 @@ const PARTS: [(&str, &[&str]); 9] = [
         ],
     ),
     ("jobs", &["job", "generation", "slices", "tasks", "tasks_avoided"]),
+    ("pools", &["pool", "server", "healthy", "asked", "fault"]),
     (
         "pauses",
         &[

@@ -19,8 +19,10 @@ use crate::setup::To;
 /// Lets a request pass unless a pause holds it, or others with its key are held.
 pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
     let route = passage.route();
+    // A pool is no job to those who pause: they may name its host or path. Nor has it slices that move.
     let job = match &route.to {
         To::Job { job, .. } => Some(job),
+        To::Pool { .. } => None,
     };
     if !is_exempt(&passage.setup.config.exempt, &mut passage.head) {
         let facts = Facts {

@@ -69,6 +69,9 @@ pub(crate) enum Refusal {
     /// No task serves the key.
     #[error("no task serves this key at the moment: try again in a second")]
     Unserved,
+    /// No server of a pool is there.
+    #[error("no server for this is there at the moment: try again in a second")]
+    NoServer,
     /// What the proxy knows of who serves what may be older than it was told to go by.
     #[error("{0}: try again in a second")]
     TooOld(TooOld),
@@ -209,6 +212,7 @@ impl Refusal {
             Self::Loop => StatusCode::LOOP_DETECTED,
             Self::Crossed { .. } => StatusCode::MISDIRECTED_REQUEST,
             Self::Unserved
+            | Self::NoServer
             | Self::TooOld(_)
             | Self::Unreached
             | Self::Moving
@@ -273,6 +277,7 @@ impl Refusal {
             }
             Self::Lookup(_) => "mandoline; error=proxy_internal_error",
             Self::Unserved
+            | Self::NoServer
             | Self::TooOld(_)
             | Self::Moving
             | Self::HeldFull

@@ -169,6 +169,11 @@ impl Reloader {
         let config = self.in_force();
         Knowledge {
             jobs: config.jobs.values().map(Router::known).collect(),
+            pools: config
+                .pools
+                .iter()
+                .map(|(pool, servers)| (pool.clone(), Arc::clone(&servers.borrow())))
+                .collect(),
             gateways: config.gateways.clone(),
             reloads: Reloads {
                 taken: self.0.taken.load(Relaxed),

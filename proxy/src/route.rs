@@ -1,4 +1,4 @@
-//! The stage `route`: which task owns the key.
+//! The stage `route`: which task owns the key, or which server of a pool is to answer.
 
 use mandoline_core::key::SliceKey;
 
@@ -6,15 +6,18 @@ use crate::job::Job;
 use crate::passage::Passage;
 use crate::pool::Pool;
 use crate::refusal::Refusal;
-use crate::setup::{Setup, To};
+use crate::setup::{EVERYTHING, Setup, To};
 use crate::target::Target;
 
 /// The stage `route`: finds the task that owns the key.
 pub(crate) fn route(passage: &mut Passage) -> Result<(), Refusal> {
     let route = passage.route();
-    let To::Job { job, .. } = &route.to;
-    let key = passage.key.expect("key has found the key");
-    passage.target = Some(find(job, key, &passage.worker.pool, &passage.setup)?);
+    let Passage { worker, setup, key, .. } = passage;
+    let target = match &route.to {
+        To::Job { job, .. } => find(job, key.expect("key has found the key"), &worker.pool, setup)?,
+        To::Pool { job } => job.lookup.route(EVERYTHING, &worker.pool).ok_or(Refusal::NoServer)?,
+    };
+    passage.target = Some(target);
     Ok(())
 }
 

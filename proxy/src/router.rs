@@ -27,7 +27,7 @@ impl Router {
     }
 
     /// Says whether it goes by the same clerk as another.
-    pub(crate) fn is(&self, other: &Self) -> bool {
+    pub fn is(&self, other: &Self) -> bool {
         self.clerk.is(&other.clerk)
     }
 

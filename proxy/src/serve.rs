@@ -25,7 +25,6 @@ use crate::record::Outcome;
 use crate::refusal::Refusal;
 use crate::route::route;
 use crate::rules::Facts;
-use crate::setup::To;
 use crate::tunnel::{Switch, Tunnel};
 use crate::upload::Tape;
 use crate::wire::Seen;
@@ -67,14 +66,10 @@ pub(crate) async fn serve(
 async fn stages(passage: &mut Passage) -> Result<(), Refusal> {
     identify(passage)?;
     admit(passage)?;
-    match passage.route().to {
-        To::Job { .. } => {
-            key(passage).await?;
-            pause(passage).await?;
-            route(passage)?;
-            forward(passage).await
-        }
-    }
+    key(passage).await?;
+    pause(passage).await?;
+    route(passage)?;
+    forward(passage).await
 }
 
 /// Passes a task's answer on. The exchange ends with its last byte, and is observed then.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use http::request::Parts;
 use mandoline::http::key::KeyFrom;
+use mandoline_core::key::SliceKey;
 use mandoline_core::name::JobName;
 
 use crate::config::Checked;
@@ -50,6 +51,20 @@ impl Route {
 pub(crate) enum To {
     /// To the task that owns the key.
     Job { job: Rc<Job>, key: KeyFrom },
+    /// To any server of a pool.
+    Pool { job: Rc<Job> },
+}
+
+/// Where a key would be among the servers of a pool, each of which serves everything.
+pub(crate) const EVERYTHING: SliceKey = SliceKey(0);
+
+impl To {
+    /// Gives the job, or the pool, which is as good as one.
+    pub(crate) const fn job(&self) -> &Rc<Job> {
+        match self {
+            Self::Job { job, .. } | Self::Pool { job } => job,
+        }
+    }
 }
 
 impl Setup {
@@ -66,11 +81,11 @@ impl Setup {
             })
             .collect();
         let routes = config.routes.iter().map(|route| {
+            let job = jobs.get(route.to.job()).expect("the configuration was checked");
+            let job = Rc::clone(job);
             let to = match &route.to {
-                Destination::Job { job, key } => {
-                    let job = jobs.get(job).expect("the configuration was checked");
-                    To::Job { job: Rc::clone(job), key: key.clone() }
-                }
+                Destination::Job { key, .. } => To::Job { job, key: key.clone() },
+                Destination::Pool { .. } => To::Pool { job },
             };
             let (request, response) = (Rules::new(&route.request), Rules::new(&route.response));
             let (name, forwarding) = (route.name.clone(), route.forwarding.clone());

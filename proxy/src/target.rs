@@ -10,6 +10,7 @@ use mandoline::gateways::{Gateways, Region, Way};
 use mandoline::snapshot::Snapshot;
 use mandoline::{Call, Clerk, Generation, Sent, SessionId, SliceKey, Utilisation};
 use mandoline_core::assignment::Assignment;
+use mandoline_core::task::Task;
 use tokio::time::{Instant, timeout_at};
 
 use crate::config::transport::Transport;
@@ -169,7 +170,7 @@ impl Lookup {
         failed: Option<SessionId>,
     ) -> Target {
         let way = match &self.gateways {
-            None => Way::Straight(found.task()),
+            None => Way::Straight(past(found, failed)),
             Some(gateways) => gateways.way_of(found, failed),
         };
         let generation = found.generation();
@@ -198,4 +199,11 @@ impl Lookup {
             },
         }
     }
+}
+
+/// Gives the task that was found; or another of its slice's replicas where that did not answer a moment ago.
+fn past<'a>(found: &'a mandoline::Target<&Snapshot>, failed: Option<SessionId>) -> &'a Arc<Task> {
+    let has_failed = failed == Some(found.session());
+    let other = || found.replicas().find(|task| Some(task.session) != failed);
+    has_failed.then(other).flatten().unwrap_or_else(|| found.task())
 }

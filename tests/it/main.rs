@@ -25,6 +25,7 @@ mod during_change;
 mod proxy_reload;
 mod pauses_proxy;
 mod proxy_handover;
+mod pools;
 mod hand;
 mod regions;
 mod langs;

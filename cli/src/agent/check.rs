@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,12 +12,15 @@ use http_body_util::Empty;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use mandoline_core::task::Address;
-use tokio::net::TcpStream;
+use mandoline_proxy::config::tls::Tls;
+use mandoline_proxy::probe;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 use tonic::client::Grpc;
 use tonic::transport::Endpoint;
 use tonic::{Code, Request};
 use tonic_prost::ProstCodec;
+use tower::service_fn;
 
 use crate::failure::chain;
 use crate::units::Span;
@@ -89,11 +93,22 @@ impl fmt::Display for Check {
 impl Check {
     /// Asks once; says what is wrong, if something is.
     pub(crate) async fn ask(&self, server: &Address, within: Duration) -> Result<(), String> {
+        self.ask_by(server, None, within).await
+    }
+
+    /// Asks once, by TLS where the server has it. An address of the check's own is asked in the clear.
+    pub(crate) async fn ask_by(
+        &self,
+        server: &Address,
+        tls: Option<&Arc<Tls>>,
+        within: Duration,
+    ) -> Result<(), String> {
         let asked = async {
             match self {
-                Self::Connect => connect(server).await.map(drop),
-                Self::Http { at, path } => get(at.as_ref().unwrap_or(server), path).await,
-                Self::Grpc { service } => serving(server, service).await,
+                Self::Connect => connect(server, tls, false).await.map(drop),
+                Self::Http { at: None, path } => get(server, tls, path).await,
+                Self::Http { at: Some(at), path } => get(at, None, path).await,
+                Self::Grpc { service } => serving(server, tls, service).await,
             }
         };
         timeout(within, asked)
@@ -102,17 +117,22 @@ impl Check {
     }
 }
 
-async fn connect(address: &Address) -> Result<TcpStream, String> {
-    TcpStream::connect(address.as_str()).await.map_err(|error| format!("{address}: {error}"))
+async fn connect(
+    address: &Address,
+    tls: Option<&Arc<Tls>>,
+    http2: bool,
+) -> Result<impl AsyncRead + AsyncWrite + Send + Unpin + use<>, String> {
+    let stream = probe::connect(address, tls.map(Arc::as_ref), http2).await;
+    stream.map_err(|error| chain(&error))
 }
 
-async fn get(address: &Address, path: &str) -> Result<(), String> {
+async fn get(address: &Address, tls: Option<&Arc<Tls>>, path: &str) -> Result<(), String> {
     let broke = |error: hyper::Error| format!("{address}: {}", chain(&error));
-    let stream = connect(address).await?;
+    let stream = connect(address, tls, false).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broke)?;
     let request = http::Request::get(path)
         .header("host", address.as_str())
-        .header("user-agent", "mandoline-agent")
+        .header("user-agent", "mandoline-health")
         .header("connection", "close")
         .body(Empty::<Bytes>::new())
         .map_err(|error| format!("{address}: {error}"))?;
@@ -146,10 +166,16 @@ struct HealthReply {
 /// `SERVING` of `grpc.health.v1`.
 const SERVING: i32 = 1;
 
-async fn serving(address: &Address, service: &str) -> Result<(), String> {
+async fn serving(address: &Address, tls: Option<&Arc<Tls>>, service: &str) -> Result<(), String> {
     let broke = |error: tonic::transport::Error| format!("{address}: {}", chain(&error));
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(broke)?;
-    let mut grpc = Grpc::new(endpoint.connect().await.map_err(broke)?);
+    let (server, tls) = (address.clone(), tls.cloned());
+    let connector = service_fn(move |_: http::Uri| {
+        let (server, tls) = (server.clone(), tls.clone());
+        async move { connect(&server, tls.as_ref(), true).await.map(TokioIo::new) }
+    });
+    let channel = endpoint.connect_with_connector(connector).await.map_err(broke)?;
+    let mut grpc = Grpc::new(channel);
     grpc.ready().await.map_err(broke)?;
     let request = Request::new(HealthRequest { service: service.to_owned() });
     let path = http::uri::PathAndQuery::from_static("/grpc.health.v1.Health/Check");

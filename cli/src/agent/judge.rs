@@ -24,6 +24,11 @@ impl Judge {
         Self { limits, healthy: false, streak: 0 }
     }
 
+    /// Begins to judge a server that counts as healthy until it has shown that it is not.
+    pub(crate) const fn healthy(limits: Limits) -> Self {
+        Self { healthy: true, ..Self::new(limits) }
+    }
+
     /// Hears how a check went, and says whether the server counts as healthy.
     pub(crate) fn hear(&mut self, good: bool) -> bool {
         if good == self.healthy {

@@ -3,8 +3,8 @@
 //! The agent is what such a server lacks: it registers, beats and drains on its behalf, a slicelet each. It counts no load,
 //! since requests do not pass through it: what proxies and clerks say that they offer is what the balancer goes by.
 
-mod judge;
-mod check;
+pub(crate) mod judge;
+pub(crate) mod check;
 mod list;
 mod keeper;
 mod job;

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use mandoline_proxy::config::route::Destination;
 use mandoline_proxy::tls::certificates;
 
 use crate::failure::Failure;
@@ -40,9 +39,9 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let mut table = Table::new(&["#", "ROUTE", "TAKES", "TO", "KEY"]);
     for (rank, place) in checked.table().order().enumerate() {
         let route = &checked.routes[place];
-        let Destination::Job { job, key } = &route.to;
+        let (to, key) = route.to.describe();
         let (rank, takes) = ((rank + 1).to_string(), route.matches.to_string());
-        table.row([rank, route.name.to_string(), takes, format!("job {job}"), key.to_string()]);
+        table.row([rank, route.name.to_string(), takes, to, key]);
     }
     print!("{table}");
     println!(

@@ -17,6 +17,7 @@ use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
 use mandoline_proxy::access_log::writer::{Place, Writer};
 use mandoline_proxy::config::ProxyId;
+use mandoline_proxy::config::transport::Transport;
 use mandoline_proxy::pauses::Pauses;
 use mandoline_proxy::router::Router;
 use mandoline_proxy::trace::Sink;
@@ -26,6 +27,7 @@ use tokio::time::timeout;
 use crate::failure::Failure;
 use crate::proxy::flags::{FlagsOrder, Following};
 use crate::proxy::otlp;
+use crate::proxy::pools::{Pool, PoolFile};
 
 /// What a clerk is told when it starts: one with the same order is the same one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub(crate) struct Clerks {
     // Who may watch through this proxy, if anyone.
     hub: Option<Hub>,
     running: BTreeMap<JobName, (Order, Clerk)>,
+    // Those of a configuration that was refused stay until another comes into force.
+    pools: Vec<Running>,
     gateways: Option<(Region, Vec<Gateway>, Gateways)>,
     following: Option<Following>,
     // The proxy that goes by the flags, once it runs.
@@ -55,12 +59,21 @@ pub(crate) struct Clerks {
     idle: bool,
 }
 
+/// A pool that runs, and what it was made from.
+struct Running {
+    name: JobName,
+    file: PoolFile,
+    transport: Transport,
+    pool: Pool,
+}
+
 impl Clerks {
     pub(crate) fn new(access: Access, hub: Option<Hub>) -> Self {
         Self {
             access,
             hub,
             running: BTreeMap::new(),
+            pools: Vec::new(),
             gateways: None,
             following: None,
             pauses: None,
@@ -87,6 +100,28 @@ impl Clerks {
         let router = Router::new(clerk.clone());
         self.running.insert(order.job.clone(), (order, clerk));
         Ok(router)
+    }
+
+    /// Gives a pool that runs: the one that does already, if nothing has changed.
+    pub(crate) fn pool(
+        &mut self,
+        name: &JobName,
+        file: &PoolFile,
+        transport: &Transport,
+    ) -> Result<&Pool, Failure> {
+        let is_it = |known: &Running| {
+            known.name == *name && known.file == *file && known.transport.is(transport)
+        };
+        let place = match self.pools.iter().position(is_it) {
+            Some(place) => place,
+            None => {
+                let pool = Pool::start(name, file, transport, !self.idle)?;
+                let (name, file, transport) = (name.clone(), file.clone(), transport.clone());
+                self.pools.push(Running { name, file, transport, pool });
+                self.pools.len() - 1
+            }
+        };
+        Ok(&self.pools[place].pool)
     }
 
     fn start(&self, order: &Order) -> Result<Clerk, Failure> {
@@ -226,5 +261,8 @@ impl Clerks {
     /// Lets go of the clerks of jobs that are not among these.
     pub(crate) fn keep(&mut self, jobs: &BTreeMap<JobName, Router>) {
         self.running.retain(|job, _| jobs.contains_key(job));
+        self.pools.retain(|Running { name, pool, .. }| {
+            jobs.get(name).is_some_and(|router| router.is(&pool.router()))
+        });
     }
 }

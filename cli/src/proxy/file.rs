@@ -133,6 +133,7 @@ pub(crate) struct RouteFile {
     headers: Option<BTreeMap<String, String>>,
     job: Option<Text<JobName>>,
     key: Option<Text<KeyFrom>>,
+    pool: Option<Text<JobName>>,
     protocol: Option<Text<Protocol>>,
     response_timeout: Option<Span>,
     total_timeout: Option<Span>,
@@ -169,14 +170,21 @@ pub(crate) struct JobFile {
 impl JobFile {
     /// Reads how its tasks are spoken to.
     pub(crate) fn transport(&self) -> Result<Transport, Failure> {
-        let protocol = self.protocol.clone().map_or(Protocol::Auto, |Text(protocol)| protocol);
-        let tls = self.tls.as_ref().map(TaskTlsFile::tls).transpose()?;
-        Ok(Transport { protocol, tls })
+        transport(self.protocol.as_ref(), self.tls.as_ref())
     }
 }
 
+/// Reads how tasks, or servers, are spoken to.
+pub(crate) fn transport(
+    protocol: Option<&Text<Protocol>>,
+    tls: Option<&TaskTlsFile>,
+) -> Result<Transport, Failure> {
+    let protocol = protocol.map_or(Protocol::Auto, |Text(protocol)| *protocol);
+    Ok(Transport { protocol, tls: tls.map(TaskTlsFile::tls).transpose()? })
+}
+
 /// TLS towards tasks and servers.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TaskTlsFile {
     ca: PathBuf,
@@ -302,12 +310,22 @@ impl RouteFile {
     }
 
     fn to(&self) -> Result<Destination, Failure> {
-        let Some(Text(job)) = self.job.clone() else {
-            return Err(Failure::new("this route leads nowhere")
-                .try_this("give it a job, and the key if that is not path:1"));
-        };
-        let key = self.key.clone().map_or_else(|| KeyFrom::path(1), |Text(key)| key);
-        Ok(Destination::Job { job, key })
+        match (self.job.clone(), self.pool.clone(), self.key.clone()) {
+            (Some(Text(job)), None, key) => {
+                let key = key.map_or_else(|| KeyFrom::path(1), |Text(key)| key);
+                Ok(Destination::Job { job, key })
+            }
+            (None, Some(Text(pool)), None) => Ok(Destination::Pool { pool }),
+            (None, Some(_), Some(_)) => {
+                Err(Failure::new("this route has a key and leads to a pool")
+                    .try_this("leave out the key: every server of a pool serves everything"))
+            }
+            (Some(_), Some(_), _) => {
+                Err(Failure::new("this route leads to a job and to a pool").try_this("choose one"))
+            }
+            (None, None, _) => Err(Failure::new("this route leads nowhere")
+                .try_this("give it a job, and the key if that is not path:1, or a pool")),
+        }
     }
 
     fn headers(&self) -> Result<BTreeMap<HeaderKey, HeaderValue>, Failure> {
@@ -325,6 +343,11 @@ impl RouteFile {
     /// Names the job that the route leads to.
     pub(crate) fn job(&self) -> Option<&JobName> {
         self.job.as_ref().map(|Text(job)| job)
+    }
+
+    /// Names the pool that the route leads to.
+    pub(crate) fn pool(&self) -> Option<&JobName> {
+        self.pool.as_ref().map(|Text(pool)| pool)
     }
 }
 

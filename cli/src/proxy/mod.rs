@@ -3,6 +3,7 @@
 mod file;
 mod flags;
 mod otlp;
+mod pools;
 mod clerks;
 mod settings;
 mod check;
@@ -38,6 +39,7 @@ use crate::proxy::file::{
     AccessLogFile, DebugFile, JobFile, LimitsFile, ListenerFile, PausesFile, RouteFile,
     TimeoutsFile, TracesFile,
 };
+use crate::proxy::pools::PoolFile;
 use crate::proxy::schema::SCHEMA;
 use crate::proxy::settings::Settings;
 use crate::proxy::standby::Standby;
@@ -165,6 +167,8 @@ pub(crate) struct ProxyArgs {
     routes: Option<Vec<Spanned<RouteFile>>>,
     #[arg(skip)]
     jobs: Option<BTreeMap<Text<JobName>, JobFile>>,
+    #[arg(skip)]
+    pools: Option<BTreeMap<Text<JobName>, Spanned<PoolFile>>>,
     #[arg(skip)]
     timeouts: Option<TimeoutsFile>,
     #[arg(skip)]

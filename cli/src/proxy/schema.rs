@@ -65,6 +65,8 @@ mod tests {
             "{listeners: [{address: '[::]:8443', proxy_protocol: ['10.0.0.0/8', '::1'], tls: {certificates: [{chain: a.pem, key: a.key}], clients: {authorities: ca.pem, required: false}}}]}",
             "{routes: [{host: a.org, path: /x/*, methods: [GET], headers: {x-a: b}, job: kv, key: host}]}",
             "{jobs: {kv: {protocol: http2}}}",
+            "{routes: [{pool: web}], pools: {web: {servers: ['a:80', 'b:80'], protocol: http2}}}",
+            "{pools: {web: {servers: ['a:80'], health: {check: /livez, every: 1s, within: 500ms, good: 2, bad: 1}}}}",
             "{routes: [{job: kv, protocol: http1, response_timeout: 5s, total_timeout: 1m}]}",
             "{routes: [{job: kv, upgrades: [websocket, x-tunnel/2, h2cx]}], timeouts: {tunnel: 1h}}",
             "{routes: [{job: kv, upgrades: []}]}",
@@ -108,6 +110,13 @@ mod tests {
             "{pauses: {wait: soon}}",
             "{pauses: {exempt_header: {name: x-pass}}}",
             "{jobs: {kv: {cash: /tmp/kv}}}",
+            "{pools: {web: {}}}",
+            "{pools: {web: {servers: []}}}",
+            "{pools: {web: {servers: [here]}}}",
+            "{pools: {web: {servers: ['a:80', 'a:80']}}}",
+            "{pools: {web: {servers: ['a:80'], health: {}}}}",
+            "{pools: {web: {servers: ['a:80'], health: {check: livez}}}}",
+            "{pools: {web: {servers: ['a:80'], health: {check: tcp, bad: 0}}}}",
             "{access: {tls_crt: a}}",
             "{routes: [{job: kv, request: {ste: {}}}]}",
             "{access_log: {}}",
@@ -137,6 +146,27 @@ mod tests {
                 "proxy.yaml:3:11: path: \"carts\" is no path",
             ),
             ("routes:\n  - host: a.org\n", "proxy.yaml:2:5: this route leads nowhere"),
+            (
+                "routes:\n  - {pool: web, job: kv}\n",
+                "proxy.yaml:2:5: this route leads to a job and to a pool",
+            ),
+            (
+                "routes:\n  - {pool: web, key: host}\n",
+                "proxy.yaml:2:5: this route has a key and leads to a pool",
+            ),
+            ("routes:\n  - pool: web\n", "proxy.yaml:2:5: there is no pool web"),
+            (
+                "routes:\n  - {job: web}\npools:\n  web: {servers: ['a:80']}\n",
+                "proxy.yaml:4:8: there are a job and a pool called web",
+            ),
+            (
+                "pools:\n  web: {servers: ['a:80', 'a:80']}\n",
+                "proxy.yaml:2:8: pool web has the server a:80 twice",
+            ),
+            (
+                "pools:\n  web:\n    servers: ['a:80']\n    health: {check: tcp, every: 0s}\n",
+                "proxy.yaml:3:5: the health checks of pool web: every and within",
+            ),
             (
                 "routes:\n  - {host: a.org, job: kv}\n  - {job: kv}\n  - {host: A.org, job: carts}\n",
                 "proxy.yaml:4:5: routes 1 and 3 both take a.org/*, and neither is more specific",
@@ -191,6 +221,18 @@ mod tests {
             (
                 "/properties/jobs/additionalProperties/properties",
                 "{jobs: {kv: {nothing_like_it: 1}}}",
+            ),
+            (
+                "/properties/pools/additionalProperties/properties",
+                "{pools: {web: {nothing_like_it: 1}}}",
+            ),
+            (
+                "/properties/pools/additionalProperties/properties/health/properties",
+                "{pools: {web: {servers: ['a:80'], health: {nothing_like_it: 1}}}}",
+            ),
+            (
+                "/$defs/task_tls/properties",
+                "{pools: {web: {servers: ['a:80'], tls: {nothing_like_it: 1}}}}",
             ),
             ("/$defs/head/properties", "{routes: [{request: {nothing_like_it: 1}}]}"),
             ("/properties/access_log/properties", "{access_log: {to: stdout, nothing_like_it: 1}}"),

@@ -10,16 +10,18 @@ use mandoline_core::name::JobName;
 use mandoline_proxy::config::listener::{Address, Listener};
 use mandoline_proxy::config::matching::{Ambiguous, Match};
 use mandoline_proxy::config::route::{Destination, Route};
+use mandoline_proxy::config::transport::Transport;
 use mandoline_proxy::config::{Checked, Config, ConfigError, ProxyId};
 use mandoline_proxy::router::Router;
 use serde_saphyr::Spanned;
 
 use crate::failure::Failure;
-use crate::file;
+use crate::file::{self, closest};
 use crate::proxy::ProxyArgs;
 use crate::proxy::clerks::{Clerks, Order};
 use crate::proxy::file::DebugFile;
 use crate::proxy::flags::FlagsOrder;
+use crate::proxy::pools::PoolFile;
 use crate::task::{default_assigners, demo_job};
 use crate::text::{Text, overlay, plain};
 use crate::units::{Size, Span};
@@ -29,6 +31,13 @@ pub(crate) struct Settings {
     args: ProxyArgs,
     /// The file, for messages.
     name: Option<PathBuf>,
+}
+
+/// A pool of the file, and how its servers are spoken to.
+struct Pool<'a> {
+    name: &'a JobName,
+    file: &'a Spanned<PoolFile>,
+    transport: Transport,
 }
 
 impl Settings {
@@ -41,7 +50,7 @@ impl Settings {
                 args, from_file;
                 listen, listeners, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
                 workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id, handover,
-                routes, jobs, timeouts, limits, pauses, access_log, debug, traces,
+                routes, jobs, pools, timeouts, limits, pauses, access_log, debug, traces,
             );
             args.access.overlay(from_file.access);
         }
@@ -108,10 +117,11 @@ impl Settings {
         self.args.access.load()
     }
 
-    /// Names the jobs, for messages.
+    /// Names the jobs and pools, for messages.
     pub(crate) fn jobs(&self) -> String {
-        let names: Vec<String> = self.job_names().iter().map(|job| format!("job {job}")).collect();
-        names.join(", ")
+        let jobs = self.job_names().into_iter().map(|job| format!("job {job}"));
+        let pools = self.args.pools.iter().flatten().map(|(pool, _)| format!("pool {pool}"));
+        jobs.chain(pools).collect::<Vec<String>>().join(", ")
     }
 
     fn job_names(&self) -> BTreeSet<JobName> {
@@ -136,7 +146,19 @@ impl Settings {
             let router = clerks.router(self.order(job.clone()))?;
             Ok((job, router))
         });
-        let jobs: BTreeMap<JobName, Router> = jobs.collect::<Result<_, Failure>>()?;
+        let mut jobs: BTreeMap<JobName, Router> = jobs.collect::<Result<_, Failure>>()?;
+        let mut pools = Vec::new();
+        for Pool { name, file: pool, transport } in self.pools()? {
+            if jobs.contains_key(name) {
+                return Err(Failure::new(format!("there are a job and a pool called {name}"))
+                    .at(self.place(pool))
+                    .try_this("call the pool something else"));
+            }
+            let runs = clerks.pool(name, &pool.value, &transport);
+            let runs = runs.map_err(|failure| failure.at(self.place(pool)))?;
+            jobs.insert(name.clone(), runs.router());
+            pools.push((name.clone(), transport, runs.servers()));
+        }
         let mut config = Config::with(self.listen(), jobs, routes);
         config.listeners = self.listeners();
         config.flags = clerks.flags(self.flags_order())?;
@@ -149,6 +171,10 @@ impl Settings {
         config.id = self.id();
         for (Text(job), own) in args.jobs.iter().flatten() {
             config.transports.insert(job.clone(), own.transport()?);
+        }
+        for (pool, transport, servers) in pools {
+            config.transports.insert(pool.clone(), transport);
+            config.pools.insert(pool, servers);
         }
         if let Some(timeouts) = args.timeouts {
             timeouts.apply(&mut config.timeouts);
@@ -178,6 +204,27 @@ impl Settings {
             config.limits.held_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         }
         Ok(config)
+    }
+
+    /// Gives the pools and how their servers are spoken to, once it is clear that routes lead to no other.
+    fn pools(&self) -> Result<Vec<Pool<'_>>, Failure> {
+        let pools = || self.args.pools.iter().flatten().map(|(Text(name), pool)| (name, pool));
+        let names: Vec<&str> = pools().map(|(name, _)| name.as_str()).collect();
+        for route in self.args.routes.iter().flatten() {
+            let unknown = route.value.pool().filter(|pool| !names.contains(&pool.as_str()));
+            let Some(pool) = unknown else { continue };
+            let failure = Failure::new(format!("there is no pool {pool}")).at(self.place(route));
+            return Err(match closest(pool.as_str(), &names) {
+                Some(meant) => failure.try_this(format!("did you mean {meant:?}?")),
+                None => failure.try_this("name its servers under pools"),
+            });
+        }
+        let spoken = pools().map(|(name, pool)| {
+            let transport = pool.value.transport();
+            let transport = transport.map_err(|failure| failure.at(self.place(pool)))?;
+            Ok(Pool { name, file: pool, transport })
+        });
+        spoken.collect()
     }
 
     fn order(&self, job: JobName) -> Order {

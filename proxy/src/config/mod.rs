@@ -34,6 +34,7 @@ use crate::config::route::{Destination, Forwarding, Route};
 use crate::config::transport::Transport;
 use crate::record::Observer;
 use crate::router::Router;
+use crate::servers::Servers;
 use crate::trace::Traces;
 
 /// The longest name of a proxy, in bytes: a DNS label.
@@ -50,6 +51,8 @@ pub struct Config {
     pub jobs: BTreeMap<JobName, Router>,
     /// How the tasks of which job are spoken to: HTTP/1.1 in clear text, and HTTP/2 for gRPC, unless something else is said here.
     pub transports: BTreeMap<JobName, Transport>,
+    /// How the servers of those jobs are that are fixed pools. Each serves every key of its job.
+    pub pools: BTreeMap<JobName, watch::Receiver<Arc<Servers>>>,
     /// Where which requests go. The most specific one takes a request, wherever it stands in the list.
     pub routes: Vec<Route>,
     /// The own region and the gateways of others, if requests for what lives there go by those. None sends each to its task.
@@ -97,6 +100,7 @@ impl Config {
             admin: None,
             jobs,
             transports: BTreeMap::new(),
+            pools: BTreeMap::new(),
             routes,
             gateways: None,
             workers: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
@@ -123,7 +127,7 @@ impl Config {
                     return Err(ConfigError::Timeout { name, length });
                 }
             }
-            let Destination::Job { job, .. } = &route.to;
+            let job = route.to.job();
             if !self.jobs.contains_key(job) {
                 let (route, job) = (route.name.clone(), job.clone());
                 return Err(ConfigError::NoJob { route, job });

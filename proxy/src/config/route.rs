@@ -70,4 +70,26 @@ pub enum Destination {
         /// Where the key is.
         key: KeyFrom,
     },
+    /// To any server of a fixed pool: a job whose tasks are named by the configuration, each of which serves every key.
+    Pool {
+        /// One of the configuration's jobs.
+        pool: JobName,
+    },
+}
+
+impl Destination {
+    /// Says where, for people: `job carts` and where the key is.
+    pub fn describe(&self) -> (String, String) {
+        match self {
+            Self::Job { job, key } => (format!("job {job}"), key.to_string()),
+            Self::Pool { pool } => (format!("pool {pool}"), String::new()),
+        }
+    }
+
+    /// Names the job, or the pool, which is as good as one.
+    pub const fn job(&self) -> &JobName {
+        match self {
+            Self::Job { job, .. } | Self::Pool { pool: job } => job,
+        }
+    }
 }

@@ -39,6 +39,8 @@ pub(crate) struct Trip<'a> {
     pub(crate) is_grpc: bool,
     /// Whether it is gRPC that came by HTTP/2, and so knows nothing else.
     pub(crate) needs_http2: bool,
+    /// Whether an answer may say that the task does not own the key. Servers of a pool know of no keys.
+    pub(crate) may_misdirect: bool,
     /// When nobody waits for the answer any longer, by the client's own word or the route's.
     pub(crate) deadline: Option<Instant>,
 }
@@ -86,7 +88,9 @@ pub(crate) async fn exchange(
                 if let Some(load) = message::load(&mut response) {
                     heard(load);
                 }
-                if let Some(setback) = message::refused(&response, trip.is_grpc) {
+                if trip.may_misdirect
+                    && let Some(setback) = message::refused(&response, trip.is_grpc)
+                {
                     worker.pool.give_back_unread(response.into_body(), lease);
                     return Err(setback);
                 }

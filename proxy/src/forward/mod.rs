@@ -9,12 +9,11 @@ use crate::forward::owner::to_owner;
 use crate::identify::sign;
 use crate::passage::Passage;
 use crate::refusal::Refusal;
-use crate::setup::To;
 
 /// The stage `forward`: gets an answer from the task.
 pub(crate) async fn forward(passage: &mut Passage) -> Result<(), Refusal> {
     let route = passage.route();
-    let To::Job { job, .. } = &route.to;
+    let job = route.to.job();
     let target = passage.target.take().expect("route has found the task");
     sign(passage);
     passage.answer = Some(to_owner(passage, job, target).await?);

@@ -34,6 +34,7 @@ use crate::passage::{Answer, Passage};
 use crate::pool::upstream::Upstream;
 use crate::refusal::Refusal;
 use crate::rules::Facts;
+use crate::setup::{EVERYTHING, To};
 use crate::target::{self, Target};
 
 /// A trip to whoever owns a key.
@@ -74,7 +75,7 @@ pub(crate) async fn to_owner(
         task: None,
         generation: Generation::ZERO,
     };
-    let key = key.expect("key has found the key");
+    let key = key.unwrap_or(EVERYTHING);
     let held = &mut Held::new(&job.hold, key, Waiter { head, tape, line, stays, waits_for_leave });
     let is_grpc = is_grpc(&head.headers);
     let trip = Trip {
@@ -86,6 +87,7 @@ pub(crate) async fn to_owner(
         upgrade: passage.upgrade.as_ref(),
         is_grpc,
         needs_http2: is_grpc && *is_http2,
+        may_misdirect: matches!(route.to, To::Job { .. }),
         deadline: deadline(exchange, &route.forwarding, is_grpc.then_some(&head.headers)),
     };
     let trip = &Owned { trip, job, key };

@@ -237,7 +237,7 @@ pub(super) fn config(owners: &Owners, change: impl FnOnce(&mut Config)) -> Confi
 
 /// Has the only route find its key elsewhere.
 pub(super) fn key_at(config: &mut Config, place: &str) {
-    let Destination::Job { key, .. } = &mut config.routes[0].to;
+    let Destination::Job { key, .. } = &mut config.routes[0].to else { unreachable!() };
     *key = place.parse().unwrap();
 }
 

@@ -64,7 +64,7 @@ async fn a_hundred_reloads_under_load_cost_no_request() {
     let plain = config(&stage.owners, |_| {});
     let mut other = plain.clone();
     other.jobs = [(second.router().job().clone(), second.router())].into();
-    let Destination::Job { job, .. } = &mut other.routes[0].to;
+    let Destination::Job { job, .. } = &mut other.routes[0].to else { unreachable!() };
     *job = second.router().job().clone();
 
     let (done, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
