@@ -2,6 +2,8 @@
 
 use std::rc::Rc;
 
+use mandoline::http::refused::is_grpc;
+
 use crate::config::headers::Value;
 use crate::config::matching::Astray;
 use crate::passage::Passage;
@@ -15,12 +17,21 @@ pub(crate) fn admit(passage: &mut Passage) -> Result<(), Refusal> {
         passage.request_id = passage.worker.request_ids.of(&passage.head.headers);
     }
     let route = Rc::clone(route);
+    passage.exchange.takes(&route);
+    passage.route = Some(Rc::clone(&route));
     if let Some(wish) = &mut passage.upgrade {
         *wish = granted(wish, &route.upgrades)?.clone();
     }
-    passage.exchange.takes(&route);
-    passage.route = Some(route);
-    Ok(())
+    if passage.tape.is_empty() {
+        return Ok(());
+    }
+    // A stream of gRPC is a body that may last for as long as both sides like.
+    let usual = passage.setup.config.limits.body_bytes;
+    let usual = (!is_grpc(&passage.head.headers)).then_some(usual);
+    match route.forwarding.body_bytes.or(usual) {
+        Some(most) => passage.tape.bound(most, &passage.worker.counters),
+        None => Ok(()),
+    }
 }
 
 pub(crate) fn refusal(astray: Astray) -> Refusal {

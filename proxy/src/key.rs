@@ -42,7 +42,7 @@ async fn body(passage: &Passage) -> Result<Vec<u8>, Refusal> {
         Err(_) => Err(Refusal::SlowBody),
         Ok(Gathered::Gone) => Err(Refusal::Left),
         Ok(Gathered::Broken) => {
-            Err(Refusal::Malformed("the body of the request is not well formed"))
+            Err(passage.tape.fault().expect("a body that is broken has a fault"))
         }
         Ok(Gathered::Enough) => {
             let long = || Refusal::Key(Miss::LongBody(BODY_MAX_BYTES).to_string());

@@ -26,7 +26,7 @@ use crate::trace::TraceStats;
 
 /// What one worker counts. Only that worker writes.
 // Two workers' cells must not share a cache line, nor the pair of lines that the prefetcher fetches.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(align(128))]
 pub(crate) struct Counters {
     cells: [AtomicU64; COUNTS.len()],
@@ -35,6 +35,20 @@ pub(crate) struct Counters {
     upstream: Durations,
     tasks: Mutex<BTreeMap<SessionId, (Address, Arc<TaskCounters>)>>,
     routes: Mutex<BTreeMap<Arc<str>, Arc<RouteCounters>>>,
+}
+
+// Arrays this long have no default of their own.
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            cells: [const { AtomicU64::new(0) }; COUNTS.len()],
+            durations: Durations::default(),
+            holds: Durations::default(),
+            upstream: Durations::default(),
+            tasks: Mutex::default(),
+            routes: Mutex::default(),
+        }
+    }
 }
 
 /// What one worker counts for one route.
@@ -93,6 +107,7 @@ pub(crate) enum Count {
     HoldsLeft,
     HoldsRefused,
     HoldsFailed,
+    LongBodies,
     TunnelsOpened,
     TunnelsClosed,
     TunnelsSilent,
@@ -101,7 +116,7 @@ pub(crate) enum Count {
     TunnelBytesDown,
 }
 
-const COUNTS: [(Count, &str, &str); 32] = [
+const COUNTS: [(Count, &str, &str); 33] = [
     (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
     (
         Count::Answered,
@@ -207,6 +222,11 @@ const COUNTS: [(Count, &str, &str); 32] = [
         Count::HoldsFailed,
         "mandoline_proxy_holds_failed",
         "Holds that ended because their pause was to end so: with 503",
+    ),
+    (
+        Count::LongBodies,
+        "mandoline_proxy_long_bodies",
+        "Request bodies that were refused or cut off since they were too long",
     ),
     (
         Count::TunnelsOpened,
@@ -631,6 +651,8 @@ pub struct Stats {
     pub floods: u64,
     /// The certificates of each listener that has some.
     pub tls: Vec<TlsStats>,
+    /// Request bodies that were refused or cut off since they were too long.
+    pub long_bodies: u64,
     /// Connections that have switched to another protocol, now.
     pub tunnels: u64,
     /// Those that were ended since nothing came through for too long.
@@ -829,6 +851,7 @@ impl Tally {
             tls_failures: self.sum(Count::TlsFailures),
             floods: self.sum(Count::Floods),
             tls: known.tls,
+            long_bodies: self.sum(Count::LongBodies),
             tunnels: self.sum(Count::TunnelsOpened).saturating_sub(tunnels_closed),
             tunnels_silent: self.sum(Count::TunnelsSilent),
             tunnels_cut: self.sum(Count::TunnelsCut),

@@ -41,6 +41,11 @@ pub(crate) enum Refusal {
     /// The client stopped sending the body.
     #[error("the body of the request stopped coming")]
     SlowBody,
+    /// Its body is longer than so many bytes.
+    #[error(
+        "the body of the request has more than {0} bytes, and this proxy takes no more here: send less, or have body_bytes raised"
+    )]
+    LongBody(u64),
     /// No route takes it.
     #[error("this proxy has no route for this host and path")]
     NoRoute,
@@ -205,6 +210,7 @@ impl Refusal {
         match self {
             Self::Malformed(_) | Self::Doubt(_) | Self::Key(_) => StatusCode::BAD_REQUEST,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
+            Self::LongBody(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::NoRoute | Self::Lookup(Fault::Unknown) => StatusCode::NOT_FOUND,
             Self::Method(_) | Self::OtherMethods(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::Expectation => StatusCode::EXPECTATION_FAILED,
@@ -240,6 +246,7 @@ impl Refusal {
             | Self::Doubt(_)
             | Self::Key(_)
             | Self::SlowBody
+            | Self::LongBody(_)
             | Self::NoRoute
             | Self::Lookup(Fault::Unknown)
             | Self::Method(_)
@@ -266,6 +273,7 @@ impl Refusal {
             | Self::Doubt(_)
             | Self::Key(_)
             | Self::SlowBody
+            | Self::LongBody(_)
             | Self::Method(_)
             | Self::OtherMethods(_)
             | Self::Expectation
@@ -311,6 +319,8 @@ impl Refusal {
             Self::Malformed(_) | Self::Doubt(_) | Self::Key(_) => "3",
             // DEADLINE_EXCEEDED
             Self::Late | Self::Deadline => "4",
+            // RESOURCE_EXHAUSTED
+            Self::LongBody(_) => "8",
             // FAILED_PRECONDITION, with which tasks say it too
             Self::Crossed { .. } => "9",
             // UNIMPLEMENTED
@@ -381,6 +391,7 @@ impl Refusal {
                 | Self::Doubt(_)
                 | Self::TransferCoding
                 | Self::SlowBody
+                | Self::LongBody(_)
                 | Self::Left
         ) {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));

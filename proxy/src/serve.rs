@@ -7,7 +7,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Version};
-use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use mandoline::http::refused::is_grpc;
 use tokio::time::timeout;
@@ -130,22 +129,12 @@ fn refuse(passage: Passage, refusal: &Refusal) -> Response<Download> {
 
 /// Reads on for a moment. To close a socket with unread bytes would reset it, and the client might lose the answer.
 fn linger(worker: &Worker, tape: Tape) {
-    let Some(mut upload) = tape.play() else { return };
-    tape.settle();
-    if tape.is_empty() || tape.is_broken() {
+    if tape.is_empty() {
         return;
     }
     worker.pool.spawn(async move {
-        let mut left = LINGER_BYTES;
-        let reading = async {
-            while let Some(Ok(frame)) = upload.frame().await {
-                let length = frame.data_ref().map_or(0, Bytes::len);
-                let Some(rest) = left.checked_sub(length) else { break };
-                left = rest;
-            }
-        };
         // Whether it ended or not, enough was done.
-        let _: Result<(), _> = timeout(LINGER_WAIT, reading).await;
+        let _: Result<(), _> = timeout(LINGER_WAIT, tape.discard(LINGER_BYTES)).await;
     });
 }
 

@@ -10,6 +10,7 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -18,6 +19,8 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
+use crate::metrics::{Count, Counters};
+use crate::refusal::Refusal;
 use crate::trailers;
 use crate::wire::BodyMark;
 
@@ -52,6 +55,9 @@ pub(crate) enum UploadError {
     /// Its end has more than one reading.
     #[error("the client's body has no clear end")]
     Doubt,
+    /// It is longer than a body may be.
+    #[error("the client's body is too long")]
+    Long,
     /// This try was given up.
     #[error("the body is sent elsewhere by now")]
     GivenUp,
@@ -64,7 +70,7 @@ pub(crate) enum Gathered {
     Enough,
     /// The client has left.
     Gone,
-    /// What it sends is no body.
+    /// What it sends is no body, or too long a one.
     Broken,
 }
 
@@ -83,10 +89,27 @@ struct Reel {
     take: u32,
     moved: Instant,
     waiting: bool,
-    broken: bool,
+    // Why there will be no more of it, if its end was not the reason.
+    fault: Option<Refusal>,
+    // There for a body that does not say how long it is.
+    bound: Option<Bound>,
     // What all requests of this worker may still keep.
     room: Rc<Cell<usize>>,
     mark: Option<BodyMark>,
+}
+
+/// How long a body may be, and how much of that is left.
+struct Bound {
+    most: u64,
+    left: u64,
+    counters: Arc<Counters>,
+}
+
+impl Bound {
+    fn too_long(&self) -> Refusal {
+        self.counters.count(Count::LongBodies);
+        Refusal::LongBody(self.most)
+    }
 }
 
 impl Tape {
@@ -106,7 +129,8 @@ impl Tape {
             take: 0,
             moved: Instant::now(),
             waiting: false,
-            broken: false,
+            fault: None,
+            bound: None,
             room: Rc::clone(room),
             mark,
         };
@@ -115,6 +139,21 @@ impl Tape {
 
     pub(crate) const fn is_empty(&self) -> bool {
         self.reel.is_none()
+    }
+
+    /// Refuses a body that says that it is longer than this, and cuts off one that turns out to be.
+    pub(crate) fn bound(&self, most: u64, counters: &Arc<Counters>) -> Result<(), Refusal> {
+        let Some(reel) = &self.reel else { return Ok(()) };
+        let mut reel = reel.borrow_mut();
+        let bound = Bound { most, left: most, counters: Arc::clone(counters) };
+        match reel.length {
+            Some(length) if length > most => Err(bound.too_long()),
+            Some(_) => Ok(()),
+            None => {
+                reel.bound = Some(bound);
+                Ok(())
+            }
+        }
     }
 
     /// Starts a try from the beginning, unless part of the body was sent and not kept. Earlier tries get nothing more.
@@ -203,11 +242,36 @@ impl Tape {
         (is_over && reel.whole).then(|| reel.kept.iter().flatten().copied().collect())
     }
 
-    /// Says whether the client's body broke off.
-    pub(crate) fn is_broken(&self) -> bool {
-        self.reel.as_ref().is_some_and(|reel| reel.borrow().broken)
+    /// Says what is wrong with the client's body, if anything is so far.
+    pub(crate) fn fault(&self) -> Option<Refusal> {
+        self.reel.as_ref().and_then(|reel| reel.borrow().fault.clone())
+    }
+
+    /// Reads what is left, up to `most` bytes, and throws it away. No try gets any more.
+    pub(crate) async fn discard(self, most: usize) {
+        let Some(reel) = self.reel else { return };
+        {
+            let mut reel = reel.borrow_mut();
+            reel.take += 1;
+            reel.at = reel.kept.len();
+            reel.forget();
+            if reel.ended || matches!(reel.fault, Some(Refusal::Malformed(_))) {
+                return;
+            }
+        }
+        let mut left = most;
+        while let Some(Ok(frame)) =
+            poll_fn(|context| Pin::new(&mut reel.borrow_mut().source).poll_frame(context)).await
+        {
+            let length = frame.data_ref().map_or(0, Bytes::len);
+            let Some(rest) = left.checked_sub(length) else { return };
+            left = rest;
+        }
     }
 }
+
+const BROKEN: Refusal =
+    Refusal::Malformed("the body of the request broke off or is not well formed");
 
 /// Says whether a body broke off, or is not well formed.
 fn why_broken(error: &hyper::Error) -> Gathered {
@@ -239,7 +303,7 @@ impl Reel {
 
     /// Says how much may come that can be kept, in bytes; nothing if there is no use in reading on.
     fn rest(&self) -> usize {
-        let is_over = self.ended || self.broken || self.source.is_end_stream();
+        let is_over = self.ended || self.fault.is_some() || self.source.is_end_stream();
         let no_room = self.kept.len() >= PIECES_MAX || self.room.get() < PIECE_MAX_BYTES;
         if is_over || no_room || !self.whole {
             return 0;
@@ -258,13 +322,22 @@ impl Reel {
         let mut frame = match polled.transpose() {
             Ok(frame) => frame,
             Err(error) => {
-                self.broken = true;
+                self.fault = Some(BROKEN);
                 return Poll::Ready(Err(UploadError::Client(error)));
             }
         };
+        if let (Some(bound), Some(data)) =
+            (&mut self.bound, frame.as_ref().and_then(Frame::data_ref))
+        {
+            let Some(left) = bound.left.checked_sub(data.len() as u64) else {
+                self.fault = Some(bound.too_long());
+                return Poll::Ready(Err(UploadError::Long));
+            };
+            bound.left = left;
+        }
         if frame.as_ref().is_none_or(Frame::is_trailers) {
             if self.mark.as_ref().is_some_and(BodyMark::is_in_doubt) {
-                self.broken = true;
+                self.fault = Some(BROKEN);
                 return Poll::Ready(Err(UploadError::Doubt));
             }
             if let Some(trailers) = frame.as_mut().and_then(Frame::trailers_mut) {

@@ -138,6 +138,7 @@ pub(crate) struct RouteFile {
     response_timeout: Option<Span>,
     total_timeout: Option<Span>,
     upgrades: Option<Vec<Text<Upgrade>>>,
+    body_bytes: Option<Size>,
     request: Option<HeadersFile>,
     response: Option<HeadersFile>,
 }
@@ -260,6 +261,7 @@ pub(crate) struct LimitsFile {
     headers: Option<usize>,
     idle_per_task: Option<usize>,
     replay_bytes: Option<Size>,
+    body_bytes: Option<Size>,
 }
 
 /// What is held by pauses.
@@ -302,6 +304,7 @@ impl RouteFile {
             protocol: self.protocol.clone().map(|Text(protocol)| protocol),
             response: self.response_timeout.map(|Span(length)| length),
             total: self.total_timeout.map(|Span(length)| length),
+            body_bytes: self.body_bytes.map(|Size(bytes)| bytes),
         };
         if let Some(upgrades) = self.upgrades.clone() {
             route.upgrades = plain(upgrades).into();
@@ -453,7 +456,11 @@ impl TimeoutsFile {
 impl LimitsFile {
     /// Changes what is given.
     pub(crate) fn apply(self, to: &mut Limits) {
-        let Self { connections, header_bytes, headers, idle_per_task, replay_bytes } = self;
+        let Self { connections, header_bytes, headers, idle_per_task, replay_bytes, body_bytes } =
+            self;
+        if let Some(Size(most)) = body_bytes {
+            to.body_bytes = most;
+        }
         let bytes = |size: Option<Size>| {
             size.map(|Size(bytes)| usize::try_from(bytes).unwrap_or(usize::MAX))
         };

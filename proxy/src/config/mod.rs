@@ -176,6 +176,7 @@ impl Config {
             paused_requests,
             paused_bytes: _,
             replay_bytes: _,
+            body_bytes: _,
         } = self.limits;
         let limits = [
             ("connections", connections, 1, 1_000_000),
@@ -388,6 +389,8 @@ pub struct Limits {
     pub paused_bytes: usize,
     /// Request bodies kept for a second try, over all requests of a worker. Beyond it a body cannot be sent again.
     pub replay_bytes: usize,
+    /// How long a request's body may be. It is passed on as it comes, so a long one costs time and no memory; this is for the tasks' sake.
+    pub body_bytes: u64,
 }
 
 impl Default for Limits {
@@ -404,6 +407,8 @@ impl Default for Limits {
             paused_requests: 8_000,
             paused_bytes: 48 << 20,
             replay_bytes: 64 << 20,
+            // What large content networks take of an upload unless told otherwise.
+            body_bytes: 100 << 20,
         }
     }
 }

@@ -41,6 +41,8 @@ pub struct Forwarding {
     pub response: Option<Duration>,
     /// How long a request may take in all, from its head to the last byte of its answer; any time unless set.
     pub total: Option<Duration>,
+    /// How long a request's body may be, instead of `limits.body_bytes`; for gRPC, any length unless this is set.
+    pub body_bytes: Option<u64>,
 }
 
 impl Route {

@@ -103,10 +103,8 @@ pub(crate) async fn exchange(
         let error = error.into_error();
         let fate = if unsent { Fate::Untouched } else { lease.failed(&error) };
         debug!(%error, ?fate, reused = lease.reused, "Connection to a task broke");
-        if tape.is_broken() {
-            return Err(Setback::Final(Refusal::Malformed(
-                "the body of the request broke off or is not well formed",
-            )));
+        if let Some(fault) = tape.fault() {
+            return Err(Setback::Final(fault));
         }
         match (fate, lease.reused) {
             (Fate::Garbled, _) => {

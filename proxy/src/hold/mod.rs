@@ -174,9 +174,7 @@ impl Waiter<'_> {
             match self.tape.gather(GATHER_MAX, |more| stay.grow(more)).await {
                 Gathered::Enough => pending().await,
                 Gathered::Gone => Refusal::Left,
-                Gathered::Broken => {
-                    Refusal::Malformed("the body of the request broke off or is not well formed")
-                }
+                Gathered::Broken => self.tape.fault().expect("a body that is broken has a fault"),
             }
         };
         tokio::select! {

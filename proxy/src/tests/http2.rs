@@ -227,3 +227,19 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
+
+#[tokio::test]
+async fn a_body_without_a_length_is_cut_off_where_it_gets_too_long() {
+    let backend = Backend::echo("task").await;
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| config.limits.body_bytes = 9000);
+    let mut client = Client::connect(stage.proxy.local_addr()).await;
+    for (pieces, status) in [(3, 200), (4, 413), (2, 200)] {
+        let piece = || Ok(http_body::Frame::data(Bytes::from_static(&[b'x'; 3000])));
+        let body = futures_util::stream::iter((0..pieces).map(move |_| piece()));
+        let body: Body = http_body_util::StreamBody::new(body).boxed_unsync();
+        let answer = client.send(asked("PUT", "/k/a").body(body).unwrap()).await;
+        assert_eq!(answer.status().as_u16(), status, "{pieces}");
+    }
+    assert_eq!(stage.stats().long_bodies, 1);
+}

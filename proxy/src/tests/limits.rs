@@ -7,7 +7,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use super::harness::{Backend, Owners, Stage, Wire, talk, text, until, within};
+use super::harness::{Backend, Owners, Stage, Wire, key_at, talk, text, until, within};
 
 const GET: &str = "GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
 const SHORT: Duration = Duration::from_millis(200);
@@ -265,4 +265,140 @@ async fn a_connection_to_a_task_that_has_nothing_to_do_is_closed() {
         Stage::with(Owners::all(backend.address).await, |config| config.timeouts.idle = SHORT);
     assert!(stage.talk(GET).await.starts_with("HTTP/1.1 200"));
     assert_eq!(within("the connection to be closed", closed.recv()).await, Some(0));
+}
+
+const PUT: &str = "PUT /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n";
+
+/// A body of so many bytes that does not say how many they are.
+fn chunked(bytes: usize) -> String {
+    let chunk = format!("400\r\n{}\r\n", "x".repeat(1024));
+    format!("{PUT}transfer-encoding: chunked\r\n\r\n{}0\r\n\r\n", chunk.repeat(bytes / 1024))
+}
+
+#[tokio::test]
+async fn a_body_that_says_that_it_is_too_long_is_refused_before_it_is_asked_for() {
+    let backend = Backend::echo("task").await;
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| config.limits.body_bytes = 10);
+    let put = |length: usize, more: &str, body: &str| {
+        format!("{PUT}content-length: {length}\r\n{more}\r\n{body}")
+    };
+    let refused = [put(11, "", "0123456789x"), put(1 << 40, "expect: 100-continue\r\n", "")];
+    for (n, request) in refused.into_iter().enumerate() {
+        let answer = stage.talk(&request).await;
+        assert!(answer.starts_with("HTTP/1.1 413 ") && answer.contains("10 bytes"), "{answer}");
+        assert!(answer.contains("\r\nconnection: close\r\n"), "{answer}");
+        assert_eq!((stage.stats().connects, stage.stats().long_bodies), (0, n as u64 + 1));
+    }
+    let answer = stage.talk(&put(10, "", "0123456789")).await;
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("[0123456789]"), "{answer}");
+    let stats = stage.stats();
+    assert_eq!((stats.long_bodies, stats.refused, stats.answered), (2, 2, 1));
+}
+
+#[tokio::test]
+async fn a_body_that_turns_out_too_long_is_cut_off_and_its_task_sees_that() {
+    let (tell, mut seen) = tokio::sync::mpsc::unbounded_channel();
+    let backend = Backend::raw(move |stream| {
+        let tell = tell.clone();
+        async move {
+            let mut wire = Wire::of(stream);
+            wire.head().await;
+            tell.send(wire.rest().await).unwrap();
+        }
+    })
+    .await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        config.limits.body_bytes = 128 << 10;
+    });
+    let answer = stage.talk(&chunked(256 << 10)).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    let body = within("the task to see the end", seen.recv()).await.unwrap();
+    assert!(!body.ends_with("0\r\n\r\n"), "the task takes it for whole");
+    assert!(body.matches('x').count() <= 128 << 10);
+    assert_eq!((stage.stats().long_bodies, stage.stats().refused), (1, 1));
+}
+
+#[tokio::test]
+async fn a_body_as_long_as_may_be_is_passed_on_and_a_route_may_take_more_or_less() {
+    let backend = Backend::echo("task").await;
+    for (usual, own, bytes, status) in [
+        (64 << 10, None, 64 << 10, 200),
+        (64 << 10, None, 65 << 10, 413),
+        (64 << 10, Some(128 << 10), 128 << 10, 200),
+        (64 << 10, Some(1024), 2048, 413),
+        (64 << 10, Some(0), 1024, 413),
+    ] {
+        let stage = Stage::with(Owners::all(backend.address).await, |config| {
+            config.limits.body_bytes = usual;
+            config.routes[0].forwarding.body_bytes = own;
+        });
+        let answer = stage.talk(&chunked(bytes)).await;
+        let case = format!("{usual} {own:?} {bytes}: {answer:.200}");
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{case}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_has_begun_breaks_off_where_its_request_is_too_long() {
+    let backend = Backend::raw(|stream| async move {
+        let mut wire = Wire::of(stream);
+        wire.head().await;
+        wire.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n").await;
+        wire.rest().await;
+    })
+    .await;
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| config.limits.body_bytes = 2048);
+    let mut wire = stage.connect().await;
+    let request = chunked(4096);
+    wire.send(&request[..1200]).await;
+    wire.read_to("hi\r\n").await;
+    wire.send(&request[1200..]).await;
+    let rest = wire.rest().await;
+    assert!(!rest.ends_with("0\r\n\r\n"), "{rest}");
+    until("the request to end", || stage.stats().in_flight == 0).await;
+    let stats = stage.stats();
+    assert_eq!((stats.failed, stats.long_bodies), (1, 1));
+}
+
+#[tokio::test]
+async fn streams_of_grpc_are_as_long_as_they_like_unless_their_route_says_so() {
+    let backend = Backend::echo("task").await;
+    for (own, status) in [(None, None), (Some(1024), Some("grpc-status: 8"))] {
+        let stage = Stage::with(Owners::all(backend.address).await, |config| {
+            config.limits.body_bytes = 1024;
+            config.routes[0].forwarding.body_bytes = own;
+        });
+        let request = chunked(4096).replace("host: a", "host: a\r\ncontent-type: application/grpc");
+        let answer = stage.talk(&request).await;
+        match status {
+            None => assert!(answer.contains("task PUT"), "{answer}"),
+            Some(status) => assert!(answer.contains(status), "{answer}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_holds_the_key_or_waits_is_bounded_too() {
+    let backend = Backend::echo("task").await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        config.limits.body_bytes = 1024;
+        key_at(config, "json(/user)");
+    });
+    let answer = stage.talk(&chunked(2048)).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    let short = "{\"user\": \"bob\"}";
+    let answer = stage.talk(&format!("{PUT}content-length: {}\r\n\r\n{short}", short.len())).await;
+    assert!(answer.contains(short), "{answer}");
+
+    // Nobody serves the key yet, so that the request waits.
+    let other = Backend::echo("other").await;
+    let owners = Owners::none();
+    let step = mandoline_core::transit::Step::Releasing;
+    owners.hand_over(1, step, (1, backend.address), (2, other.address)).await;
+    let stage = Stage::with(owners, |config| config.limits.body_bytes = 1024);
+    let answer = stage.talk(&chunked(2048)).await;
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    assert_eq!((stage.stats().connects, stage.stats().long_bodies), (0, 1));
 }
