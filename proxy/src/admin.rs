@@ -1,5 +1,5 @@
-//! What operators and probes ask: `/metrics`, `/livez`, `/readyz`, a page and the same as JSON, and what would become of a request; on an
-//! address of its own so that no client can.
+//! What operators and probes ask: `/metrics`, `/livez`, `/readyz`, a page and the same as JSON, what would become of a request, and that
+//! something be read again or forgotten; on an address of its own so that no client can.
 
 use std::convert::Infallible;
 use std::pin::pin;
@@ -67,12 +67,17 @@ impl Admin {
             ("/" | "/api/state" | "/explain" | "/metrics" | "/livez" | "/readyz", false) => {
                 text(StatusCode::METHOD_NOT_ALLOWED, "ask with GET\n")
             }
-            ("/reload", _) if *request.method() == Method::POST => self.reload().await,
-            ("/reload", _) => text(StatusCode::METHOD_NOT_ALLOWED, "ask with POST\n"),
-            _ => text(
-                StatusCode::NOT_FOUND,
-                "try /, /api/state, /explain, /metrics, /livez, /readyz, or POST /reload\n",
-            ),
+            (path, _) => match (path, lookup_to_flush(path), request.method()) {
+                ("/reload", _, &Method::POST) => self.reload().await,
+                (_, Some(name), &Method::POST) => self.flush(name, request.uri().query()),
+                ("/reload", ..) | (_, Some(_), _) => {
+                    text(StatusCode::METHOD_NOT_ALLOWED, "ask with POST\n")
+                }
+                _ => text(
+                    StatusCode::NOT_FOUND,
+                    "try /, /api/state, /explain, /metrics, /livez, /readyz, POST /reload, or POST /lookups/NAME/flush\n",
+                ),
+            },
         }
     }
 
@@ -85,6 +90,27 @@ impl Admin {
                 "this proxy was not told where to read a configuration again\n",
             ),
         }
+    }
+
+    /// Has a lookup forget all that it knows, or what it knows of the keys that are named.
+    fn flush(&self, name: &str, query: Option<&str>) -> Response<Full<Bytes>> {
+        let config = self.reloader.in_force();
+        let Some(lookup) = config.lookups.get(name) else {
+            let known: Vec<&str> = config.lookups.keys().map(|name| &**name).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            let answer = format!("there is no such lookup; known here: {known}\n");
+            return text(StatusCode::NOT_FOUND, answer);
+        };
+        let given: Vec<_> = form_urlencoded::parse(query.unwrap_or_default().as_bytes()).collect();
+        if given.iter().any(|(name, _)| name != "key") {
+            // Whoever mistypes `key` does not mean everything.
+            return text(StatusCode::BAD_REQUEST, "give nothing, or key=..; all else is unknown\n");
+        }
+        if given.is_empty() {
+            lookup.flush();
+        }
+        given.iter().for_each(|(_, key)| lookup.forget(key.as_bytes()));
+        text(StatusCode::OK, "forgotten\n")
     }
 
     fn state(&self) -> Value {
@@ -124,6 +150,11 @@ impl Admin {
             text(StatusCode::OK, "ok\n")
         }
     }
+}
+
+/// The name in `/lookups/NAME/flush`.
+fn lookup_to_flush(path: &str) -> Option<&str> {
+    path.strip_prefix("/lookups/")?.strip_suffix("/flush")
 }
 
 fn json(value: &Value) -> Response<Full<Bytes>> {

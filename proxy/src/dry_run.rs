@@ -183,7 +183,17 @@ impl Walk<'_> {
         let asked = Asked { head, host: host.as_str(), client, body: None };
         let key = match &route.lookup {
             None => key::find(from, &asked)?,
-            Some(lookup) => key::known(from, &asked, lookup)?,
+            Some(lookup) => {
+                told.fact("lookup", lookup.name());
+                told.says(format!("it is translated by the lookup {:?}", lookup.name()));
+                let (looked_up, known) = key::known(from, &asked, lookup)?;
+                let [asked, answer] =
+                    [&looked_up, &*known].map(|text| String::from_utf8_lossy(text).into_owned());
+                told.says(format!("{answer:?} stands for {asked:?}"));
+                told.fact("looked_up", asked);
+                told.fact("stands_for", answer);
+                SliceKey::of(&known)
+            }
         };
         told.fact("key", key.to_string());
         told.says(format!("it lies at {key}"));

@@ -1,5 +1,7 @@
 //! The stage `key`: which key the request is for, where its route leads to a job.
 
+use std::sync::Arc;
+
 use mandoline::http::key::{Asked, KeyFrom};
 use mandoline_core::extract::Miss;
 use mandoline_core::key::SliceKey;
@@ -26,12 +28,19 @@ pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
         None => find(key, &asked)?,
         Some(lookup) => {
             let looked_up = key.bytes_in(&asked).map_err(|miss| refusal(miss, key))?;
-            SliceKey::of(&lookup.find(&looked_up).await.map_err(Refusal::Lookup)?)
+            let found = translated(lookup, &looked_up).await?;
+            passage.looked_up = Some(looked_up);
+            found
         }
     };
     passage.key = Some(key);
     passage.exchange.has_key(key, job);
     Ok(())
+}
+
+/// Translates a key, now: while a request is held, another answer may have come into force.
+pub(crate) async fn translated(lookup: &Lookup, key: &[u8]) -> Result<SliceKey, Refusal> {
+    Ok(SliceKey::of(&lookup.find(key).await.map_err(Refusal::Lookup)?))
 }
 
 /// Reads a small body, which is kept to be sent on.
@@ -60,14 +69,15 @@ pub(crate) fn find(from: &KeyFrom, asked: &Asked<'_>) -> Result<SliceKey, Refusa
     from.find_in(asked).map_err(|miss| refusal(miss, from))
 }
 
-/// Finds the key of a request by what a lookup knows already: the table is not asked.
+/// Finds the key of a request, and what a lookup knows already to stand for it: the table is not asked.
 pub(crate) fn known(
     from: &KeyFrom,
     asked: &Asked<'_>,
     lookup: &Lookup,
-) -> Result<SliceKey, Refusal> {
+) -> Result<(Vec<u8>, Arc<[u8]>), Refusal> {
     let looked_up = from.bytes_in(asked).map_err(|miss| refusal(miss, from))?;
-    Ok(SliceKey::of(&lookup.known(&looked_up).map_err(Refusal::Lookup)?))
+    let known = lookup.known(&looked_up).map_err(Refusal::Lookup)?;
+    Ok((looked_up, known))
 }
 
 fn refusal(miss: Miss, from: &KeyFrom) -> Refusal {

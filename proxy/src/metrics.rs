@@ -20,6 +20,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
 use crate::access_log::writer::LogStats;
+use crate::lookup::LookupStats;
 use crate::record::{Outcome, Record};
 use crate::servers::Servers;
 use crate::trace::TraceStats;
@@ -455,6 +456,69 @@ const VALID_UNTIL: (&str, &str) = (
     "mandoline_proxy_certificate_valid_until_seconds",
     "Until when a certificate is valid, in seconds since 1970",
 );
+/// What is told of each lookup.
+type LookupNumber = ((&'static str, &'static str), MetricType, fn(&LookupStats) -> u64);
+const LOOKUP_NUMBERS: [LookupNumber; 9] = [
+    (
+        ("mandoline_proxy_lookup_hits", "Requests for a key whose answer was kept"),
+        MetricType::Counter,
+        |lookup| lookup.hits,
+    ),
+    (
+        (
+            "mandoline_proxy_lookup_negative_hits",
+            "Requests for a key of which it was kept that the table has nothing",
+        ),
+        MetricType::Counter,
+        |lookup| lookup.negative_hits,
+    ),
+    (
+        ("mandoline_proxy_lookup_misses", "Requests that had to wait for the table"),
+        MetricType::Counter,
+        |lookup| lookup.misses,
+    ),
+    (
+        ("mandoline_proxy_lookup_questions", "Questions that the table was asked"),
+        MetricType::Counter,
+        |lookup| lookup.questions,
+    ),
+    (
+        (
+            "mandoline_proxy_lookup_stale",
+            "Requests that got an old answer, since the table gave none",
+        ),
+        MetricType::Counter,
+        |lookup| lookup.stale,
+    ),
+    (
+        (
+            "mandoline_proxy_lookup_forgotten",
+            "Times that the answer for one key was forgotten, since it had changed",
+        ),
+        MetricType::Counter,
+        |lookup| lookup.forgotten,
+    ),
+    (
+        (
+            "mandoline_proxy_lookup_flushes",
+            "Times that all answers were forgotten, since any might have changed",
+        ),
+        MetricType::Counter,
+        |lookup| lookup.flushes,
+    ),
+    (("mandoline_proxy_lookup_keys", "Keys whose answers are kept"), MetricType::Gauge, |lookup| {
+        lookup.keys as u64
+    }),
+    (
+        ("mandoline_proxy_lookup_cache_bytes", "What kept keys and answers take"),
+        MetricType::Gauge,
+        |lookup| lookup.bytes as u64,
+    ),
+];
+const LOOKUP_FAULTS: (&str, &str) = (
+    "mandoline_proxy_lookup_faults",
+    "Requests to which the table gave no answer that is of use, by fault: late, busy, down, two, length",
+);
 const SPANS_EXPORTED: (&str, &str) =
     ("mandoline_proxy_spans", "Spans of traces that were exported");
 const SPANS_DROPPED: (&str, &str) = (
@@ -669,6 +733,8 @@ pub struct Stats {
     pub routes: BTreeMap<Arc<str>, RouteStats>,
     /// Each pause that was told of lately.
     pub pauses: Vec<PauseStats>,
+    /// What each lookup has done, and holds now.
+    pub lookups: BTreeMap<Box<str>, LookupStats>,
     /// What became of requests that left the region by its gateways.
     pub gateways: GatewayStats,
 }
@@ -760,6 +826,7 @@ pub(crate) struct Knowledge {
     /// Heads and read bodies of requests that are held.
     pub(crate) held_bytes: u64,
     pub(crate) pauses: Vec<PauseStats>,
+    pub(crate) lookups: BTreeMap<Box<str>, LookupStats>,
     pub(crate) log: Option<LogStats>,
     pub(crate) traces: Option<TraceStats>,
     pub(crate) tls: Vec<TlsStats>,
@@ -860,6 +927,7 @@ impl Tally {
             tasks: self.tasks(),
             routes: self.routes(),
             pauses: known.pauses,
+            lookups: known.lookups,
             gateways: known.gateways.as_ref().map(Gateways::stats).unwrap_or_default(),
         }
     }
@@ -989,6 +1057,37 @@ fn added_up<'a>(all: impl Iterator<Item = &'a Durations> + Clone) -> (f64, u64, 
 }
 
 impl Tally {
+    fn encode_lookups(
+        all: &BTreeMap<Box<str>, LookupStats>,
+        encoder: &mut DescriptorEncoder<'_>,
+    ) -> fmt::Result {
+        for ((name, help), kind, value) in LOOKUP_NUMBERS {
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for (lookup, stats) in all {
+                let (labels, value) = ([("lookup", &**lookup)], value(stats));
+                let metric = family.encode_family(&labels)?;
+                match kind {
+                    MetricType::Counter => ConstCounter::new(value).encode(metric)?,
+                    _ => {
+                        ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(metric)?;
+                    }
+                }
+            }
+        }
+        let (name, help) = LOOKUP_FAULTS;
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (lookup, stats) in all {
+            let LookupStats { late, busy, down, two, length, .. } = *stats;
+            for (fault, count) in
+                [("late", late), ("busy", busy), ("down", down), ("two", two), ("length", length)]
+            {
+                let labels = [("lookup", &**lookup), ("fault", fault)];
+                ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+
     fn encode_tls(all: &[TlsStats], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         for ((name, help), kind, value) in TLS_NUMBERS {
             let mut family = encoder.encode_descriptor(name, help, None, kind)?;
@@ -1089,6 +1188,7 @@ impl Collector for Tally {
             let family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             ConstCounter::new(value).encode(family)?;
         }
+        Self::encode_lookups(&stats.lookups, &mut encoder)?;
         Self::encode_tls(&stats.tls, &mut encoder)?;
         let histograms = [
             (DURATION, self.durations(|worker| &worker.durations)),
@@ -1241,6 +1341,11 @@ mod tests {
             held_bytes: 77,
             tls: Vec::new(),
             pauses: vec![pause.clone()],
+            lookups: [(
+                "shops".into(),
+                LookupStats { hits: 5, two: 6, keys: 7, ..LookupStats::default() },
+            )]
+            .into(),
             log: Some(LogStats { written: 5, dropped: 6, failed: 7 }),
             traces: Some(TraceStats { exported: 5, dropped: 6, failed: 7 }),
         };
@@ -1283,6 +1388,9 @@ mod tests {
             "mandoline_proxy_access_log_lines_total 5",
             "mandoline_proxy_access_log_lines_dropped_total 6",
             "mandoline_proxy_access_log_lines_failed_total 7",
+            "mandoline_proxy_lookup_hits_total{lookup=\"shops\"} 5",
+            "mandoline_proxy_lookup_faults_total{lookup=\"shops\",fault=\"two\"} 6",
+            "mandoline_proxy_lookup_keys{lookup=\"shops\"} 7",
             "mandoline_proxy_requests_held 1",
             "mandoline_proxy_held_bytes 77",
             "mandoline_proxy_pause_in_flight{pause=\"p7\"} 1",

@@ -164,6 +164,11 @@ impl Exchange {
         self.job = Some(Rc::clone(job));
     }
 
+    /// The request's key stands for something else by now.
+    pub(crate) const fn has_other_key(&mut self, key: SliceKey) {
+        self.key = Some(key);
+    }
+
     /// No pause holds it any more: whoever begins one may wait for its end.
     pub(crate) fn is_past_pauses(&mut self, facts: Facts) {
         self.flight = Some(self.worker.gates.flights.begins(facts));

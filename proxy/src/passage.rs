@@ -49,6 +49,8 @@ pub(crate) struct Passage {
     pub(crate) request_id: HeaderValue,
     /// From `key` on, where the route leads to a job.
     pub(crate) key: Option<SliceKey>,
+    /// What its key was translated from, where the route has a lookup.
+    pub(crate) looked_up: Option<Vec<u8>>,
     /// What its waits have come to so far.
     pub(crate) stays: Stays,
     /// From `route` on.
@@ -85,6 +87,7 @@ impl Passage {
             route: None,
             request_id: HeaderValue::from_static(""),
             key: None,
+            looked_up: None,
             stays: Stays::default(),
             target: None,
             answer: None,

@@ -12,6 +12,7 @@ use crate::hold::flights::Facts;
 use crate::hold::gates::Gate;
 use crate::hold::room::Full;
 use crate::hold::{Ended, Held, Waiter, grpc};
+use crate::key::translated;
 use crate::passage::Passage;
 use crate::refusal::{Paused, Refusal, WhyPaused};
 use crate::setup::To;
@@ -25,7 +26,7 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
         To::Pool { .. } => None,
     };
     if !is_exempt(&passage.setup.config.exempt, &mut passage.head) {
-        let facts = Facts {
+        let mut facts = Facts {
             job: job.map(|job| Rc::clone(&job.name)),
             key: passage.key,
             host: passage.host.0.clone(),
@@ -33,7 +34,7 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
             method: passage.head.method.clone(),
         };
         if passage.worker.gates.is_any() {
-            while_paused(passage, &facts).await?;
+            while_paused(passage, &mut facts).await?;
         }
         passage.exchange.is_past_pauses(facts);
     }
@@ -48,20 +49,21 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
 }
 
 /// Holds a request until no pause holds it that it has not waited for.
-async fn while_paused(passage: &mut Passage, facts: &Facts) -> Result<(), Refusal> {
+async fn while_paused(passage: &mut Passage, facts: &mut Facts) -> Result<(), Refusal> {
     let waits_for_leave = passage.waits_for_leave;
-    let Passage { worker, setup, key, head, tape, line, stays, exchange, .. } = passage;
+    let route = passage.route();
+    let Passage { worker, setup, key, looked_up, head, tape, line, stays, exchange, .. } = passage;
     let most = setup.config.timeouts.pause;
     let until = Instant::now() + most;
     let mut waited_at: Vec<PauseId> = Vec::new();
     while let Some(gate) = worker.gates.holding(facts, &waited_at) {
         waited_at.push(gate.account.id);
         // Those without a key have no order among them but that of all.
-        let key = key.unwrap_or(SliceKey::MIN);
+        let place_of = key.unwrap_or(SliceKey::MIN);
         let mut waiter = Waiter { head, tape, line, stays, waits_for_leave };
         let waited = waiter.wait(&gate.queue, until, |line, place| match gate.is_open() {
-            true => line.join_late(place, key, ()),
-            false => line.join(place, key, ()),
+            true => line.join_late(place, place_of, ()),
+            false => line.join(place, place_of, ()),
         });
         let refusal = |why| refusal(&gate, why);
         waited.await.map_err(|ended| match ended {
@@ -72,6 +74,12 @@ async fn while_paused(passage: &mut Passage, facts: &Facts) -> Result<(), Refusa
             Ended::Failed => refusal(WhyPaused::Stops),
             Ended::ByClient(refusal) => refusal,
         })?;
+        if let Some((lookup, looked_up)) = route.lookup.as_ref().zip(looked_up.as_deref()) {
+            // The pause may have been for this: to have another shard take over.
+            let fresh = translated(lookup, looked_up).await?;
+            (*key, facts.key) = (Some(fresh), Some(fresh));
+            exchange.has_other_key(fresh);
+        }
     }
     if !waited_at.is_empty() {
         exchange.goes_on(stays.held);

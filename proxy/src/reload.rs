@@ -182,6 +182,7 @@ impl Reloader {
             },
             held_bytes: book.room.bytes() as u64,
             pauses: book.stats(),
+            lookups: config.lookups.iter().map(|(name, one)| (name.clone(), one.stats())).collect(),
             log: config.access_log.as_ref().map(|log| log.writer.stats()),
             tls: Vec::new(),
             traces: config.traces.as_ref().map(|traces| traces.sink.stats()),

@@ -41,6 +41,10 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
         let route = &checked.routes[place];
         let (to, key) = route.to.describe();
         let (rank, takes) = ((rank + 1).to_string(), route.matches.to_string());
+        let key = match &route.lookup {
+            None => key,
+            Some(lookup) => format!("{key}, by lookup {}", lookup.name()),
+        };
         table.row([rank, route.name.to_string(), takes, to, key]);
     }
     print!("{table}");

@@ -18,8 +18,10 @@ use mandoline_core::task::Address;
 use mandoline_proxy::access_log::writer::{Place, Writer};
 use mandoline_proxy::config::ProxyId;
 use mandoline_proxy::config::transport::Transport;
+use mandoline_proxy::lookup::{Limits, Lookup};
 use mandoline_proxy::pauses::Pauses;
 use mandoline_proxy::router::Router;
+use mandoline_proxy::tables::{StartError, Table};
 use mandoline_proxy::trace::Sink;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -56,6 +58,7 @@ pub(crate) struct Clerks {
     pauses: Option<Pauses>,
     log: Option<(Place, Writer)>,
     traces: Option<(String, Sink)>,
+    lookups: BTreeMap<Box<str>, (Table, Limits, Lookup)>,
     idle: bool,
 }
 
@@ -79,6 +82,7 @@ impl Clerks {
             pauses: None,
             log: None,
             traces: None,
+            lookups: BTreeMap::new(),
             idle: false,
         }
     }
@@ -258,11 +262,49 @@ impl Clerks {
         Ok(sink)
     }
 
+    /// Gives what translates keys through a table: the same, with all that it knows, as long as the same is asked for.
+    pub(crate) fn lookup(
+        &mut self,
+        name: &str,
+        table: Table,
+        limits: Limits,
+    ) -> Result<Lookup, Failure> {
+        table.check().map_err(not_started)?;
+        if self.idle {
+            return Ok(Lookup::idle(name, limits));
+        }
+        if let Some((known, known_limits, lookup)) = self.lookups.get(name)
+            && known.is(&table)
+            && *known_limits == limits
+        {
+            return Ok(lookup.clone());
+        }
+        let lookup = table.clone().start(name, limits).map_err(not_started)?;
+        self.lookups.insert(name.into(), (table, limits, lookup.clone()));
+        Ok(lookup)
+    }
+
+    /// Lets go of the lookups that are not among these.
+    pub(crate) fn keep_lookups(&mut self, lookups: &BTreeMap<Box<str>, Lookup>) {
+        self.lookups.retain(|name, _| lookups.contains_key(name));
+    }
+
     /// Lets go of the clerks of jobs that are not among these.
     pub(crate) fn keep(&mut self, jobs: &BTreeMap<JobName, Router>) {
         self.running.retain(|job, _| jobs.contains_key(job));
         self.pools.retain(|Running { name, pool, .. }| {
             jobs.get(name).is_some_and(|router| router.is(&pool.router()))
         });
+    }
+}
+
+fn not_started(error: StartError) -> Failure {
+    match error {
+        StartError::NotBuilt { what, feature } => {
+            Failure::new(format!("this mandoline was built without {what}")).try_this(format!(
+                "build one with it: cargo build --release -p mandoline-cli --features {feature}"
+            ))
+        }
+        StartError::Thread(_) => Failure::new("the lookup did not start").caused_by(&error),
     }
 }

@@ -134,6 +134,7 @@ pub(crate) struct RouteFile {
     job: Option<Text<JobName>>,
     key: Option<Text<KeyFrom>>,
     pool: Option<Text<JobName>>,
+    lookup: Option<Spanned<String>>,
     protocol: Option<Text<Protocol>>,
     response_timeout: Option<Span>,
     total_timeout: Option<Span>,
@@ -195,7 +196,7 @@ pub(crate) struct TaskTlsFile {
 }
 
 impl TaskTlsFile {
-    fn tls(&self) -> Result<Arc<TaskTls>, Failure> {
+    pub(crate) fn tls(&self) -> Result<Arc<TaskTls>, Failure> {
         let identity = match (&self.cert, &self.key) {
             (None, None) => None,
             (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
@@ -341,6 +342,11 @@ impl RouteFile {
                 Ok((HeaderKey(name), value))
             })
             .collect()
+    }
+
+    /// Names what translates its key, if anything does.
+    pub(crate) const fn lookup(&self) -> Option<&Spanned<String>> {
+        self.lookup.as_ref()
     }
 
     /// Names the job that the route leads to.

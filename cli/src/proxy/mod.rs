@@ -1,6 +1,7 @@
 //! `mandoline proxy`: the proxy as a process of its own.
 
 mod file;
+mod lookups;
 mod flags;
 mod otlp;
 mod pools;
@@ -39,6 +40,7 @@ use crate::proxy::file::{
     AccessLogFile, DebugFile, JobFile, LimitsFile, ListenerFile, PausesFile, RouteFile,
     TimeoutsFile, TracesFile,
 };
+use crate::proxy::lookups::{LookupFile, LookupName};
 use crate::proxy::pools::PoolFile;
 use crate::proxy::schema::SCHEMA;
 use crate::proxy::settings::Settings;
@@ -169,6 +171,8 @@ pub(crate) struct ProxyArgs {
     jobs: Option<BTreeMap<Text<JobName>, JobFile>>,
     #[arg(skip)]
     pools: Option<BTreeMap<Text<JobName>, Spanned<PoolFile>>>,
+    #[arg(skip)]
+    lookups: Option<BTreeMap<Text<LookupName>, Spanned<LookupFile>>>,
     #[arg(skip)]
     timeouts: Option<TimeoutsFile>,
     #[arg(skip)]

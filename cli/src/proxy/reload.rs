@@ -71,12 +71,13 @@ async fn reload(args: &ProxyArgs, clerks: &mut Clerks, reloader: &Reloader) -> R
         Ok((settings, config))
     };
     let (settings, config) = read().inspect_err(|_| reloader.refused())?;
-    let jobs = config.jobs.clone();
+    let (jobs, lookups) = (config.jobs.clone(), config.lookups.clone());
     reloader.reload(config).await.map_err(|error| match error {
         ReloadError::Config(error) => settings.explain(&error),
         error => Failure::new(error),
     })?;
     clerks.keep(&jobs);
+    clerks.keep_lookups(&lookups);
     Ok(())
 }
 

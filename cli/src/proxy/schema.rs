@@ -80,6 +80,10 @@ mod tests {
             "{debug: {networks: ['10.0.0.0/8', '::1']}}",
             "{debug: {networks: [], header: x-explain}}",
             "{traces: {otlp: 'http://127.0.0.1:4317', share: 0.5%}}",
+            "{lookups: {shops: {sqlite: {file: shops.db, query: select 1}, ttl: 0s, negative_ttl: 1s, stale: 1h, timeout: 200ms, cache_bytes: 1MiB}}, routes: [{job: kv, key: host, lookup: shops}]}",
+            "{lookups: {shops.1: {postgres: {address: 'db:5432', user: proxy, database: shops, query: 'select shard from shops where domain = $1', listen: shops}}}}",
+            "{lookups: {s: {postgres: {address: 'unix:/run/postgresql/.s.PGSQL.5432', user: proxy, database: shops, query: select 1}}}}",
+            "{lookups: {s: {http: {url: 'http://127.0.0.1:9000/shards?of={key}', field: /shop/shard}}}}",
         ] {
             assert!(taken(good).await, "{good}");
         }
@@ -128,6 +132,15 @@ mod tests {
             "{access_log: {to: stdout, share: 0.5}}",
             "{debug: {networks: [here]}}",
             "{debug: {header: x-explain}}",
+            "{lookups: {shops: {}}}",
+            "{lookups: {shops: {ttl: 1s}}}",
+            "{lookups: {a b: {sqlite: {file: a, query: b}}}}",
+            "{lookups: {s: {sqlite: {file: a, query: b}, http: {url: 'http://a/{key}'}}}}",
+            "{lookups: {s: {sqlite: {file: a}}}}",
+            "{lookups: {s: {postgres: {address: db, user: a, database: b, query: c}}}}",
+            "{lookups: {s: {postgres: {address: 'db:1', user: '', database: b, query: c}}}}",
+            "{lookups: {s: {http: {url: 'http://a/'}}}}",
+            "{lookups: {s: {http: {url: 'http://a/{key}', field: shard}}}}",
             "{traces: {share: 1%}}",
             "{traces: {otlp: '127.0.0.1:4317'}}",
         ] {
@@ -197,12 +210,38 @@ mod tests {
             ),
             ("access_log: {to: stdout, share: 101%}\n", "the access log's share is 101%"),
             ("timeouts: {connect: 25h}\n", "the configuration cannot work"),
+            (
+                "lookups:\n  shops: {http: {url: 'http://a/{key}'}}\nroutes:\n  - {job: kv, lookup: shps}\n",
+                "proxy.yaml:4:23: there is no lookup \"shps\"",
+            ),
+            ("routes:\n  - {job: kv, lookup: shops}\n", "proxy.yaml:2:23: there is no lookup"),
+            (
+                "lookups:\n  s: {http: {url: 'http://a/{key}'}}\nroutes:\n  - {job: kv, key: host/path:1, lookup: s}\n",
+                "the configuration cannot work\n  why: route /* has a lookup and a grouped key",
+            ),
+            (
+                "lookups:\n  s: {http: {url: 'http://a/{key}'}}\npools: {web: {servers: ['a:80']}}\nroutes:\n  - {pool: web, lookup: s}\n",
+                "the configuration cannot work\n  why: route /* has a lookup and a pool",
+            ),
+            ("lookups:\n  s: {timeout: 0s}\n", "proxy.yaml:2:6: timeout is 0ns: give 1ms to 24h"),
+            ("lookups:\n  s: {cache_bytes: 1KiB}\n", "proxy.yaml:2:6: cache_bytes is too little"),
+            ("lookups:\n  s: {ttl: 1s}\n", "proxy.yaml:2:6: a lookup has one table"),
+            (
+                "lookups:\n  s: {http: {url: 'https://a/{key}'}}\n",
+                "proxy.yaml:2:6: https://a/{key} is asked by TLS, and nothing says whom to believe",
+            ),
+            (
+                "lookups:\n  s: {http: {url: 'http://a/b'}}\n",
+                "proxy.yaml:2:19: s: \"http://a/b\" is no URL of a lookup",
+            ),
         ] {
             let failure = fault(yaml).await.unwrap();
             assert!(failure.starts_with(&format!("error: {expected}")), "{failure}");
         }
         let failure = fault("ruotes: []\n").await.unwrap();
         assert!(failure.ends_with("did you mean \"routes\"?"), "{failure}");
+        let failure = fault("lookups: {shops: {http: {url: 'http://a/{key}'}}}\nroutes: [{job: kv, lookup: shop}]\n").await.unwrap();
+        assert!(failure.ends_with("did you mean \"shops\"?"), "{failure}");
         let failure = fault("access_log: {to: stdout, fields: [staus]}\n").await.unwrap();
         assert!(failure.ends_with("did you mean \"status\"?"), "{failure}");
     }
@@ -235,6 +274,19 @@ mod tests {
             (
                 "/$defs/task_tls/properties",
                 "{pools: {web: {servers: ['a:80'], tls: {nothing_like_it: 1}}}}",
+            ),
+            ("/$defs/lookup/properties", "{lookups: {s: {nothing_like_it: 1}}}"),
+            (
+                "/$defs/lookup/properties/sqlite/properties",
+                "{lookups: {s: {sqlite: {nothing_like_it: 1}}}}",
+            ),
+            (
+                "/$defs/lookup/properties/postgres/properties",
+                "{lookups: {s: {postgres: {nothing_like_it: 1}}}}",
+            ),
+            (
+                "/$defs/lookup/properties/http/properties",
+                "{lookups: {s: {http: {nothing_like_it: 1}}}}",
             ),
             ("/$defs/head/properties", "{routes: [{request: {nothing_like_it: 1}}]}"),
             ("/properties/access_log/properties", "{access_log: {to: stdout, nothing_like_it: 1}}"),

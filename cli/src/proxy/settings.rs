@@ -12,6 +12,7 @@ use mandoline_proxy::config::matching::{Ambiguous, Match};
 use mandoline_proxy::config::route::{Destination, Route};
 use mandoline_proxy::config::transport::Transport;
 use mandoline_proxy::config::{Checked, Config, ConfigError, ProxyId};
+use mandoline_proxy::lookup::Lookup;
 use mandoline_proxy::router::Router;
 use serde_saphyr::Spanned;
 
@@ -19,8 +20,9 @@ use crate::failure::Failure;
 use crate::file::{self, closest};
 use crate::proxy::ProxyArgs;
 use crate::proxy::clerks::{Clerks, Order};
-use crate::proxy::file::DebugFile;
+use crate::proxy::file::{DebugFile, RouteFile};
 use crate::proxy::flags::FlagsOrder;
+use crate::proxy::lookups::LookupName;
 use crate::proxy::pools::PoolFile;
 use crate::task::{default_assigners, demo_job};
 use crate::text::{Text, overlay, plain};
@@ -50,7 +52,7 @@ impl Settings {
                 args, from_file;
                 listen, listeners, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
                 workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id, handover,
-                routes, jobs, pools, timeouts, limits, pauses, access_log, debug, traces,
+                routes, jobs, pools, lookups, timeouts, limits, pauses, access_log, debug, traces,
             );
             args.access.overlay(from_file.access);
         }
@@ -92,11 +94,15 @@ impl Settings {
 
     /// Gives every place where requests come in.
     pub(crate) fn listeners(&self) -> Vec<Listener> {
-        let beside = self.name.as_deref().and_then(Path::parent).unwrap_or_else(|| Path::new(""));
         match &self.args.listeners {
-            Some(listeners) => listeners.iter().map(|one| one.listener(beside)).collect(),
+            Some(listeners) => listeners.iter().map(|one| one.listener(self.beside())).collect(),
             None => vec![local(self.args.listen.as_ref(), 8080).into()],
         }
+    }
+
+    /// The folder of the file, in which other files are looked for.
+    fn beside(&self) -> &Path {
+        self.name.as_deref().and_then(Path::parent).unwrap_or_else(|| Path::new(""))
     }
 
     pub(crate) fn id(&self) -> ProxyId {
@@ -141,7 +147,8 @@ impl Settings {
         let region = args.region.clone().map(|Text(region)| region);
         let gateways = plain(args.gateways.clone().unwrap_or_default());
         let gateways = clerks.gateways(region, gateways)?;
-        let routes = self.routes()?;
+        let lookups = self.lookups(clerks)?;
+        let routes = self.routes(&lookups)?;
         let jobs = self.job_names().into_iter().map(|job| {
             let router = clerks.router(self.order(job.clone()))?;
             Ok((job, router))
@@ -161,6 +168,7 @@ impl Settings {
         }
         let mut config = Config::with(self.listen(), jobs, routes);
         config.listeners = self.listeners();
+        config.lookups = lookups;
         config.flags = clerks.flags(self.flags_order())?;
         config.admin = Some(local(args.admin.as_ref(), 7480));
         config.gateways = gateways;
@@ -259,7 +267,40 @@ impl Settings {
         }
     }
 
-    fn routes(&self) -> Result<Vec<Route>, Failure> {
+    fn lookups(&self, clerks: &mut Clerks) -> Result<BTreeMap<Box<str>, Lookup>, Failure> {
+        let made = self.args.lookups.iter().flatten().map(|(Text(LookupName(name)), file)| {
+            let at = |failure: Failure| failure.at(self.place(file));
+            let limits = file.value.limits().map_err(at)?;
+            let table = file.value.table(self.beside()).map_err(at)?;
+            Ok((name.clone(), clerks.lookup(name, table, limits).map_err(at)?))
+        });
+        made.collect()
+    }
+
+    /// Finds what translates the keys of a route.
+    fn lookup_of(
+        &self,
+        route: &RouteFile,
+        lookups: &BTreeMap<Box<str>, Lookup>,
+    ) -> Result<Option<Lookup>, Failure> {
+        let Some(name) = route.lookup() else { return Ok(None) };
+        if let Some(lookup) = lookups.get(name.value.as_str()) {
+            return Ok(Some(lookup.clone()));
+        }
+        let known: Vec<&str> = lookups.keys().map(|name| &**name).collect();
+        let failure = Failure::new(format!("there is no lookup {:?}", name.value));
+        let failure = match known.is_empty() {
+            true => failure.because("the file has no lookups"),
+            false => failure.because(format!("the lookups are {}", known.join(", "))),
+        };
+        Err(match closest(&name.value, &known) {
+            Some(meant) => failure.try_this(format!("did you mean {meant:?}?")),
+            None => failure,
+        }
+        .at(self.place(name)))
+    }
+
+    fn routes(&self, lookups: &BTreeMap<Box<str>, Lookup>) -> Result<Vec<Route>, Failure> {
         let Some(routes) = &self.args.routes else {
             let job = self.job();
             let key = self.args.key.clone().map_or_else(|| KeyFrom::path(1), |Text(key)| key);
@@ -269,7 +310,8 @@ impl Settings {
         };
         let mut made: Vec<Route> = Vec::with_capacity(routes.len());
         for route in routes {
-            let one = route.value.route().map_err(|failure| failure.at(self.place(route)))?;
+            let mut one = route.value.route().map_err(|failure| failure.at(self.place(route)))?;
+            one.lookup = self.lookup_of(&route.value, lookups)?;
             if let Some(earlier) = made.iter().position(|earlier| earlier.name == one.name)
                 && earlier_differs(&made[earlier], &one)
             {

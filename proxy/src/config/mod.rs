@@ -32,6 +32,7 @@ use crate::config::matching::{Ambiguous, Match, Table};
 use crate::config::network::Network;
 use crate::config::route::{Destination, Forwarding, Route};
 use crate::config::transport::Transport;
+use crate::lookup::Lookup;
 use crate::record::Observer;
 use crate::router::Router;
 use crate::servers::Servers;
@@ -55,6 +56,8 @@ pub struct Config {
     pub pools: BTreeMap<JobName, watch::Receiver<Arc<Servers>>>,
     /// Where which requests go. The most specific one takes a request, wherever it stands in the list.
     pub routes: Vec<Route>,
+    /// What translates keys, by name: those of the routes, and any that an operator may tell to forget.
+    pub lookups: BTreeMap<Box<str>, Lookup>,
     /// The own region and the gateways of others, if requests for what lives there go by those. None sends each to its task.
     pub gateways: Option<Gateways>,
     /// How many cores to use: each gets a thread, a runtime, a listening socket and a connection pool of its own.
@@ -102,6 +105,7 @@ impl Config {
             transports: BTreeMap::new(),
             pools: BTreeMap::new(),
             routes,
+            lookups: BTreeMap::new(),
             gateways: None,
             workers: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             id: ProxyId::random(),
@@ -125,6 +129,16 @@ impl Config {
             for (name, length) in [("response_timeout", response), ("total_timeout", total)] {
                 if let Some(length) = length.filter(|l| l.is_zero() || *l > TIMEOUT_MAX) {
                     return Err(ConfigError::Timeout { name, length });
+                }
+            }
+            if route.lookup.is_some() {
+                let why = match &route.to {
+                    Destination::Job { key, .. } if key.is_whole() => None,
+                    Destination::Job { .. } => Some("a grouped key, and a table is asked for one"),
+                    Destination::Pool { .. } => Some("a pool, which has no keys"),
+                };
+                if let Some(why) = why {
+                    return Err(ConfigError::Lookup { route: route.name.clone(), why });
                 }
             }
             let job = route.to.job();
@@ -264,6 +278,14 @@ pub enum ConfigError {
         route: Box<str>,
         /// Which job.
         job: JobName,
+    },
+    /// A table would be asked for no key, or for two at once.
+    #[error("route {route} has a lookup and {why}: leave one of them out")]
+    Lookup {
+        /// Which route.
+        route: Box<str>,
+        /// What else it has.
+        why: &'static str,
     },
     /// Nothing says where requests come in.
     #[error("there is no listener: say where requests come in")]
@@ -500,6 +522,15 @@ mod tests {
         assert_eq!(
             refused(|bad| bad.jobs.clear()),
             "route kv leads to job kv, which is not among the jobs"
+        );
+        let grouped = |bad: &mut Config| {
+            let Destination::Job { key, .. } = &mut bad.routes[0].to else { unreachable!() };
+            *key = "host/path:1".parse().unwrap();
+            bad.routes[0].lookup = Some(Lookup::idle("shops", crate::lookup::Limits::default()));
+        };
+        assert_eq!(
+            refused(grouped),
+            "route kv has a lookup and a grouped key, and a table is asked for one: leave one of them out"
         );
     }
 }

@@ -3,13 +3,21 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use mandoline_core::key::KEY_MAX_BYTES;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use crate::lookup::{Answer, Fault, Limits, Said};
+use crate::lookup::{Answer, Fault, Found, Limits, LookupStats, Told};
 
 /// What an answer takes beside its bytes: two maps' entries and their allocations, roughly.
 const ENTRY_BYTES: usize = 128;
+/// How often one key is asked for again at once, since it changed while it was asked for. Then whoever waits gets what there is.
+const ROUNDS_MAX: u8 = 3;
+
+/// What a waiting request hears.
+type Said = oneshot::Sender<Result<Answer, Fault>>;
+/// How it hears it.
+pub(super) type Hears = oneshot::Receiver<Result<Answer, Fault>>;
 
 #[derive(Debug)]
 pub(super) struct Cache {
@@ -20,6 +28,7 @@ pub(super) struct Cache {
     questions: HashMap<Box<[u8]>, Question>,
     bytes: usize,
     next: u64,
+    stats: LookupStats,
 }
 
 #[derive(Debug)]
@@ -33,17 +42,28 @@ struct Entry {
 struct Question {
     since: Instant,
     waiting: Vec<Said>,
+    state: State,
+    rounds: u8,
+}
+
+/// How far a question is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Queued,
+    Asked,
+    /// The key has changed since it was asked for, so the answer may be of before.
+    Outdated,
 }
 
 /// What is known of a key.
 pub(super) enum Known {
     Fresh(Answer),
     /// It is being asked for.
-    Asked(oneshot::Receiver<Result<Answer, Fault>>),
+    Asked(Hears),
     /// It has been asked for for too long already.
     Overdue,
     /// It is for the caller to ask.
-    Nothing(oneshot::Receiver<Result<Answer, Fault>>),
+    Nothing(Hears),
 }
 
 impl Cache {
@@ -55,6 +75,7 @@ impl Cache {
             questions: HashMap::new(),
             bytes: 0,
             next: 0,
+            stats: LookupStats::default(),
         }
     }
 
@@ -67,41 +88,88 @@ impl Cache {
 
     pub(super) fn get(&mut self, key: &[u8], now: Instant) -> Known {
         if let Some(answer) = self.fresh(key, now) {
+            match answer {
+                Some(_) => self.stats.hits += 1,
+                None => self.stats.negative_hits += 1,
+            }
             return Known::Fresh(answer);
         }
-        let (said, waiting) = oneshot::channel();
+        self.stats.misses += 1;
+        let (said, hears) = oneshot::channel();
         match self.questions.get_mut(key) {
             Some(question) if now.duration_since(question.since) >= self.limits.within => {
                 Known::Overdue
             }
             Some(question) => {
                 question.waiting.push(said);
-                Known::Asked(waiting)
+                Known::Asked(hears)
             }
             None => {
-                self.questions.insert(key.into(), Question { since: now, waiting: vec![said] });
-                Known::Nothing(waiting)
+                let (waiting, state) = (vec![said], State::Queued);
+                self.questions
+                    .insert(key.into(), Question { since: now, waiting, state, rounds: 0 });
+                Known::Nothing(hears)
             }
         }
     }
 
-    /// Gives what was known before, if that may still be said, and else the fault.
-    pub(super) fn stale(&self, key: &[u8], now: Instant, fault: Fault) -> Result<Arc<[u8]>, Fault> {
+    /// Counts a fault, and gives what was known before in its place, if that may still be said.
+    pub(super) fn fails(
+        &mut self,
+        key: &[u8],
+        now: Instant,
+        fault: Fault,
+    ) -> Result<Arc<[u8]>, Fault> {
+        *match fault {
+            Fault::Unknown | Fault::Unasked => return Err(fault),
+            Fault::Two => &mut self.stats.two,
+            Fault::Length(_) => &mut self.stats.length,
+            Fault::Down(_) => &mut self.stats.down,
+            Fault::Late => &mut self.stats.late,
+            Fault::Busy => &mut self.stats.busy,
+        } += 1;
         let Some(Entry { answer: Some(answer), since, .. }) = self.answers.get(key) else {
             return Err(fault);
         };
         let serves = matches!(fault, Fault::Down(_) | Fault::Late | Fault::Busy)
             && now.duration_since(*since) < self.limits.ttl + self.limits.stale;
-        if serves { Ok(Arc::clone(answer)) } else { Err(fault) }
+        if !serves {
+            return Err(fault);
+        }
+        self.stats.stale += 1;
+        Ok(Arc::clone(answer))
     }
 
-    pub(super) fn forget_question(&mut self, key: &[u8]) {
+    pub(super) fn drop_question(&mut self, key: &[u8]) {
         self.questions.remove(key);
     }
 
+    /// Somebody asks the table now: what changes from now on, the answer may not have yet.
+    pub(super) fn asks(&mut self, key: &[u8]) {
+        self.stats.questions += 1;
+        if let Some(question) = self.questions.get_mut(key) {
+            question.state = State::Asked;
+        }
+    }
+
     /// Takes what the table says, and tells those who wait.
-    pub(super) fn answer(&mut self, key: &[u8], answer: Result<Answer, Fault>, now: Instant) {
-        if let Ok(answer) = &answer {
+    pub(super) fn answer(&mut self, key: &[u8], found: Found, now: Instant) -> Told {
+        let answer = found.and_then(|answer| match answer {
+            Some(answer) if !(1..=KEY_MAX_BYTES).contains(&answer.len()) => {
+                Err(Fault::Length(answer.len()))
+            }
+            answer => Ok(answer.map(Arc::from)),
+        });
+        let question = self.questions.get_mut(key);
+        let is_outdated = question.as_ref().is_some_and(|one| one.state == State::Outdated);
+        if let Some(question) = question.filter(|one| is_outdated && one.rounds < ROUNDS_MAX) {
+            (question.state, question.rounds) = (State::Asked, question.rounds + 1);
+            self.stats.questions += 1;
+            return Told::Again;
+        }
+        if let Ok(answer) = &answer
+            && !is_outdated
+        {
             self.keep(key, answer.clone(), now);
         }
         let waiting = self.questions.remove(key).map(|question| question.waiting);
@@ -109,12 +177,31 @@ impl Cache {
             // Whoever has left does not need it.
             let _left = said.send(answer.clone());
         }
+        Told::Enough
     }
 
+    /// Forgets one key. Whoever asks for it from now on gets what the table says from now on.
+    pub(super) fn forget(&mut self, key: &[u8]) {
+        self.stats.forgotten += 1;
+        if let Some(entry) = self.answers.remove(key) {
+            self.bytes -= size(key, &entry.answer);
+        }
+        if let Some(question) = self.questions.get_mut(key) {
+            question.outdated();
+        }
+    }
+
+    /// Forgets every key.
     pub(super) fn flush(&mut self) {
+        self.stats.flushes += 1;
         self.answers.clear();
         self.order.clear();
         self.bytes = 0;
+        self.questions.values_mut().for_each(Question::outdated);
+    }
+
+    pub(super) fn stats(&self) -> LookupStats {
+        LookupStats { keys: self.answers.len(), bytes: self.bytes, ..self.stats }
     }
 
     fn keep(&mut self, key: &[u8], answer: Answer, since: Instant) {
@@ -143,6 +230,15 @@ impl Cache {
     }
 }
 
+impl Question {
+    fn outdated(&mut self) {
+        // One that still waits will be asked late enough.
+        if self.state == State::Asked {
+            self.state = State::Outdated;
+        }
+    }
+}
+
 fn size(key: &[u8], answer: &Answer) -> usize {
     ENTRY_BYTES + key.len() + answer.as_ref().map_or(0, |answer| answer.len())
 }
@@ -157,15 +253,45 @@ mod tests {
         let mut cache = Cache::new(limits);
         let now = Instant::now();
         for n in 0..1000_u16 {
-            cache.answer(&[(n % 251) as u8], Ok(Some(Arc::from(&b"x"[..]))), now);
-            cache.answer(&[0], Ok(Some(Arc::from(&b"y"[..]))), now);
+            cache.answer(&[(n % 251) as u8], Ok(Some(b"x".to_vec())), now);
+            cache.answer(&[0], Ok(Some(b"y".to_vec())), now);
             assert!(cache.bytes <= limits.cache_bytes);
             assert!(cache.order.len() <= 2 * cache.answers.len() + 64);
         }
         assert_eq!(cache.answers.len(), 10);
         let sum: usize = cache.answers.iter().map(|(key, entry)| size(key, &entry.answer)).sum();
         assert_eq!(cache.bytes, sum);
+        cache.forget(&[0]);
+        assert_eq!((cache.answers.len(), cache.bytes), (9, sum - ENTRY_BYTES - 2));
         cache.flush();
         assert_eq!((cache.bytes, cache.answers.len()), (0, 0));
+    }
+
+    #[test]
+    fn what_changes_while_it_is_asked_for_is_asked_for_again() {
+        let (mut cache, now) = (Cache::new(Limits::default()), Instant::now());
+        let Known::Nothing(mut hears) = cache.get(b"a", now) else { panic!("nothing is known") };
+        // Not asked for yet, so what it will be told is new.
+        cache.flush();
+        cache.asks(b"a");
+        cache.forget(b"a");
+        assert_eq!(cache.answer(b"a", Ok(Some(b"old".to_vec())), now), Told::Again);
+        assert!(hears.try_recv().is_err());
+        cache.forget(b"b");
+        assert_eq!(cache.answer(b"a", Ok(Some(b"new".to_vec())), now), Told::Enough);
+        assert_eq!(hears.try_recv().unwrap().unwrap().as_deref(), Some(&b"new"[..]));
+
+        // One that changes all the time is told, and not kept.
+        let Known::Nothing(mut hears) = cache.get(b"c", now) else { panic!("nothing is known") };
+        cache.asks(b"c");
+        for round in 0..=ROUNDS_MAX {
+            cache.flush();
+            let told = cache.answer(b"c", Ok(Some(vec![round + 1])), now);
+            assert_eq!(told == Told::Again, round < ROUNDS_MAX);
+        }
+        assert!(hears.try_recv().unwrap().is_ok());
+        assert!(cache.fresh(b"c", now).is_none());
+        let stats = cache.stats();
+        assert_eq!((stats.questions, stats.misses, stats.keys), (2 + 4, 2, 0));
     }
 }

@@ -1,29 +1,30 @@
 //! Keys that are translated through a table, such as a shop's domain to its shard, before a task is looked for.
 //!
-//! A table may be slow, or block whoever asks it: it is asked on a thread of its own, one question at a time, and each question
-//! once however many requests have it. What it said is kept for a while, also that it knew nothing.
+//! A table may be slow, or block whoever asks it: it is asked on a thread of its own, and each question once however many requests
+//! have it. What it said is kept for a while, also that it knew nothing.
 
 mod cache;
-#[cfg(feature = "sqlite")]
-pub mod sqlite;
+pub mod desk;
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline_core::key::KEY_MAX_BYTES;
-use tokio::sync::oneshot;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::mpsc::{self, Sender};
+use tokio::task::LocalSet;
 use tokio::time::{Instant, timeout};
 
-use crate::lookup::cache::{Cache, Known};
+use crate::lookup::cache::Known;
+use crate::lookup::desk::{Desk, Teller};
 
 /// What a table says of a key: what stands for it, or that it has nothing.
 pub type Answer = Option<Arc<[u8]>>;
 
 /// How many different keys may wait for the table: beyond them it does not keep up.
 const WAITING_MAX: usize = 1024;
-/// How often a table is asked whether it has changed while nobody asks it for anything else.
-const POLL: Duration = Duration::from_millis(100);
 
 /// How a lookup is kept within bounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,10 +57,10 @@ impl Default for Limits {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// The table has nothing for it.
-    #[error("the table has no row for this key")]
+    #[error("the table has nothing for this key")]
     Unknown,
     /// The table has more than one answer.
-    #[error("the table has two answers for this key: make the column that is asked for unique")]
+    #[error("the table has two answers for this key: see that it can have only one")]
     Two,
     /// The answer cannot be a key.
     #[error("the table's answer is {0} bytes long: 1 to {KEY_MAX_BYTES} make a key")]
@@ -80,140 +81,188 @@ pub enum Fault {
     Busy,
 }
 
-/// Where translations are kept. Asked on a thread of its own, so it may block.
-pub trait Table: Send + 'static {
-    /// Finds what stands for a key.
-    fn find(&mut self, key: &[u8]) -> Result<Option<Vec<u8>>, Fault>;
-    /// Says whether anything may have changed since this was last asked.
-    fn has_changed(&mut self) -> bool;
+/// What a table has for a key, if anything.
+pub type Found = Result<Option<Vec<u8>>, Fault>;
+
+/// Whether a question has its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// It has.
+    Enough,
+    /// The key was changed while it was asked for: it is to be asked for again.
+    Again,
+}
+
+/// What a lookup has done so far, and what it holds now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LookupStats {
+    /// Requests for a key whose answer was kept.
+    pub hits: u64,
+    /// Requests for a key of which it was kept that the table has nothing.
+    pub negative_hits: u64,
+    /// Requests that had to wait for the table.
+    pub misses: u64,
+    /// Questions that the table was asked.
+    pub questions: u64,
+    /// Requests that got an old answer, since the table gave none.
+    pub stale: u64,
+    /// Requests to which the table did not answer in time.
+    pub late: u64,
+    /// Requests for which too many questions waited already.
+    pub busy: u64,
+    /// Requests for which the table could not be asked.
+    pub down: u64,
+    /// Requests for a key that has two answers.
+    pub two: u64,
+    /// Requests for a key whose answer cannot be a key.
+    pub length: u64,
+    /// Times that a key was forgotten, since it had changed.
+    pub forgotten: u64,
+    /// Times that all keys were.
+    pub flushes: u64,
+    /// Keys whose answers are kept, now.
+    pub keys: usize,
+    /// What they take, in bytes, now.
+    pub bytes: usize,
+}
+
+/// Whoever has a table.
+pub trait Source: Send + 'static {
+    /// Answers what is asked until nobody is left who could ask. Runs on a thread of its own, so it may block.
+    fn serve(self, desk: Desk) -> impl Future<Output = ()>;
 }
 
 /// A table with a cache before it. Clones share both.
 #[derive(Clone, Debug)]
 pub struct Lookup {
+    name: Arc<str>,
     limits: Limits,
-    cache: Arc<Mutex<Cache>>,
-    ask: SyncSender<Box<[u8]>>,
+    teller: Teller,
+    ask: Sender<Box<[u8]>>,
 }
 
 impl Lookup {
     /// Starts the thread that asks a table. It ends with the last clone.
-    pub fn start(table: impl Table, limits: Limits) -> std::io::Result<Self> {
-        let cache = Arc::new(Mutex::new(Cache::new(limits)));
-        let (ask, asked) = sync_channel(WAITING_MAX);
-        let answers = Arc::clone(&cache);
+    pub fn start(name: &str, limits: Limits, source: impl Source) -> io::Result<Self> {
+        let (lookup, desk) = Self::with_desk(name, limits);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new()
-            .name("lookup".to_owned())
-            .spawn(move || serve(table, &asked, &answers))?;
-        Ok(Self { limits, cache, ask })
+            .name(format!("lookup {name}"))
+            .spawn(move || LocalSet::new().block_on(&runtime, source.serve(desk)))?;
+        Ok(lookup)
+    }
+
+    /// Makes a lookup that knows nothing and asks nobody: for a look at a configuration.
+    pub fn idle(name: &str, limits: Limits) -> Self {
+        Self::with_desk(name, limits).0
+    }
+
+    fn with_desk(name: &str, limits: Limits) -> (Self, Desk) {
+        let (ask, asked) = mpsc::channel(WAITING_MAX);
+        let teller = Teller::new(limits);
+        let desk = Desk { asked, teller: teller.clone(), limits };
+        (Self { name: name.into(), limits, teller, ask }, desk)
+    }
+
+    /// Gives its name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Translates a key.
     pub async fn find(&self, key: &[u8]) -> Result<Arc<[u8]>, Fault> {
-        let waiting = {
-            let mut cache = lock(&self.cache);
+        let hears = {
+            let mut cache = self.teller.cache();
             let now = Instant::now();
             match cache.get(key, now) {
                 Known::Fresh(answer) => return answer.ok_or(Fault::Unknown),
-                Known::Overdue => return cache.stale(key, now, Fault::Late),
-                Known::Asked(waiting) => waiting,
-                Known::Nothing(waiting) => match self.ask.try_send(key.into()) {
-                    Ok(()) => waiting,
-                    Err(TrySendError::Full(_)) => {
-                        cache.forget_question(key);
-                        return cache.stale(key, now, Fault::Busy);
-                    }
-                    Err(TrySendError::Disconnected(_)) => {
-                        cache.forget_question(key);
-                        let fault = Fault::Down("its thread has ended".to_owned());
-                        return cache.stale(key, now, fault);
+                Known::Overdue => return cache.fails(key, now, Fault::Late),
+                Known::Asked(hears) => hears,
+                Known::Nothing(hears) => match self.ask.try_send(key.into()) {
+                    Ok(()) => hears,
+                    Err(error) => {
+                        cache.drop_question(key);
+                        let fault = match error {
+                            TrySendError::Full(_) => Fault::Busy,
+                            TrySendError::Closed(_) => ended(),
+                        };
+                        return cache.fails(key, now, fault);
                     }
                 },
             }
         };
-        let fault = match timeout(self.limits.within, waiting).await {
+        let fault = match timeout(self.limits.within, hears).await {
             Ok(Ok(Ok(answer))) => return answer.ok_or(Fault::Unknown),
             Ok(Ok(Err(fault))) => fault,
-            Ok(Err(_)) => Fault::Down("its thread has ended".to_owned()),
+            Ok(Err(_)) => ended(),
             Err(_) => Fault::Late,
         };
-        lock(&self.cache).stale(key, Instant::now(), fault)
+        self.teller.cache().fails(key, Instant::now(), fault)
     }
 
     /// Gives what is known without asking the table.
     pub fn known(&self, key: &[u8]) -> Result<Arc<[u8]>, Fault> {
-        match lock(&self.cache).fresh(key, Instant::now()) {
+        match self.teller.cache().fresh(key, Instant::now()) {
             Some(answer) => answer.ok_or(Fault::Unknown),
             None => Err(Fault::Unasked),
         }
     }
 
-    /// Forgets every answer, so that the table is asked again.
+    /// Forgets one key, so that the table is asked for it again.
+    pub fn forget(&self, key: &[u8]) {
+        self.teller.forget(key);
+    }
+
+    /// Forgets every key, so that the table is asked again.
     pub fn flush(&self) {
-        lock(&self.cache).flush();
+        self.teller.flush();
+    }
+
+    /// Says what it has done so far.
+    pub fn stats(&self) -> LookupStats {
+        self.teller.cache().stats()
     }
 }
 
-/// What a waiting request hears.
-type Said = oneshot::Sender<Result<Answer, Fault>>;
-
-fn lock(cache: &Mutex<Cache>) -> MutexGuard<'_, Cache> {
-    cache.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn serve(mut table: impl Table, asked: &Receiver<Box<[u8]>>, cache: &Mutex<Cache>) {
-    loop {
-        let key = match asked.recv_timeout(POLL) {
-            Ok(key) => Some(key),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
-        // On the thread that also reads, and before it reads: what is read afterwards is no older than the change.
-        if table.has_changed() {
-            lock(cache).flush();
-        }
-        let Some(key) = key else { continue };
-        let answer = table.find(&key).and_then(|answer| match answer {
-            Some(answer) if !(1..=KEY_MAX_BYTES).contains(&answer.len()) => {
-                Err(Fault::Length(answer.len()))
-            }
-            answer => Ok(answer.map(Arc::from)),
-        });
-        lock(cache).answer(&key, answer, Instant::now());
-    }
+fn ended() -> Fault {
+    Fault::Down("its thread has ended".to_owned())
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::mpsc;
 
     use super::*;
 
     /// Answers only when it is let, with what the test says.
     struct Slow {
         asked: Arc<AtomicUsize>,
-        answers: Receiver<Result<Option<Vec<u8>>, Fault>>,
+        answers: mpsc::UnboundedReceiver<Found>,
     }
 
-    impl Table for Slow {
-        fn find(&mut self, _: &[u8]) -> Result<Option<Vec<u8>>, Fault> {
-            self.asked.fetch_add(1, Ordering::SeqCst);
-            self.answers.recv().unwrap_or(Err(Fault::Unknown))
-        }
-
-        fn has_changed(&mut self) -> bool {
-            false
+    impl Source for Slow {
+        async fn serve(mut self, mut desk: Desk) {
+            let teller = desk.teller();
+            while let Some(key) = desk.next().await {
+                teller.asks(&key);
+                loop {
+                    self.asked.fetch_add(1, Ordering::SeqCst);
+                    let Some(found) = self.answers.recv().await else { return };
+                    if teller.answer(&key, found) == Told::Enough {
+                        break;
+                    }
+                }
+            }
         }
     }
 
-    type Answers = mpsc::Sender<Result<Option<Vec<u8>>, Fault>>;
+    type Answers = mpsc::UnboundedSender<Found>;
 
     fn slow(limits: Limits) -> (Lookup, Answers, Arc<AtomicUsize>) {
-        let (send, answers) = mpsc::channel();
+        let (send, answers) = mpsc::unbounded_channel();
         let asked = Arc::new(AtomicUsize::new(0));
         let table = Slow { asked: Arc::clone(&asked), answers };
-        (Lookup::start(table, limits).unwrap(), send, asked)
+        (Lookup::start("shops", limits, table).unwrap(), send, asked)
     }
 
     #[tokio::test]

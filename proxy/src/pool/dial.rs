@@ -90,7 +90,7 @@ pub(crate) async fn dial(
 }
 
 /// The name that whoever listens there must have.
-fn name_of(endpoint: &Endpoint) -> io::Result<ServerName<'static>> {
+pub(crate) fn name_of(endpoint: &Endpoint) -> io::Result<ServerName<'static>> {
     let host = match endpoint {
         Endpoint::Tcp(address) => {
             let host = address.as_str().rsplit_once(':').map_or("", |(host, _)| host);

@@ -7,7 +7,7 @@ use mandoline_core::key::SliceKey;
 use super::harness::{Backend, Owners, Stage, key_at};
 
 /// Two tasks, the first of which owns the lower half of all places, and which of them owns a key.
-async fn halves() -> (Owners, [Backend; 2]) {
+pub(super) async fn halves() -> (Owners, [Backend; 2]) {
     let tasks = [Backend::echo("low").await, Backend::echo("high").await];
     let [low, high]: [SocketAddr; 2] = tasks.each_ref().map(|task| task.address);
     let owners = Owners::none();
@@ -15,7 +15,7 @@ async fn halves() -> (Owners, [Backend; 2]) {
     (owners, tasks)
 }
 
-fn owner(key: &[u8]) -> &'static str {
+pub(super) fn owner(key: &[u8]) -> &'static str {
     if SliceKey::of(key).0 < 1 << 63 { "low" } else { "high" }
 }
 
@@ -136,8 +136,10 @@ async fn a_request_is_sharded_by_a_claim_of_its_token() {
 #[cfg(feature = "sqlite")]
 #[tokio::test]
 async fn a_shard_is_looked_up_in_a_database() {
-    use crate::lookup::sqlite::Sqlite;
-    use crate::lookup::{Limits, Lookup};
+    use super::harness::within;
+    use crate::lookup::Limits;
+    use crate::tables::Table;
+    use crate::tables::sqlite::Sqlite;
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("shops.db");
@@ -150,8 +152,9 @@ async fn a_shard_is_looked_up_in_a_database() {
     db.execute_batch("insert into shops values ('two.org', 1), ('two.org', 2), ('e.org', '')")
         .unwrap();
 
-    let table = Sqlite::new(&path, "select shard from shops where domain = ?1");
-    let lookup = Lookup::start(table, Limits::default()).unwrap();
+    let query = "select shard from shops where domain = ?1".to_owned();
+    let table = Table::Sqlite(Sqlite { file: path, query });
+    let lookup = table.start("shops", Limits::default()).unwrap();
     let (owners, _tasks) = halves().await;
     let stage = Stage::with(owners, |config| {
         key_at(config, "host");
@@ -164,13 +167,32 @@ async fn a_shard_is_looked_up_in_a_database() {
         let served_by = answer.split("\r\n\r\n").nth(1).unwrap();
         assert!(served_by.starts_with(owner((n % 4).to_string().as_bytes())), "{n}: {answer}");
     }
+    // A row changes, and so does its shard.
+    for n in 0..20 {
+        let shard = (n + 1) % 4;
+        db.execute("update shops set shard = ?2 where domain = ?1", (format!("{n}.org"), shard))
+            .unwrap();
+        let moved = owner(shard.to_string().as_bytes());
+        within("requests to go to the other shard", async {
+            while !stage
+                .talk(&ask(&format!("{n}.org")))
+                .await
+                .split("\r\n\r\n")
+                .nth(1)
+                .unwrap()
+                .starts_with(moved)
+            {}
+        })
+        .await;
+    }
     for (host, status) in [("none.org", "404"), ("two.org", "502"), ("e.org", "502")] {
         let answer = stage.talk(&ask(host)).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{host}: {answer}");
     }
     // A database that nobody can open disturbs only those whom it has told nothing.
-    let table = Sqlite::new(folder.path().join("none.db"), "select 1");
-    let lookup = Lookup::start(table, Limits::default()).unwrap();
+    let (file, query) = (folder.path().join("none.db"), "select 1".to_owned());
+    let table = Table::Sqlite(Sqlite { file, query });
+    let lookup = table.start("shops", Limits::default()).unwrap();
     let (owners, _tasks) = halves().await;
     let stage = Stage::with(owners, |config| config.routes[0].lookup = Some(lookup));
     let answer = stage.talk(&get("/kv/a", "")).await;

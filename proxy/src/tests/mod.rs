@@ -18,6 +18,9 @@ mod spills;
 mod regions;
 mod limits;
 mod keys;
+mod lookups;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod life;
 mod http2;
 mod tls;

@@ -38,18 +38,18 @@ fn scope(text: &str) -> Scope {
     scope
 }
 
-fn order(text: &str, lasts: Duration) -> PauseOrder {
+pub(super) fn order(text: &str, lasts: Duration) -> PauseOrder {
     let (why, release_over) = ("maintenance".into(), Duration::ZERO);
     PauseOrder { scope: scope(text), why, lasts, at_end: AtEnd::GoOn, release_over }
 }
 
 /// What tells a proxy of pauses.
-struct Operator {
+pub(super) struct Operator {
     flags: watch::Sender<Arc<Flags>>,
 }
 
 impl Operator {
-    fn new() -> (Self, watch::Receiver<Arc<Flags>>) {
+    pub(super) fn new() -> (Self, watch::Receiver<Arc<Flags>>) {
         let (flags, told) = watch::channel(Arc::default());
         (Self { flags }, told)
     }
@@ -62,12 +62,12 @@ impl Operator {
         });
     }
 
-    fn add(&self, id: u64, order: PauseOrder) {
+    pub(super) fn add(&self, id: u64, order: PauseOrder) {
         let (id, phase) = (PauseId(id), Phase::Holding);
         self.change(|flags| drop(flags.pauses.insert(id, Pause { id, order, phase })));
     }
 
-    fn end(&self, id: u64, over: Duration) {
+    pub(super) fn end(&self, id: u64, over: Duration) {
         self.change(|flags| {
             flags.pauses.get_mut(&PauseId(id)).unwrap().phase = Phase::Releasing { over };
         });
@@ -93,12 +93,12 @@ fn stats(stage: &Stage, id: u64) -> Option<PauseStats> {
 }
 
 /// Waits until every worker goes by a pause.
-async fn in_force(stage: &Stage, id: u64) {
+pub(super) async fn in_force(stage: &Stage, id: u64) {
     until("the pause to be in force", || stats(stage, id).is_some_and(|pause| pause.in_force))
         .await;
 }
 
-async fn held(stage: &Stage, number: u64) {
+pub(super) async fn held(stage: &Stage, number: u64) {
     until("requests to be held", || stage.stats().held == number).await;
 }
 

@@ -109,6 +109,11 @@ impl KeyFrom {
         }
     }
 
+    /// Says whether the key is one run of bytes, which something else can be looked up by: neither typed nor grouped.
+    pub const fn is_whole(&self) -> bool {
+        matches!(self.0, Source::Part(_))
+    }
+
     /// Finds the key's bytes, for whoever looks something else up by them. A key that is typed or grouped has none.
     pub fn bytes_in(&self, asked: &Asked<'_>) -> Result<Vec<u8>, Miss> {
         let fields = Fields(&asked.head.headers);

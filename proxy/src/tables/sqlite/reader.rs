@@ -1,59 +1,82 @@
-//! A table in a file of SQLite. Another process may write it at any time: what was kept is then forgotten.
+//! Reads a file of SQLite.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use rusqlite::types::ValueRef;
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use crate::lookup::{Fault, Table};
+use crate::lookup::desk::Desk;
+use crate::lookup::{Fault, Found, Source, Told};
+use crate::tables::sqlite::Sqlite;
 
+/// How often the file is looked at while nobody asks for anything.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a writer may hold the file before the question fails.
 const BUSY: Duration = Duration::from_millis(250);
+/// After how many of its steps SQLite says that it still runs: every few milliseconds at most.
+const STEPS: i32 = 10_000;
 
-/// A table in a file of SQLite.
-#[derive(Debug)]
-pub struct Sqlite {
-    path: PathBuf,
-    query: String,
+/// Reads a file of SQLite.
+pub(super) struct Reader {
+    table: Sqlite,
     open: Option<Open>,
+    began: Instant,
+    /// When a question has taken too long, in nanoseconds after `began`.
+    until: Arc<AtomicU64>,
 }
 
-#[derive(Debug)]
 struct Open {
     connection: Connection,
     inode: u64,
     version: i64,
 }
 
-impl Sqlite {
-    /// Names a file, and a query with one parameter (the key) and one column, such as `select shard from shops where domain = ?1`.
-    /// The file is opened when it is first asked, and again after each fault.
-    pub fn new(path: impl Into<PathBuf>, query: impl Into<String>) -> Self {
-        Self { path: path.into(), query: query.into(), open: None }
+impl Reader {
+    pub(super) fn new(table: Sqlite) -> Self {
+        let until = Arc::new(AtomicU64::new(u64::MAX));
+        Self { table, open: None, began: Instant::now(), until }
     }
 
     fn inode(&self) -> Option<u64> {
-        fs::metadata(&self.path).ok().map(|file| file.ino())
+        fs::metadata(&self.table.file).ok().map(|file| file.ino())
     }
 
-    fn opened(&mut self) -> Result<&mut Open, rusqlite::Error> {
+    fn opened(&mut self, within: Duration) -> Result<&mut Open, rusqlite::Error> {
         if self.open.is_none() {
             let inode = self.inode().unwrap_or(0);
             let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-            let connection = Connection::open_with_flags(&self.path, flags)?;
-            connection.busy_timeout(BUSY)?;
+            let mut connection = Connection::open_with_flags(&self.table.file, flags)?;
+            connection.busy_timeout(within.min(BUSY))?;
+            let (began, until) = (self.began, Arc::clone(&self.until));
+            let is_late = move || nanos(began.elapsed()) >= until.load(Relaxed);
+            connection.progress_handler(STEPS, Some(is_late))?;
             let version = version(&connection)?;
             self.open = Some(Open { connection, inode, version });
         }
         Ok(self.open.as_mut().expect("it was just opened"))
     }
 
-    fn ask(&mut self, key: &[u8]) -> Result<Result<Option<Vec<u8>>, Fault>, rusqlite::Error> {
-        let query = self.query.clone();
-        let connection = &self.opened()?.connection;
+    fn find(&mut self, key: &[u8], within: Duration) -> Found {
+        self.until.store(nanos(self.began.elapsed() + within), Relaxed);
+        let found = self.ask(key, within);
+        self.until.store(u64::MAX, Relaxed);
+        found.unwrap_or_else(|error| match error.sqlite_error_code() {
+            Some(ErrorCode::OperationInterrupted | ErrorCode::DatabaseBusy) => Err(Fault::Late),
+            _ => {
+                self.open = None;
+                Err(Fault::Down(error.to_string()))
+            }
+        })
+    }
+
+    fn ask(&mut self, key: &[u8], within: Duration) -> Result<Found, rusqlite::Error> {
+        let query = self.table.query.clone();
+        let connection = &self.opened(within)?.connection;
         let mut query = connection.prepare(&query)?;
         // Domains are stored as text, to which a blob is never equal.
         let mut rows = match str::from_utf8(key) {
@@ -69,21 +92,8 @@ impl Sqlite {
         };
         Ok(if rows.next()?.is_some() { Err(Fault::Two) } else { Ok(Some(answer)) })
     }
-}
 
-/// Changes with each change that another connection has made.
-fn version(connection: &Connection) -> Result<i64, rusqlite::Error> {
-    connection.query_row("pragma data_version", [], |row| row.get(0))
-}
-
-impl Table for Sqlite {
-    fn find(&mut self, key: &[u8]) -> Result<Option<Vec<u8>>, Fault> {
-        self.ask(key).unwrap_or_else(|error| {
-            self.open = None;
-            Err(Fault::Down(error.to_string()))
-        })
-    }
-
+    /// Says whether anything may have changed since this was last asked.
     fn has_changed(&mut self) -> bool {
         // While the file is gone the old answers are all there is.
         let Some(inode) = self.inode() else { return false };
@@ -104,13 +114,45 @@ impl Table for Sqlite {
     }
 }
 
+/// Changes with each change that another connection has made. Read on the connection that also reads the table, and before it: what is
+/// read afterwards is no older than the change.
+fn version(connection: &Connection) -> Result<i64, rusqlite::Error> {
+    connection.query_row("pragma data_version", [], |row| row.get(0))
+}
+
+fn nanos(length: Duration) -> u64 {
+    u64::try_from(length.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Source for Reader {
+    async fn serve(mut self, mut desk: Desk) {
+        let (teller, within) = (desk.teller(), desk.within());
+        let mut look = interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let key = tokio::select! {
+                key = desk.next() => match key {
+                    Some(key) => Some(key),
+                    None => return,
+                },
+                _ = look.tick() => None,
+            };
+            if self.has_changed() {
+                teller.flush();
+            }
+            let Some(key) = key else { continue };
+            teller.asks(&key);
+            while teller.answer(&key, self.find(&key, within)) == Told::Again {}
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use tokio::time::Instant;
-
     use super::*;
     use crate::lookup::{Limits, Lookup};
 
+    const WITHIN: Duration = Duration::from_secs(10);
     const QUERY: &str = "select shard from shops where domain = ?1";
 
     fn shops(path: &std::path::Path) -> Connection {
@@ -128,9 +170,9 @@ mod tests {
     fn rows_are_found_and_two_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("shops.db");
-        let mut table = Sqlite::new(&path, QUERY);
+        let mut table = Reader::new(Sqlite { file: path.clone(), query: QUERY.to_owned() });
         // Not there at the start.
-        assert!(matches!(table.find(b"a.org"), Err(Fault::Down(_))));
+        assert!(matches!(table.find(b"a.org", WITHIN), Err(Fault::Down(_))));
         let _db = shops(&path);
         for (key, wanted) in [
             ("a.org", Ok(Some(b"7".to_vec()))),
@@ -142,7 +184,7 @@ mod tests {
             ("none.org", Ok(None)),
             ("' or 1=1 --", Ok(None)),
         ] {
-            assert_eq!(table.find(key.as_bytes()), wanted, "{key}");
+            assert_eq!(table.find(key.as_bytes(), WITHIN), wanted, "{key}");
         }
     }
 
@@ -161,7 +203,8 @@ mod tests {
         let path = folder.path().join("shops.db");
         let db = shops(&path);
         let limits = Limits { ttl: Duration::from_secs(3600), ..Limits::default() };
-        let lookup = Lookup::start(Sqlite::new(&path, QUERY), limits).unwrap();
+        let table = Sqlite { file: path.clone(), query: QUERY.to_owned() };
+        let lookup = Lookup::start("shops", limits, Reader::new(table)).unwrap();
         until(&lookup, b"7").await;
         db.execute_batch("update shops set shard = 8 where domain = 'a.org'").unwrap();
         until(&lookup, b"8").await;
@@ -173,5 +216,18 @@ mod tests {
         // The file is gone: what was known still serves.
         fs::remove_file(&path).unwrap();
         until(&lookup, b"9").await;
+    }
+
+    #[tokio::test]
+    async fn a_question_that_takes_too_long_ends_and_the_next_is_answered() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shops.db");
+        let _db = shops(&path);
+        let query = "with recursive n(x) as (select 1 union all select x + 1 from n) \
+                     select x from n where ?1 <> 'for ever' or x < 0 limit 1";
+        let mut table = Reader::new(Sqlite { file: path, query: query.to_owned() });
+        let short = Duration::from_millis(50);
+        assert_eq!(table.find(b"for ever", short), Err(Fault::Late));
+        assert_eq!(table.find(b"at once", WITHIN), Ok(Some(b"1".to_vec())));
     }
 }

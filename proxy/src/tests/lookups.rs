@@ -1,0 +1,244 @@
+//! Keys that are translated through a table, here behind an HTTP service: whatever it answers, and when it does not.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::harness::{Backend, Stage, key_at, status, talk, text, until};
+use super::keys::{halves, owner};
+use super::pauses::{Operator, held, in_force, order};
+use crate::config::Config;
+use crate::lookup::{Limits, Lookup, LookupStats};
+use crate::tables::Table;
+use crate::tables::http::Http;
+
+/// Longer than any test.
+const LONG: Duration = Duration::from_secs(600);
+
+/// A service with a table that the test writes. Some names have answers that no service should give.
+struct Service {
+    backend: Backend,
+    rows: Arc<Mutex<BTreeMap<String, String>>>,
+    /// Lets those go on who ask for `hang`.
+    go_on: Arc<Notify>,
+}
+
+impl Service {
+    async fn start(rows: &[(&str, &str)]) -> Self {
+        let rows = rows.iter().map(|(name, row)| ((*name).to_owned(), (*row).to_owned()));
+        let rows = Arc::new(Mutex::new(rows.collect::<BTreeMap<_, _>>()));
+        let go_on = Arc::new(Notify::new());
+        let (table, gate) = (Arc::clone(&rows), Arc::clone(&go_on));
+        let backend = Backend::serve(move |request| {
+            let name = request.uri().query().and_then(|query| query.strip_prefix("of="));
+            let name = name.unwrap_or_default().to_owned();
+            let (row, gate) = (table.lock().unwrap().get(&name).cloned(), Arc::clone(&gate));
+            async move {
+                match &*name {
+                    "hang" => gate.notified().await,
+                    "broken" => return status(500, &[]),
+                    "elsewhere" => return status(302, &[("location", "/")]),
+                    "long" => return text("x".repeat(70_000)),
+                    _ => {}
+                }
+                row.map_or_else(|| status(404, &[]), text)
+            }
+        });
+        Self { backend: backend.await, rows, go_on }
+    }
+
+    fn set(&self, name: &str, row: &str) {
+        self.rows.lock().unwrap().insert(name.to_owned(), row.to_owned());
+    }
+
+    fn lookup(&self, limits: Limits) -> Lookup {
+        lookup_at(self.backend.address, limits)
+    }
+}
+
+fn lookup_at(address: SocketAddr, limits: Limits) -> Lookup {
+    let url = format!("http://{address}/shards?of={{key}}").parse().unwrap();
+    let http = Http::new(url, None, None).unwrap();
+    Table::Http(Box::new(http)).start("shops", limits).unwrap()
+}
+
+/// Has the only route translate its hosts.
+fn translate(config: &mut Config, lookup: Lookup) {
+    key_at(config, "host");
+    config.routes[0].lookup = Some(lookup.clone());
+    config.lookups.insert("shops".into(), lookup);
+    config.admin = Some("127.0.0.1:0".parse().unwrap());
+}
+
+fn ask(host: &str) -> String {
+    format!("GET / HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")
+}
+
+fn stats(stage: &Stage) -> LookupStats {
+    stage.stats().lookups["shops"]
+}
+
+/// Asks the admin address.
+async fn admin(stage: &Stage, method: &str, target: &str) -> String {
+    let request = format!("{method} {target} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+    talk(stage.proxy.admin_addr().unwrap(), request.as_bytes()).await
+}
+
+/// Who served, by the body of the answer.
+fn server(answer: &str) -> &str {
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    answer.split("\r\n\r\n").nth(1).unwrap().split(' ').next().unwrap()
+}
+
+/// Two names whose shards have different owners.
+fn two_shards() -> [String; 2] {
+    ["low", "high"].map(|of| {
+        let mut shards = (0..).map(|n| n.to_string());
+        shards.find(|shard| owner(shard.as_bytes()) == of).unwrap()
+    })
+}
+
+#[tokio::test]
+async fn whatever_a_service_answers_has_an_outcome_and_is_counted() {
+    let [low, high] = two_shards();
+    let service = Service::start(&[
+        ("a.org", &low),
+        ("b.org", &format!("{high}\r\n")),
+        ("two", "1\n2"),
+        ("empty", " \n"),
+    ])
+    .await;
+    let (owners, _tasks) = halves().await;
+    let lookup = service.lookup(Limits::default());
+    let stage = Stage::with(owners, |config| translate(config, lookup));
+    for (host, wanted) in [("a.org", "low"), ("b.org", "high"), ("A.ORG:80", "low")] {
+        assert_eq!(server(&stage.talk(&ask(host)).await), wanted, "{host}");
+    }
+    let one = LookupStats { hits: 1, misses: 2, questions: 2, keys: 2, ..stats(&stage) };
+    assert_eq!(stats(&stage), one);
+    for (host, code) in [
+        ("none", "404"),
+        ("none", "404"),
+        ("two", "502"),
+        ("empty", "502"),
+        ("broken", "503"),
+        ("elsewhere", "503"),
+        ("long", "503"),
+    ] {
+        let answer = stage.talk(&ask(host)).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {code} ")), "{host}: {answer}");
+        assert_eq!(answer.contains("retry-after:"), code == "503", "{host}: {answer}");
+    }
+    let LookupStats { negative_hits, two, length, down, late, stale, .. } = stats(&stage);
+    assert_eq!((negative_hits, two, length, down, late, stale), (1, 1, 1, 3, 0, 0));
+    // None of it was in the way of anyone else, and what is known can be told.
+    assert_eq!(server(&stage.talk(&ask("a.org")).await), "low");
+    let explained = admin(&stage, "GET", "/explain?url=http://a.org/").await;
+    let known = format!("\\\"{low}\\\" stands for \\\"a.org\\\"");
+    assert!(explained.contains(&known), "{known}: {explained}");
+    let explained = admin(&stage, "GET", "/explain?url=http://unheard.org/").await;
+    assert!(explained.contains("to explain a request the table is not asked"), "{explained}");
+    let page = admin(&stage, "GET", "/metrics").await;
+    let line = "mandoline_proxy_lookup_faults_total{lookup=\"shops\",fault=\"two\"} 1";
+    assert!(page.contains(line), "{page}");
+}
+
+#[tokio::test]
+async fn a_question_that_hangs_keeps_nobody_else_waiting_and_has_an_end() {
+    let [low, high] = two_shards();
+    let service = Service::start(&[("a.org", &low), ("b.org", &high), ("hang", &high)]).await;
+    let (owners, _tasks) = halves().await;
+    let lookup = service.lookup(Limits { within: LONG, ..Limits::default() });
+    let stage = Stage::with(owners, |config| translate(config, lookup));
+    let mut hanging = stage.connect().await;
+    hanging.send(ask("hang")).await;
+    until("the question to be asked", || stats(&stage).questions == 1).await;
+    assert_eq!(server(&stage.talk(&ask("a.org")).await), "low");
+    assert_eq!(server(&stage.talk(&ask("b.org")).await), "high");
+    service.go_on.notify_one();
+    assert_eq!(server(&hanging.rest().await), "high");
+
+    let (owners, _tasks) = halves().await;
+    let lookup = service.lookup(Limits { within: Duration::from_millis(50), ..Limits::default() });
+    let stage = Stage::with(owners, |config| translate(config, lookup));
+    let answer = stage.talk(&ask("hang")).await;
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("in time"), "{answer}");
+    assert_eq!(stats(&stage).late, 1);
+}
+
+#[tokio::test]
+async fn a_service_that_is_gone_is_asked_again_once_it_is_back_and_old_answers_serve_meanwhile() {
+    let nobody = Backend::nobody().await;
+    let (owners, _tasks) = halves().await;
+    let lookup = lookup_at(nobody, Limits { ttl: Duration::ZERO, ..Limits::default() });
+    let stage = Stage::with(owners, |config| translate(config, lookup));
+    let answer = stage.talk(&ask("a.org")).await;
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+
+    let [low, _] = two_shards();
+    let service = Service::start(&[("a.org", &low)]).await;
+    let (owners, _tasks) = halves().await;
+    let lookup = service.lookup(Limits { ttl: Duration::ZERO, ..Limits::default() });
+    let stage = Stage::with(owners, |config| translate(config, lookup));
+    assert_eq!(server(&stage.talk(&ask("a.org")).await), "low");
+    drop(service);
+    assert_eq!(server(&stage.talk(&ask("a.org")).await), "low");
+    let LookupStats { stale, down, .. } = stats(&stage);
+    assert_eq!((stale, down), (1, 1));
+}
+
+#[tokio::test]
+async fn an_operator_has_a_lookup_forget_one_key_or_all() {
+    let [low, high] = two_shards();
+    let service = Service::start(&[("a.org", &low), ("b.org", &low)]).await;
+    let (owners, _tasks) = halves().await;
+    let lookup = service.lookup(Limits { ttl: LONG, ..Limits::default() });
+    let stage = Stage::with(owners, |config| translate(config, lookup));
+    let who = async |host: &str| server(&stage.talk(&ask(host)).await).to_owned();
+    assert_eq!([who("a.org").await, who("b.org").await], ["low", "low"]);
+    service.set("a.org", &high);
+    service.set("b.org", &high);
+    assert_eq!([who("a.org").await, who("b.org").await], ["low", "low"]);
+    for (method, target, code) in [
+        ("POST", "/lookups/shops/flush?kye=a.org", "400"),
+        ("POST", "/lookups/shps/flush", "404"),
+        ("GET", "/lookups/shops/flush", "405"),
+    ] {
+        let answer = admin(&stage, method, target).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {code} ")), "{target}: {answer}");
+    }
+    assert_eq!([who("a.org").await, who("b.org").await], ["low", "low"]);
+    assert!(admin(&stage, "POST", "/lookups/shops/flush?key=a.org").await.contains("forgotten"));
+    assert_eq!([who("a.org").await, who("b.org").await], ["high", "low"]);
+    assert!(admin(&stage, "POST", "/lookups/shops/flush").await.contains("forgotten"));
+    assert_eq!([who("a.org").await, who("b.org").await], ["high", "high"]);
+    let LookupStats { forgotten, flushes, .. } = stats(&stage);
+    assert_eq!((forgotten, flushes), (1, 1));
+}
+
+#[tokio::test]
+async fn a_request_that_was_held_goes_to_where_its_key_stands_for_by_then() {
+    let [low, high] = two_shards();
+    let service = Service::start(&[("a.org", &low)]).await;
+    let (owners, _tasks) = halves().await;
+    let lookup = service.lookup(Limits { ttl: LONG, ..Limits::default() });
+    let (operator, told) = Operator::new();
+    let stage = Stage::with(owners, |config| {
+        config.flags = told;
+        translate(config, lookup.clone());
+    });
+    assert_eq!(server(&stage.talk(&ask("a.org")).await), "low");
+    operator.add(7, order("host=a.org", LONG));
+    in_force(&stage, 7).await;
+    let mut wire = stage.connect().await;
+    wire.send(ask("a.org")).await;
+    held(&stage, 1).await;
+    // The shop moves while nobody is let in.
+    service.set("a.org", &high);
+    lookup.forget(b"a.org");
+    operator.end(7, Duration::ZERO);
+    assert_eq!(server(&wire.rest().await), "high");
+}
