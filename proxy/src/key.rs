@@ -8,7 +8,7 @@ use mandoline_core::key::SliceKey;
 use tokio::time::timeout;
 
 use crate::lookup::Lookup;
-use crate::passage::Passage;
+use crate::passage::{Passage, Translated};
 use crate::refusal::Refusal;
 use crate::setup::To;
 use crate::upload::{Gathered, REPLAY_MAX_BYTES};
@@ -28,9 +28,8 @@ pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
         None => find(key, &asked)?,
         Some(lookup) => {
             let looked_up = key.bytes_in(&asked).map_err(|miss| refusal(miss, key))?;
-            let found = translated(lookup, &looked_up).await?;
-            passage.looked_up = Some(looked_up);
-            found
+            let answer = translate(lookup, &looked_up).await?;
+            passage.translated.insert(Translated { looked_up, answer }).key()
         }
     };
     passage.key = Some(key);
@@ -39,8 +38,8 @@ pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
 }
 
 /// Translates a key, now: while a request is held, another answer may have come into force.
-pub(crate) async fn translated(lookup: &Lookup, key: &[u8]) -> Result<SliceKey, Refusal> {
-    Ok(SliceKey::of(&lookup.find(key).await.map_err(Refusal::Lookup)?))
+pub(crate) async fn translate(lookup: &Lookup, key: &[u8]) -> Result<Arc<[u8]>, Refusal> {
+    lookup.find(key).await.map_err(Refusal::Lookup)
 }
 
 /// Reads a small body, which is kept to be sent on.

@@ -1,6 +1,7 @@
 //! One request on its way through the stages: what each of them finds out, for those that come after it.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use http::header::HeaderValue;
 use http::request::Parts;
@@ -49,14 +50,27 @@ pub(crate) struct Passage {
     pub(crate) request_id: HeaderValue,
     /// From `key` on, where the route leads to a job.
     pub(crate) key: Option<SliceKey>,
-    /// What its key was translated from, where the route has a lookup.
-    pub(crate) looked_up: Option<Vec<u8>>,
+    /// From `key` on, where the route has a lookup.
+    pub(crate) translated: Option<Translated>,
     /// What its waits have come to so far.
     pub(crate) stays: Stays,
     /// From `route` on.
     pub(crate) target: Option<Target>,
     /// From `forward` on.
     pub(crate) answer: Option<Answer>,
+}
+
+/// A key that was looked up.
+pub(crate) struct Translated {
+    pub(crate) looked_up: Vec<u8>,
+    /// What stands for it, and is the key.
+    pub(crate) answer: Arc<[u8]>,
+}
+
+impl Translated {
+    pub(crate) fn key(&self) -> SliceKey {
+        SliceKey::of(&self.answer)
+    }
 }
 
 impl Passage {
@@ -87,7 +101,7 @@ impl Passage {
             route: None,
             request_id: HeaderValue::from_static(""),
             key: None,
-            looked_up: None,
+            translated: None,
             stays: Stays::default(),
             target: None,
             answer: None,

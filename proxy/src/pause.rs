@@ -12,7 +12,7 @@ use crate::hold::flights::Facts;
 use crate::hold::gates::Gate;
 use crate::hold::room::Full;
 use crate::hold::{Ended, Held, Waiter, grpc};
-use crate::key::translated;
+use crate::key::translate;
 use crate::passage::Passage;
 use crate::refusal::{Paused, Refusal, WhyPaused};
 use crate::setup::To;
@@ -52,7 +52,7 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
 async fn while_paused(passage: &mut Passage, facts: &mut Facts) -> Result<(), Refusal> {
     let waits_for_leave = passage.waits_for_leave;
     let route = passage.route();
-    let Passage { worker, setup, key, looked_up, head, tape, line, stays, exchange, .. } = passage;
+    let Passage { worker, setup, key, translated, head, tape, line, stays, exchange, .. } = passage;
     let most = setup.config.timeouts.pause;
     let until = Instant::now() + most;
     let mut waited_at: Vec<PauseId> = Vec::new();
@@ -74,9 +74,10 @@ async fn while_paused(passage: &mut Passage, facts: &mut Facts) -> Result<(), Re
             Ended::Failed => refusal(WhyPaused::Stops),
             Ended::ByClient(refusal) => refusal,
         })?;
-        if let Some((lookup, looked_up)) = route.lookup.as_ref().zip(looked_up.as_deref()) {
+        if let Some((lookup, translated)) = route.lookup.as_ref().zip(translated.as_mut()) {
             // The pause may have been for this: to have another shard take over.
-            let fresh = translated(lookup, looked_up).await?;
+            translated.answer = translate(lookup, &translated.looked_up).await?;
+            let fresh = translated.key();
             (*key, facts.key) = (Some(fresh), Some(fresh));
             exchange.has_other_key(fresh);
         }

@@ -20,6 +20,7 @@ pub(crate) struct Facts<'a> {
     pub(crate) host: &'a Host,
     pub(crate) route: &'a str,
     pub(crate) key: Option<SliceKey>,
+    pub(crate) translation: Option<&'a [u8]>,
     pub(crate) task: Option<&'a HeaderValue>,
     pub(crate) generation: Generation,
 }
@@ -84,6 +85,7 @@ impl Facts<'_> {
             Value::Host => text.write_str(visible(&self.host.0)),
             Value::Route => text.write_str(self.route),
             Value::Key => self.key.map_or(Ok(()), |key| write!(text, "{key}")),
+            Value::Translation => write_held(self.translation.unwrap_or_default(), text),
             Value::Task => text.write_str(self.task.map_or("", visible)),
             Value::Generation => write!(text, "{}", self.generation),
         };
@@ -93,6 +95,14 @@ impl Facts<'_> {
 
 /// What most filled templates need: an address, a number of 32 digits.
 const FILLED_BYTES: usize = 48;
+
+/// Writes what may be any bytes, so that a header holds it and nothing is lost.
+fn write_held(bytes: &[u8], text: &mut String) -> std::fmt::Result {
+    bytes.iter().try_for_each(|&b| match b {
+        b'%' | ..b' ' | 0x7f.. => write!(text, "%{b:02X}"),
+        b => text.write_char(b.into()),
+    })
+}
 
 fn visible(value: &HeaderValue) -> &str {
     value.to_str().unwrap_or_default()

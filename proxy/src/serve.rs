@@ -85,6 +85,7 @@ fn pass_on(passage: Passage) -> Response<Download> {
         host: &passage.host,
         route: &route.name,
         key: passage.key,
+        translation: passage.translated.as_ref().map(|translated| &*translated.answer),
         task: Some(&lease.upstream.name),
         generation: exchange.generation(),
     };

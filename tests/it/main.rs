@@ -26,6 +26,7 @@ mod proxy_reload;
 mod pauses_proxy;
 mod proxy_handover;
 mod pools;
+mod lookups;
 mod hand;
 mod regions;
 mod langs;

@@ -68,6 +68,8 @@ pub enum Value {
     Route,
     /// Where the key lies, in 16 hex digits.
     Key,
+    /// What stands for the key in the table of the route's lookup; `%` and two hex digits for a byte that no header holds. Empty without one.
+    Translation,
     /// The name of the task that the request goes to.
     Task,
     /// The generation of the assignment that says so.
@@ -75,7 +77,7 @@ pub enum Value {
 }
 
 /// Each value and what it is called in braces.
-const VALUES: [(Value, &str); 9] = [
+const VALUES: [(Value, &str); 10] = [
     (Value::RequestId, "request_id"),
     (Value::Client, "client"),
     (Value::ClientSubject, "client_subject"),
@@ -83,6 +85,7 @@ const VALUES: [(Value, &str); 9] = [
     (Value::Host, "host"),
     (Value::Route, "route"),
     (Value::Key, "key"),
+    (Value::Translation, "translation"),
     (Value::Task, "task"),
     (Value::Generation, "generation"),
 ];

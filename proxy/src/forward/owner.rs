@@ -72,6 +72,7 @@ pub(crate) async fn to_owner(
         host: &passage.host,
         route: &route.name,
         key: *key,
+        translation: passage.translated.as_ref().map(|translated| &*translated.answer),
         task: None,
         generation: Generation::ZERO,
     };

@@ -11,6 +11,7 @@ use super::harness::{Backend, Stage, key_at, status, talk, text, until};
 use super::keys::{halves, owner};
 use super::pauses::{Operator, held, in_force, order};
 use crate::config::Config;
+use crate::config::headers::HeaderRules;
 use crate::lookup::{Limits, Lookup, LookupStats};
 use crate::tables::Table;
 use crate::tables::http::Http;
@@ -99,6 +100,26 @@ fn two_shards() -> [String; 2] {
         let mut shards = (0..).map(|n| n.to_string());
         shards.find(|shard| owner(shard.as_bytes()) == of).unwrap()
     })
+}
+
+#[tokio::test]
+async fn tasks_are_told_what_stands_for_a_key() {
+    let service = Service::start(&[("a.org", "eu 1%\u{e9}")]).await;
+    let (owners, _tasks) = halves().await;
+    let lookup = service.lookup(Limits::default());
+    let stage = Stage::with(owners, |config| {
+        translate(config, lookup);
+        let set = |rules: &mut HeaderRules| {
+            rules.set = vec![("x-shard".parse().unwrap(), "{translation}".parse().unwrap())];
+        };
+        set(&mut config.routes[0].request);
+        set(&mut config.routes[0].response);
+    });
+    let answer = stage.talk(&ask("a.org").replace("\r\n\r\n", "\r\nx-shard: forged\r\n\r\n")).await;
+    // In the answer's head, and in what the task saw.
+    assert_eq!(answer.matches("x-shard: eu 1%25%C3%A9\r\n").count(), 1, "{answer}");
+    assert_eq!(answer.matches("x-shard: eu 1%25%C3%A9").count(), 2, "{answer}");
+    assert!(!answer.contains("forged"), "{answer}");
 }
 
 #[tokio::test]
