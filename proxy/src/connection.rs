@@ -4,7 +4,7 @@ use std::cell::{Cell, OnceCell};
 use std::error::Error;
 use std::io;
 use std::net::IpAddr;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::client::{Client, Scheme};
+use crate::config::HEADERS_USUAL;
 use crate::config::listener::{Http2, Listener};
 use crate::frames::{Fault, Frames};
 use crate::metrics::Count;
@@ -247,11 +248,13 @@ async fn serve_http1(
     });
     let limits = worker.setup().config.limits;
     let mut builder = http1::Builder::new();
+    if limits.headers != HEADERS_USUAL {
+        builder.max_headers(limits.headers);
+    }
     builder
         .timer(TokioTimer::new())
         // For hyper the wait for a head begins with the end of the request before.
         .header_read_timeout(worker.setup().config.timeouts.client_idle)
-        .max_headers(limits.headers)
         .max_header_size(limits.header_bytes)
         // Twice the head, so that one that is too large is noticed as such and not as a buffer that is full.
         .max_buf_size(2 * limits.header_bytes);
@@ -261,7 +264,7 @@ async fn serve_http1(
     let served = tokio::select! {
         served = &mut connection => served,
         () = last_request(stop) => {
-            std::pin::Pin::new(&mut connection).graceful_shutdown();
+            Pin::new(&mut connection).graceful_shutdown();
             (&mut connection).await
         }
     };
@@ -400,6 +403,8 @@ impl<F: Future + 'static> Executor<F> for Streams {
         load.open.set(load.open.get() + 1);
         load.since.set(Instant::now());
         let open = Open(Rc::clone(load));
+        // In a box of its own: a future that is awaited is kept twice, as an argument and as what is awaited.
+        let stream = Box::pin(stream);
         drop(spawn_local(async move {
             patiently(stream, open.0.patience).await;
             drop(open);
@@ -408,8 +413,8 @@ impl<F: Future + 'static> Executor<F> for Streams {
 }
 
 /// Goes on with a stream as long as anything happens to it at least so often. Dropping it resets it.
-async fn patiently(stream: impl Future, limit: Duration) {
-    let (mut stream, mut moved) = (pin!(stream), Instant::now());
+async fn patiently(mut stream: Pin<Box<impl Future>>, limit: Duration) {
+    let mut moved = Instant::now();
     let mut given_up = pin!(sleep_until(moved + limit));
     std::future::poll_fn(|context| {
         if stream.as_mut().poll(context).is_ready() {

@@ -4,16 +4,16 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use socket2::Socket;
 use tokio::net::TcpListener;
-use tokio::runtime::{self, Runtime};
+use tokio::runtime::{self, LocalOptions, LocalRuntime};
 use tokio::sync::oneshot;
-use tokio::task::{LocalSet, spawn_blocking};
+use tokio::task::spawn_blocking;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -308,25 +308,43 @@ async fn keep_certificates_fresh(entrances: Vec<Arc<Entrance>>) {
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// Runs `body` on a thread and a runtime of its own.
-fn spawn<S, L: Send + 'static>(
+fn spawn<S: Send + 'static, L>(
     name: String,
     sockets: Vec<S>,
-    into_async: impl Fn(S) -> io::Result<L>,
+    into_async: impl Fn(S) -> io::Result<L> + Send + 'static,
     body: impl AsyncFnOnce(Vec<L>) + Send + 'static,
 ) -> io::Result<Thread> {
-    let runtime: Runtime = runtime::Builder::new_current_thread().enable_all().build()?;
-    let listeners = {
-        let _guard = runtime.enter();
-        sockets.into_iter().map(into_async).collect::<Result<_, _>>()?
-    };
     let (tell, done) = oneshot::channel();
+    let (has_begun, began) = mpsc::channel();
     let run = move || {
-        LocalSet::new().block_on(&runtime, body(listeners));
+        let begun = begin(sockets, into_async);
+        let (runtime, listeners) = match begun {
+            Ok(begun) => begun,
+            // Whoever waits for it has not gone away.
+            Err(error) => return has_begun.send(Err(error)).expect("somebody waits"),
+        };
+        has_begun.send(Ok(())).expect("somebody waits");
+        runtime.block_on(body(listeners));
         // Nobody may be waiting.
         let _: Result<(), ()> = tell.send(());
     };
     let handle = thread::Builder::new().name(name).spawn(run)?;
+    began.recv().expect("the thread says how it begins")?;
     Ok(Thread { handle, done })
+}
+
+/// Makes a runtime, which stays on its thread: tasks that are woken there need no lock.
+fn begin<S, L>(
+    sockets: Vec<S>,
+    into_async: impl Fn(S) -> io::Result<L>,
+) -> io::Result<(LocalRuntime, Vec<L>)> {
+    let options = LocalOptions::default();
+    let runtime = runtime::Builder::new_current_thread().enable_all().build_local(options)?;
+    let listeners = {
+        let _guard = runtime.enter();
+        sockets.into_iter().map(into_async).collect::<Result<_, _>>()?
+    };
+    Ok((runtime, listeners))
 }
 
 fn into_async(socket: Socket) -> io::Result<TcpListener> {

@@ -29,36 +29,38 @@ use crate::upload::Tape;
 use crate::wire::Seen;
 use crate::worker::Worker;
 
-/// Answers one request, whatever comes.
-pub(crate) async fn serve(
+/// Answers one request, whatever comes. What the request becomes is moved into the future once, so that it is not kept twice.
+pub(crate) fn serve(
     worker: Rc<Worker>,
     client: Rc<Client>,
     request: Request<Incoming>,
     seen: Seen,
     switch: Option<Switch>,
-) -> Result<Response<Download>, Infallible> {
+) -> impl Future<Output = Result<Response<Download>, Infallible>> {
     let doubt = seen.doubt;
     let (is_http2, is_head) =
         (request.version() == Version::HTTP_2, request.method() == Method::HEAD);
     let mut passage = Passage::begin(worker, client, request, seen, switch);
-    let stopping = Rc::clone(&passage.worker);
-    let passed = match doubt {
-        Some(doubt) => Err(Refusal::Doubt(doubt)),
-        None => stages(&mut passage).await,
-    };
-    let mut response = match passed {
-        Ok(()) => pass_on(passage),
-        Err(refusal) => refuse(passage, &refusal),
-    };
-    if is_http2 {
-        // Unlike in HTTP/1.1 nobody else sees to it that an answer to HEAD has no body.
-        if is_head && let Download::Own(text) = response.body_mut() {
-            text.take();
+    async move {
+        let stopping = Rc::clone(&passage.worker);
+        let passed = match doubt {
+            Some(doubt) => Err(Refusal::Doubt(doubt)),
+            None => stages(&mut passage).await,
+        };
+        let mut response = match passed {
+            Ok(()) => pass_on(passage),
+            Err(refusal) => refuse(passage, &refusal),
+        };
+        if is_http2 {
+            // Unlike in HTTP/1.1 nobody else sees to it that an answer to HEAD has no body.
+            if is_head && let Download::Own(text) = response.body_mut() {
+                text.take();
+            }
+        } else if stopping.stopping.get() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-    } else if stopping.stopping.get() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        Ok(response)
     }
-    Ok(response)
 }
 
 /// The stages in their order. Each may end the request, and a route has only those that it needs.

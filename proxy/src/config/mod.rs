@@ -415,13 +415,17 @@ pub struct Limits {
     pub body_bytes: u64,
 }
 
+/// So many header lines are taken unless something else is said. It is hyper's own limit, too, which costs it less than any other:
+/// with another it makes room for them anew with each head.
+pub(crate) const HEADERS_USUAL: usize = 100;
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 20_000,
             // What nginx takes (4 buffers of 8 KiB).
             header_bytes: 32 << 10,
-            headers: 100,
+            headers: HEADERS_USUAL,
             idle_per_task: 256,
             // A second's worth of 10,000 requests a second, and 6 KiB for each.
             held_requests: 10_000,

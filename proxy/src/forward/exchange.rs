@@ -4,7 +4,7 @@
 //! again does no harm, it is sent once more by another.
 
 use std::future::Future;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -71,15 +71,19 @@ pub(crate) async fn exchange(
         let kept = if kept_may_do { worker.pool.kept(upstream, speech) } else { None };
         let mut lease = match kept {
             Some(lease) => lease,
-            None => worker.pool.connect(upstream, speech).await.map_err(|error| {
+            // What is seldom needed has a box of its own, so that every request is not as large as it.
+            None => Box::pin(worker.pool.connect(upstream, speech)).await.map_err(|error| {
                 debug!(%error, "Task not reached");
                 Setback::Unreached(error)
             })?,
         };
         let Some(upload) = tape.play() else { return Err(Setback::Broken) };
         let request = message::request(original, marks, &lease, upload)?;
-        let sent = lease.send(request);
-        let Some(answer) = within(sent, limit, since, trip.deadline, tape).await else {
+        let answer = {
+            let sent = pin!(lease.send(request));
+            within(sent, limit, since, trip.deadline, tape).await
+        };
+        let Some(answer) = answer else {
             let late = if tape.is_waiting() { Refusal::SlowBody } else { Refusal::Late };
             return Err(Setback::Final(late));
         };
@@ -140,13 +144,12 @@ pub(crate) fn deadline(
 
 /// Waits for an answer as long as the body gets on, and for `limit` after it last did; in no case longer than to the deadline.
 async fn within<T>(
-    answer: impl Future<Output = T>,
+    mut answer: Pin<&mut impl Future<Output = T>>,
     limit: Duration,
     since: Instant,
     deadline: Option<Instant>,
     tape: &Tape,
 ) -> Option<T> {
-    let mut answer = pin!(answer);
     let mut until = since + limit;
     loop {
         let first = deadline.map_or(until, |deadline| deadline.min(until));

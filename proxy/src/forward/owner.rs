@@ -53,7 +53,7 @@ const LAG_PAUSES_MS: [u64; 9] = [5, 10, 20, 40, 80, 160, 320, 640, 1280];
 /// request looks for it, or tasks that contradict each other.
 const TRIES_MAX: usize = 20;
 
-/// Sends a request to its task, and once more to the fresh owner if it may be repeated.
+/// Sends a request to its task, and once more to the fresh owner if it may be repeated. What is seldom needed has a box of its own.
 ///
 /// An owner, fresh or not, that answers by an older assignment than the proxy's is asked again after a pause: in a move the
 /// old owner, the proxy and the new owner hear of it in any order. One that is giving the slice away is not asked, or not
@@ -97,7 +97,7 @@ pub(crate) async fn to_owner(
     let mut tries = 0;
     loop {
         if target.is_releasing {
-            target = next_owner(trip, target.generation, held, exchange).await?;
+            target = Box::pin(next_owner(trip, target.generation, held, exchange)).await?;
             continue;
         }
         tries += 1;
@@ -141,12 +141,13 @@ pub(crate) async fn to_owner(
             }
             Setback::InTransit(told) => {
                 is_fresh = false;
-                Some(next_owner(trip, told, held, exchange).await?)
+                Some(Box::pin(next_owner(trip, told, held, exchange)).await?)
             }
             _ if in_vain || (is_fresh && !has_news) => return Err(refusal(setback, head)),
             _ => {
                 is_fresh = true;
-                let next = job.lookup.fresh(key, &worker.pool, &target, told).await;
+                let fresh = job.lookup.fresh(key, &worker.pool, &target, told);
+                let next = Box::pin(fresh).await;
                 in_vain = next.as_ref().is_some_and(|next| Some(next.generation) < told);
                 next
             }
@@ -185,7 +186,7 @@ async fn attempt(
     let upstream = match &target.to {
         target::To::Task(upstream) => upstream,
         target::To::Region(region) => {
-            return by_gateway(trip, region, target, exchange).await;
+            return Box::pin(by_gateway(trip, region, target, exchange)).await;
         }
     };
     upstream.counters.count(TaskCount::Tried);

@@ -25,7 +25,7 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use crate::config::transport::{Endpoint, Transport};
-use crate::config::{Limits, Timeouts};
+use crate::config::{HEADERS_USUAL, Limits, Timeouts};
 use crate::metrics::{Count, Counters, TaskCounters};
 use crate::pool::dial::{ConnectError, Speech};
 use crate::pool::upstream::{Lease, Sender, Upstream};
@@ -162,7 +162,10 @@ impl Pool {
             upstream.chosen.set(Some(Speech::One));
         }
         let mut builder = Builder::new();
-        builder.max_headers(limits.headers).max_header_size(limits.header_bytes);
+        if limits.headers != HEADERS_USUAL {
+            builder.max_headers(limits.headers);
+        }
+        builder.max_header_size(limits.header_bytes);
         builder.max_buf_size(2 * limits.header_bytes);
         let made = builder.handshake(TokioIo::new(io)).await;
         let (sender, connection) = made.map_err(|error| refused(io::Error::other(error)))?;
