@@ -14,6 +14,7 @@ use mandoline_core::task::Task;
 use serde_json::{Map, Value, json};
 
 use crate::admit;
+use crate::chain;
 use crate::client::Host;
 use crate::config::{Checked, Config, ConfigError};
 use crate::hold::book::Book;
@@ -97,6 +98,8 @@ struct Walk<'a> {
 /// What was found on the way.
 #[derive(Default)]
 struct Told {
+    // A trusted proxy, and the client that it speaks for.
+    speaks_for: Option<(IpAddr, IpAddr)>,
     stages: Vec<Map<String, Value>>,
 }
 
@@ -127,8 +130,16 @@ impl Told {
 }
 
 impl Walk<'_> {
-    fn explain(&self, mut head: Parts, client: IpAddr) -> Explanation {
-        let mut told = Told::default();
+    fn explain(&self, mut head: Parts, connected: IpAddr) -> Explanation {
+        let forwarded = &self.setup.config.forwarded;
+        let client = match forwarded.trusts(connected) {
+            true => chain::told(&head.headers, forwarded).0.hops.first().copied(),
+            false => None,
+        };
+        chain::strip(&mut head.headers, connected, forwarded);
+        let mut told =
+            Told { speaks_for: client.map(|client| (connected, client)), ..Told::default() };
+        let client = client.unwrap_or(connected);
         let asked = format!("{} {}", head.method, head.uri);
         let end = match self.stages(&mut head, Some(client), &mut told) {
             Ok(target) => self.forward(&target, &mut told),
@@ -157,6 +168,10 @@ impl Walk<'_> {
     ) -> Result<Target, Refusal> {
         told.enters("identify");
         let host = identify::check(self.pseudonym, head)?;
+        if let Some((proxy, client)) = told.speaks_for {
+            told.fact("speaks_for", client.to_string());
+            told.says(format!("it comes from {proxy}, which is trusted and speaks for {client}"));
+        }
         told.fact("host", host.as_str());
         told.says(match host.as_str() {
             Some(host) => format!("it is for the host {host}, and can be passed on"),

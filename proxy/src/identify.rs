@@ -3,14 +3,13 @@
 //!
 //! hyper has parsed the head by now and refused what is no HTTP; `wire` has watched for what hyper forgives.
 
-use std::net::Ipv6Addr;
-
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Uri, Version};
 
-use crate::client::Host;
+use crate::client::{Host, is_host};
+use crate::config::forwarded::{X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO};
 use crate::passage::Passage;
 use crate::refusal::Refusal;
 use crate::upgrade::wish;
@@ -128,34 +127,6 @@ fn host(head: &Parts) -> Result<Host, Refusal> {
 
 const BAD_HOST: &str = "the host of the request is none: use a name or address, and perhaps a port";
 
-/// Says whether this is a name or an address, and perhaps a port. Nothing at all is no host either, but says so.
-fn is_host(text: &[u8]) -> bool {
-    let (is_named, port) = match text.strip_prefix(b"[") {
-        Some(rest) => {
-            let Some(end) = rest.iter().position(|byte| *byte == b']') else { return false };
-            let address = std::str::from_utf8(&rest[..end]).ok();
-            let address = address.and_then(|address| address.parse::<Ipv6Addr>().ok());
-            (address.is_some(), &rest[end + 1..])
-        }
-        None => {
-            let end = text.iter().position(|byte| *byte == b':').unwrap_or(text.len());
-            (end > 0 && text[..end].iter().all(|byte| is_name_byte(*byte)), &text[end..])
-        }
-    };
-    text.is_empty() || (is_named && is_port(port))
-}
-
-/// Says whether this is nothing, or a colon and a port.
-fn is_port(text: &[u8]) -> bool {
-    let Some(digits) = text.strip_prefix(b":") else { return text.is_empty() };
-    let port = std::str::from_utf8(digits).ok().and_then(|digits| digits.parse::<u16>().ok());
-    port.is_some() && digits[0].is_ascii_digit()
-}
-
-const fn is_name_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~')
-}
-
 fn origin_form(head: &mut Parts) -> Result<(), Refusal> {
     if let Some(scheme) = head.uri.scheme() {
         if *scheme != Scheme::HTTP && *scheme != Scheme::HTTPS {
@@ -179,7 +150,7 @@ fn origin_form(head: &mut Parts) -> Result<(), Refusal> {
 
 /// Takes away what was meant for this hop, and says who the client was and that the request came by here.
 pub(crate) fn sign(passage: &mut Passage) {
-    let Passage { worker, client, host, head, tape, upgrade, .. } = passage;
+    let Passage { worker, setup, client, host, head, tape, upgrade, .. } = passage;
     let headers = &mut head.headers;
     let trailers = lists(headers.get_all(header::TE), "trailers");
     // A body of HTTP/2 may go without a length as it is.
@@ -204,7 +175,15 @@ pub(crate) fn sign(passage: &mut Passage) {
         headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     headers.append(header::VIA, worker.via(head.version));
-    headers.append(header::FORWARDED, client.forwarded(host));
+    headers.insert(header::FORWARDED, client.forwarded(host));
+    if setup.config.forwarded.x_forwarded {
+        let [chain, proto, asked] = client.x_forwarded(host);
+        headers.insert(X_FORWARDED_FOR, chain);
+        headers.insert(X_FORWARDED_PROTO, proto);
+        if !asked.is_empty() {
+            headers.insert(X_FORWARDED_HOST, asked);
+        }
+    }
     headers.insert(header::HOST, host.0.clone());
     head.version = Version::HTTP_11;
 }

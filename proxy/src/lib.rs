@@ -28,6 +28,7 @@ pub mod tables;
 mod target;
 mod hold;
 mod client;
+mod chain;
 mod upgrade;
 mod rules;
 mod job;

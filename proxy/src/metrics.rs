@@ -109,6 +109,7 @@ pub(crate) enum Count {
     HoldsRefused,
     HoldsFailed,
     LongBodies,
+    BadChains,
     TunnelsOpened,
     TunnelsClosed,
     TunnelsSilent,
@@ -117,7 +118,7 @@ pub(crate) enum Count {
     TunnelBytesDown,
 }
 
-const COUNTS: [(Count, &str, &str); 33] = [
+const COUNTS: [(Count, &str, &str); 34] = [
     (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
     (
         Count::Answered,
@@ -228,6 +229,11 @@ const COUNTS: [(Count, &str, &str); 33] = [
         Count::LongBodies,
         "mandoline_proxy_long_bodies",
         "Request bodies that were refused or cut off since they were too long",
+    ),
+    (
+        Count::BadChains,
+        "mandoline_proxy_bad_chains",
+        "Requests of trusted proxies that do not say in words that make sense where they come from",
     ),
     (
         Count::TunnelsOpened,
@@ -717,6 +723,8 @@ pub struct Stats {
     pub tls: Vec<TlsStats>,
     /// Request bodies that were refused or cut off since they were too long.
     pub long_bodies: u64,
+    /// Requests of trusted proxies that do not say in words that make sense where they come from.
+    pub bad_chains: u64,
     /// Connections that have switched to another protocol, now.
     pub tunnels: u64,
     /// Those that were ended since nothing came through for too long.
@@ -919,6 +927,7 @@ impl Tally {
             floods: self.sum(Count::Floods),
             tls: known.tls,
             long_bodies: self.sum(Count::LongBodies),
+            bad_chains: self.sum(Count::BadChains),
             tunnels: self.sum(Count::TunnelsOpened).saturating_sub(tunnels_closed),
             tunnels_silent: self.sum(Count::TunnelsSilent),
             tunnels_cut: self.sum(Count::TunnelsCut),

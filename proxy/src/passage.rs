@@ -9,6 +9,7 @@ use http::{Request, Response, Version, header};
 use hyper::body::Incoming;
 use mandoline_core::key::SliceKey;
 
+use crate::chain::{asker, strip};
 use crate::client::{Client, Host};
 use crate::hold::Stays;
 use crate::observe::Exchange;
@@ -84,7 +85,10 @@ impl Passage {
     ) -> Self {
         let setup = worker.setup();
         let (mut head, body) = request.into_parts();
+        let (forwarded, connected) = (&setup.config.forwarded, client.address());
+        let client = asker(client, &head.headers, forwarded, &worker.counters);
         let exchange = Exchange::begin(&worker, &setup, &client, &mut head);
+        strip(&mut head.headers, connected, forwarded);
         Self {
             setup,
             client,

@@ -14,6 +14,7 @@ use mandoline_core::spec::Ratio;
 use mandoline_proxy::access_log::AccessLog;
 use mandoline_proxy::access_log::format::{Field, Format, FormatError};
 use mandoline_proxy::access_log::writer::{Place, Writer};
+use mandoline_proxy::config::forwarded::{Forwarded, Witness};
 use mandoline_proxy::config::headers::{FieldName, HeaderRules, Template};
 use mandoline_proxy::config::listener::{
     Address, CertificateFiles, ClientCertificates, Http2, Listener, Tls,
@@ -245,6 +246,15 @@ pub(crate) struct TracesFile {
     share: Option<Share>,
 }
 
+/// Whose word is taken for where a request comes from, and how tasks are told.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct ForwardedFile {
+    trusted: Vec<Text<Network>>,
+    headers: Option<Vec<Text<Witness>>>,
+    x_forwarded: Option<bool>,
+}
+
 /// Who may ask what became of a request, with the request itself.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -425,6 +435,17 @@ impl TracesFile {
     pub(crate) fn traces(&self, sink: Sink) -> Result<Traces, Failure> {
         // Whoever wants all of them can say so.
         Ok(Traces { share: whole("the share of traces", self.share, Ratio::percent(1))?, sink })
+    }
+}
+
+impl ForwardedFile {
+    pub(crate) fn forwarded(&self) -> Forwarded {
+        let usual = Forwarded::default();
+        Forwarded {
+            trusted: plain(self.trusted.clone()),
+            headers: self.headers.clone().map_or(usual.headers, plain),
+            x_forwarded: self.x_forwarded.unwrap_or(usual.x_forwarded),
+        }
     }
 }
 

@@ -37,8 +37,8 @@ use crate::access_args::AccessArgs;
 use crate::failure::Failure;
 use crate::proxy::clerks::Clerks;
 use crate::proxy::file::{
-    AccessLogFile, DebugFile, JobFile, LimitsFile, ListenerFile, PausesFile, RouteFile,
-    TimeoutsFile, TracesFile,
+    AccessLogFile, DebugFile, ForwardedFile, JobFile, LimitsFile, ListenerFile, PausesFile,
+    RouteFile, TimeoutsFile, TracesFile,
 };
 use crate::proxy::lookups::{LookupFile, LookupName};
 use crate::proxy::pools::PoolFile;
@@ -185,6 +185,8 @@ pub(crate) struct ProxyArgs {
     debug: Option<DebugFile>,
     #[arg(skip)]
     traces: Option<TracesFile>,
+    #[arg(skip)]
+    forwarded: Option<ForwardedFile>,
 }
 
 /// Runs until told to stop.

@@ -20,7 +20,7 @@ use crate::failure::Failure;
 use crate::file::{self, closest};
 use crate::proxy::ProxyArgs;
 use crate::proxy::clerks::{Clerks, Order};
-use crate::proxy::file::{DebugFile, RouteFile};
+use crate::proxy::file::{DebugFile, ForwardedFile, RouteFile};
 use crate::proxy::flags::FlagsOrder;
 use crate::proxy::lookups::LookupName;
 use crate::proxy::pools::PoolFile;
@@ -52,7 +52,7 @@ impl Settings {
                 args, from_file;
                 listen, listeners, admin, job, key, assigners, watch_peers, watch_listen, region, gateways, cache,
                 workers, hold_wait, hold_requests, hold_bytes, zone, max_staleness, id, handover,
-                routes, jobs, pools, lookups, timeouts, limits, pauses, access_log, debug, traces,
+                routes, jobs, pools, lookups, timeouts, limits, pauses, access_log, debug, traces, forwarded,
             );
             args.access.overlay(from_file.access);
         }
@@ -201,6 +201,8 @@ impl Settings {
             let sink = clerks.sink(&traces.otlp, &self.id())?;
             config.traces = Some(traces.traces(sink)?);
         }
+        config.forwarded =
+            args.forwarded.as_ref().map(ForwardedFile::forwarded).unwrap_or_default();
         config.debug = args.debug.as_ref().map(DebugFile::debug);
         if let Some(Span(wait)) = args.hold_wait {
             config.timeouts.hold = wait;

@@ -2,6 +2,7 @@
 
 pub mod headers;
 pub mod network;
+pub mod forwarded;
 pub mod listener;
 pub mod matching;
 pub mod tls;
@@ -19,7 +20,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{HeaderName, HeaderValue};
+use http::header::{self, HeaderName, HeaderValue};
 use mandoline::gateways::Gateways;
 use mandoline::http::key::KeyFrom;
 use mandoline_core::flags::Flags;
@@ -27,6 +28,7 @@ use mandoline_core::name::JobName;
 use tokio::sync::watch;
 
 use crate::access_log::AccessLog;
+use crate::config::forwarded::{Forwarded, X_FORWARDED_FOR};
 use crate::config::listener::{Http2, Listener};
 use crate::config::matching::{Ambiguous, Match, Table};
 use crate::config::network::Network;
@@ -81,6 +83,8 @@ pub struct Config {
     pub access_log: Option<AccessLog>,
     /// Which requests are traced, if any.
     pub traces: Option<Traces>,
+    /// Whose word is taken for where a request comes from.
+    pub forwarded: Forwarded,
     /// Who may ask what became of a request, with the request itself.
     pub debug: Option<DebugHeader>,
 }
@@ -117,6 +121,7 @@ impl Config {
             observer: None,
             access_log: None,
             traces: None,
+            forwarded: Forwarded::default(),
             debug: None,
         }
     }
@@ -206,6 +211,9 @@ impl Config {
                 return Err(ConfigError::Limit { name, value, least, most });
             }
         }
+        if [X_FORWARDED_FOR, header::FORWARDED].iter().all(|name| self.forwarded.believes(name)) {
+            return Err(ConfigError::TwoChains);
+        }
         if self.listeners.is_empty() {
             return Err(ConfigError::NoListener);
         }
@@ -287,6 +295,11 @@ pub enum ConfigError {
         /// What else it has.
         why: &'static str,
     },
+    /// Two headers say who asked, and one of them anybody could have written.
+    #[error(
+        "both x-forwarded-for and forwarded are believed: give the one that the proxies in front set themselves"
+    )]
+    TwoChains,
     /// Nothing says where requests come in.
     #[error("there is no listener: say where requests come in")]
     NoListener,

@@ -28,3 +28,4 @@ mod proxy_protocol;
 mod unix;
 mod http2_tasks;
 mod tunnels;
+mod chains;

@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::harness::{Backend, Owners, Stage, Wire, talk, text, until, within};
+use super::tunnels;
 use crate::config::{Config, Exempt};
 use crate::metrics::PauseStats;
 
@@ -736,4 +737,22 @@ async fn a_hand_off_in_a_pause_keeps_the_order_of_both() {
         assert!(wire.rest().await.starts_with("HTTP/1.1 200"));
     }
     assert_eq!(asked.lock().unwrap().len(), 9);
+}
+
+#[tokio::test]
+async fn a_pause_holds_those_who_want_a_tunnel_and_leaves_alone_those_who_have_one() {
+    let backend = tunnels::echo().await;
+    let (stage, operator) = paused_stage(Owners::all(backend.address).await, |_| {}).await;
+    let mut open = tunnels::open(&stage).await;
+    operator.add(7, order("job=kv", LONG));
+    in_force(&stage, 7).await;
+    assert_eq!(stats(&stage, 7).unwrap().in_flight, 0);
+    let mut waits = stage.connect().await;
+    waits.send(tunnels::ASK).await;
+    held(&stage, 1).await;
+    tunnels::says(&mut open, "still here").await;
+    operator.end(7, Duration::ZERO);
+    assert!(waits.head().await.starts_with("HTTP/1.1 101 "));
+    tunnels::says(&mut waits, "here at last").await;
+    assert_eq!((stage.stats().tunnels, stage.stats().in_flight), (2, 2));
 }

@@ -9,6 +9,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use super::harness::{Backend, Owners, Stage, key_at};
+use super::tunnels;
 use crate::config::Config;
 
 /// A request for a key of the lower half of all keys, or of the upper.
@@ -275,4 +276,44 @@ async fn a_group_of_keys_lies_together() {
         let answer = stage.talk(&request).await;
         assert!(answer.contains(&format!("\r\n\r\n{task} GET ")), "{path}: {answer}");
     }
+}
+
+#[tokio::test]
+async fn a_tunnel_goes_by_a_gateway_and_the_client_is_known_beyond() {
+    let (eu, us) = (Backend::echo("eu").await, tunnels::echo().await);
+    let far = stage(1, (eu.address, us.address), |config| {
+        config.id = "us".parse().unwrap();
+        config.gateways = gateways("us", &[("eu", "127.0.0.1:1".parse().unwrap())]);
+    })
+    .await;
+    let at = far.proxy.local_addr();
+    let near = stage(1, (eu.address, us.address), |config| {
+        config.id = "eu".parse().unwrap();
+        config.gateways = gateways("eu", &[("us", at)]);
+    })
+    .await;
+    let mut wire = near.connect().await;
+    let (line, _) =
+        get(true, "").split_once('\n').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+    wire.send(tunnels::ASK.replace("GET /kv/a HTTP/1.1\r", &line)).await;
+    assert!(wire.head().await.starts_with("HTTP/1.1 101 "));
+    tunnels::says(&mut wire, "from far away").await;
+    assert_eq!((near.stats().tunnels, far.stats().tunnels), (1, 1));
+
+    let seen = Backend::echo("us").await;
+    let far = stage(1, (eu.address, seen.address), |config| {
+        config.id = "us".parse().unwrap();
+        config.gateways = gateways("us", &[("eu", "127.0.0.1:1".parse().unwrap())]);
+        config.forwarded.trusted = vec!["127.0.0.0/8".parse().unwrap()];
+    })
+    .await;
+    let at = far.proxy.local_addr();
+    let near = stage(1, (eu.address, seen.address), |config| {
+        config.id = "eu".parse().unwrap();
+        config.gateways = gateways("eu", &[("us", at)]);
+        config.forwarded.trusted = vec!["127.0.0.0/8".parse().unwrap()];
+    })
+    .await;
+    let answer = near.talk(&get(true, "x-forwarded-for: 192.0.2.1\r\n")).await;
+    assert!(answer.contains("x-forwarded-for: 192.0.2.1, 127.0.0.1, 127.0.0.1\n"), "{answer}");
 }

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::harness::{Backend, Owners, Stage, config, until, within};
 use super::http2::Client;
+use super::tunnels;
 use crate::config::Config;
 use crate::config::listener::{CertificateFiles, ClientCertificates, Tls};
 use crate::proxy::Proxy;
@@ -226,4 +227,26 @@ async fn a_client_that_does_not_shake_hands_is_let_go() {
     let answer = stage.talk("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
     assert!(!answer.contains("HTTP"), "{answer}");
     until("it to count", || stage.stats().tls_failures == 2).await;
+}
+
+#[tokio::test]
+async fn a_tunnel_is_encrypted_as_its_connection_is() {
+    let backend = tunnels::echo().await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        with_tls(config, vec![files("first")]);
+    });
+    let mut stream = dial(&stage, "first.example", &[], None).await.unwrap();
+    stream.write_all(format!("{}early", tunnels::ASK).as_bytes()).await.unwrap();
+    let mut read = Vec::new();
+    while !read.ends_with(b"early") {
+        let got = within("more", stream.read_buf(&mut read)).await.unwrap();
+        assert!(got > 0, "{}", String::from_utf8_lossy(&read));
+    }
+    assert!(read.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&read));
+    stream.write_all(b"bye").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut rest = String::new();
+    // It ends in order, so that neither side takes it for cut short.
+    within("the end", stream.read_to_string(&mut rest)).await.unwrap();
+    assert_eq!(rest, "bye");
 }

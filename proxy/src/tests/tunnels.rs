@@ -15,11 +15,11 @@ use super::harness::{Backend, Owners, Stage, Wire, until, within};
 use crate::config::transport::{Protocol, Transport};
 use crate::record::{Observer, Outcome, Record};
 
-const ASK: &str = "GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: WebSocket\r\nsec-websocket-key: x\r\n\r\n";
+pub(super) const ASK: &str = "GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: WebSocket\r\nsec-websocket-key: x\r\n\r\n";
 const AGREE: &str = "HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-accept: y\r\n\r\n";
 
 /// A task that agrees to everything, and sends back what it gets until that ends.
-async fn echo() -> Backend {
+pub(super) async fn echo() -> Backend {
     Backend::raw(|stream| async move {
         let mut wire = Wire::of(stream);
         wire.head().await;
@@ -34,7 +34,7 @@ async fn echo() -> Backend {
 }
 
 /// Opens a tunnel.
-async fn open(stage: &Stage) -> Wire {
+pub(super) async fn open(stage: &Stage) -> Wire {
     let mut wire = stage.connect().await;
     wire.send(ASK).await;
     let head = wire.head().await;
@@ -42,7 +42,7 @@ async fn open(stage: &Stage) -> Wire {
     wire
 }
 
-async fn says(wire: &mut Wire, text: &str) {
+pub(super) async fn says(wire: &mut Wire, text: &str) {
     wire.send(text).await;
     assert_eq!(wire.read_to(text).await, text);
 }
