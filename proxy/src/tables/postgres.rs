@@ -1,7 +1,7 @@
 //! A table in PostgreSQL, which says itself when it changes (`notify`).
 //!
 //! Spoken by a few files of our own: one prepared query, and one channel to listen to, need little of the protocol, and its usual client
-//! brings 28 crates.
+//! brings 28 crates (ADR 0016).
 
 use std::sync::Arc;
 
