@@ -24,6 +24,7 @@ use crate::hold::queue::House;
 use crate::identify;
 use crate::job::Job;
 use crate::key;
+use crate::lookup::Fault;
 use crate::metrics::Counters;
 use crate::pause;
 use crate::pool::Pool;
@@ -144,6 +145,10 @@ impl Walk<'_> {
         let end = match self.stages(&mut head, Some(client), &mut told) {
             Ok(target) => self.forward(&target, &mut told),
             // Who serves what, a file cannot tell.
+            Err(Refusal::Lookup(Fault::Unasked)) => {
+                told.says("what stands for it is not known yet, and nobody asks the table to explain a request");
+                Value::Null
+            }
             Err(Refusal::Unserved) if self.gates.is_none() => {
                 told.says("who owns the key only a proxy that runs knows: ask it with --proxy");
                 Value::Null

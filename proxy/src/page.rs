@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::config::Checked;
+use crate::lookup::LookupStats;
 use crate::metrics::{RouteStats, Stats, Tally};
 use crate::record::Outcome;
 use crate::router::Router;
@@ -49,6 +50,7 @@ pub(crate) fn state(config: &Checked, tally: &Tally, began: Instant) -> Value {
         "jobs": jobs(config),
         "pools": pools(config),
         "pauses": pauses(&stats),
+        "lookups": lookups(&stats),
         "tasks": tasks(&stats),
         "gateways": gateways(&stats),
         "access_log": log,
@@ -59,7 +61,10 @@ pub(crate) fn state(config: &Checked, tally: &Tally, began: Instant) -> Value {
 fn routes(config: &Checked, stats: &Stats) -> Vec<Value> {
     let route = |place: usize| {
         let route = &config.routes[place];
-        let (to, key) = route.to.describe();
+        let (to, mut key) = route.to.describe();
+        if let Some(lookup) = &route.lookup {
+            key = format!("{key}, by lookup {}", lookup.name());
+        }
         let empty = RouteStats::default();
         let stats = stats.routes.get(&*route.name).unwrap_or(&empty);
         let ended: u64 = Outcome::ALL.iter().map(|outcome| stats.ended(*outcome)).sum();
@@ -134,6 +139,22 @@ fn pauses(stats: &Stats) -> Vec<Value> {
     pauses.collect()
 }
 
+fn lookups(stats: &Stats) -> Vec<Value> {
+    let lookups = stats.lookups.iter().map(|(name, lookup)| {
+        let LookupStats { late, busy, down, two, length, .. } = lookup;
+        json!({
+            "lookup": &**name,
+            "keys": lookup.keys,
+            "hits": lookup.hits + lookup.negative_hits,
+            "misses": lookup.misses,
+            "questions": lookup.questions,
+            "stale": lookup.stale,
+            "faults": late + busy + down + two + length,
+        })
+    });
+    lookups.collect()
+}
+
 fn tasks(stats: &Stats) -> Vec<Value> {
     let tasks = stats.tasks.iter().map(|(session, task)| {
         json!({
@@ -162,7 +183,7 @@ fn gateways(stats: &Stats) -> Vec<Value> {
 }
 
 /// What the page has, in its order, and the columns of each.
-const PARTS: [(&str, &[&str]); 10] = [
+const PARTS: [(&str, &[&str]); 11] = [
     ("proxy", &["version", "id", "listen", "workers", "up_seconds", "connections"]),
     ("configuration", &["reloads", "refused", "last_refused"]),
     ("requests", &["in_flight", "held", "answered", "refused", "failed", "abandoned", "retried"]),
@@ -199,6 +220,7 @@ const PARTS: [(&str, &[&str]); 10] = [
             "refused",
         ],
     ),
+    ("lookups", &["lookup", "keys", "hits", "misses", "questions", "stale", "faults"]),
     ("tasks", &["session", "address", "requests", "answered", "misdirected", "failed"]),
     ("gateways", &["region", "address", "up", "requests", "failed"]),
     ("access_log", &["written", "dropped", "failed"]),

@@ -302,6 +302,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_table_that_does_not_keep_up_is_not_asked_for_more() {
+        let (lookup, answers, asked) =
+            slow(Limits { within: Duration::from_secs(60), ..Limits::default() });
+        // One is with the table, and as many wait as may.
+        let mut waiting = tokio::task::JoinSet::new();
+        let mut ask = |n: usize| {
+            let lookup = lookup.clone();
+            waiting.spawn(async move { lookup.find(&n.to_be_bytes()).await });
+        };
+        ask(0);
+        while asked.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        (1..=WAITING_MAX).for_each(ask);
+        while lookup.stats().misses <= WAITING_MAX as u64 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(lookup.find(b"one more").await, Err(Fault::Busy));
+        assert_eq!(lookup.stats().busy, 1);
+        for _ in 0..=WAITING_MAX {
+            answers.send(Ok(Some(b"1".to_vec()))).unwrap();
+        }
+        assert!(waiting.join_all().await.iter().all(Result::is_ok));
+        answers.send(Ok(Some(b"2".to_vec()))).unwrap();
+        assert!(lookup.find(b"one more").await.is_ok());
+    }
+
+    #[tokio::test]
     async fn an_answer_that_is_no_key_is_refused_and_not_kept() {
         let (lookup, answers, _) = slow(Limits::default());
         for (answer, fault) in [

@@ -1,18 +1,27 @@
 //! Keys that are translated through a table, here behind an HTTP service: whatever it answers, and when it does not.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::Notify;
+use tokio_rustls::TlsAcceptor;
 
 use super::harness::{Backend, Stage, key_at, status, talk, text, until};
 use super::keys::{halves, owner};
 use super::pauses::{Operator, held, in_force, order};
+use super::tls::pem;
 use crate::config::Config;
 use crate::config::headers::HeaderRules;
-use crate::lookup::{Limits, Lookup, LookupStats};
+use crate::config::tls::{Tls, TlsFiles};
+use crate::lookup::{Fault, Limits, Lookup, LookupStats};
 use crate::tables::Table;
 use crate::tables::http::Http;
 
@@ -161,7 +170,8 @@ async fn whatever_a_service_answers_has_an_outcome_and_is_counted() {
     let known = format!("\\\"{low}\\\" stands for \\\"a.org\\\"");
     assert!(explained.contains(&known), "{known}: {explained}");
     let explained = admin(&stage, "GET", "/explain?url=http://unheard.org/").await;
-    assert!(explained.contains("to explain a request the table is not asked"), "{explained}");
+    assert!(explained.contains("what stands for it is not known yet"), "{explained}");
+    assert!(explained.contains("\"end\":null"), "{explained}");
     let page = admin(&stage, "GET", "/metrics").await;
     let line = "mandoline_proxy_lookup_faults_total{lookup=\"shops\",fault=\"two\"} 1";
     assert!(page.contains(line), "{page}");
@@ -262,4 +272,39 @@ async fn a_request_that_was_held_goes_to_where_its_key_stands_for_by_then() {
     lookup.forget(b"a.org");
     operator.end(7, Duration::ZERO);
     assert_eq!(server(&wire.rest().await), "high");
+}
+
+#[tokio::test]
+async fn a_service_is_asked_by_tls_if_it_is_the_right_one() {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let chain = vec![CertificateDer::from_pem_file(pem("first.pem")).unwrap()];
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain, PrivateKeyDer::from_pem_file(pem("first.key")).unwrap());
+    let acceptor = TlsAcceptor::from(Arc::new(config.unwrap()));
+    let service = Backend::raw(move |stream| {
+        let acceptor = acceptor.clone();
+        async move {
+            // Whoever does not believe it hangs up.
+            let Ok(stream) = acceptor.accept(stream).await else { return };
+            let answer = service_fn(|_| async { Ok::<_, Infallible>(text("{\"shard\": 7}")) });
+            let builder = hyper::server::conn::http1::Builder::new();
+            drop(builder.serve_connection(TokioIo::new(stream), answer).await);
+        }
+    })
+    .await;
+    let by = |name: &str| {
+        let (authorities, name) = (pem("authority.pem"), Some(name.to_owned()));
+        let tls = Tls::load(TlsFiles { authorities, identity: None, name }).unwrap();
+        let url = format!("https://{}/{{key}}", service.address).parse().unwrap();
+        let http = Http::new(url, Some("/shard".parse().unwrap()), Some(Arc::new(tls))).unwrap();
+        Table::Http(Box::new(http)).start("shops", Limits::default()).unwrap()
+    };
+    assert_eq!(by("first.example").find(b"a.org").await.as_deref(), Ok(&b"7"[..]));
+    let Err(Fault::Down(said)) = by("second.example").find(b"a.org").await else {
+        panic!("it was believed");
+    };
+    assert!(said.contains("cannot be believed"), "{said}");
 }

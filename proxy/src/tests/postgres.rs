@@ -1,16 +1,19 @@
 //! Keys that are translated through a table in a real PostgreSQL, which says itself what changes.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::UnixStream;
 
-use super::harness::{Stage, key_at, within};
+use super::harness::{Backend, Stage, key_at, within};
 use super::keys::{halves, owner};
+use super::tls::pem;
+use crate::config::tls::{Tls, TlsFiles};
 use crate::config::transport::Endpoint;
 use crate::lookup::{Fault, Limits, Lookup};
 use crate::tables::Table;
@@ -19,12 +22,14 @@ use crate::tables::secret::Secret;
 
 /// Longer than any test: what grows old is no way to notice a change.
 const LONG: Duration = Duration::from_secs(600);
-const PORT: u16 = 5432;
 
 /// A PostgreSQL with its data in a folder of its own, behind a socket there. Stopped when dropped.
 struct Server {
     programs: PathBuf,
     folder: tempfile::TempDir,
+    /// Where it listens beside its socket, which is named for the port, and what else is set.
+    port: u16,
+    settings: Vec<String>,
     child: Option<Child>,
 }
 
@@ -32,6 +37,11 @@ impl Server {
     /// Starts one with a table of shops. Without the folder of its programs a test says so and passes, unless
     /// `MANDOLINE_REQUIRE_ALL=1` forbids that.
     async fn start() -> Option<Self> {
+        Self::start_with(5432, &["listen_addresses="]).await
+    }
+
+    /// The same with settings of the server.
+    async fn start_with(port: u16, settings: &[&str]) -> Option<Self> {
         let Some(programs) = std::env::var_os("MANDOLINE_POSTGRES") else {
             let required = std::env::var("MANDOLINE_REQUIRE_ALL").as_deref() == Ok("1");
             assert!(!required, "MANDOLINE_POSTGRES does not name PostgreSQL's programs");
@@ -39,13 +49,14 @@ impl Server {
             return None;
         };
         let folder = tempfile::tempdir().unwrap();
-        let mut server = Self { programs: programs.into(), folder, child: None };
-        let password = server.folder.path().join("password");
-        fs::write(&password, "open sesame").unwrap();
+        let settings = settings.iter().map(|setting| (*setting).to_owned()).collect();
+        let mut server = Self { programs: programs.into(), folder, port, settings, child: None };
         if let Some((user, group)) = someone_else() {
             chown(server.folder.path(), Some(user), Some(group)).unwrap();
-            chown(&password, Some(user), Some(group)).unwrap();
         }
+        let password = server.keep("password", b"open sesame");
+        server.keep("chain", &fs::read(pem("first.pem")).unwrap());
+        server.keep("key", &fs::read(pem("first.key")).unwrap());
         let made = server
             .program("initdb")
             .args(["--no-sync", "--no-locale", "--encoding=UTF8", "--username=proxy"])
@@ -69,6 +80,17 @@ impl Server {
         Some(server)
     }
 
+    /// Writes a file that only the server may read.
+    fn keep(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.folder.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        if let Some((user, group)) = someone_else() {
+            chown(&path, Some(user), Some(group)).unwrap();
+        }
+        path
+    }
+
     fn data(&self) -> PathBuf {
         self.folder.path().join("data")
     }
@@ -90,7 +112,8 @@ impl Server {
             .arg(self.data())
             .arg("-k")
             .arg(self.folder.path())
-            .args(["-p", &PORT.to_string(), "-c", "listen_addresses=", "-c", "fsync=off"])
+            .args(["-p", &self.port.to_string(), "-c", "fsync=off"])
+            .args(self.settings.iter().flat_map(|setting| ["-c", setting]))
             .stdout(Stdio::null())
             .stderr(fs::File::create(self.folder.path().join("log")).unwrap())
             .spawn()
@@ -122,7 +145,7 @@ impl Server {
     }
 
     fn socket(&self) -> PathBuf {
-        self.folder.path().join(format!(".s.PGSQL.{PORT}"))
+        self.folder.path().join(format!(".s.PGSQL.{}", self.port))
     }
 
     fn sql(&self, statements: &str) -> std::process::Output {
@@ -130,7 +153,7 @@ impl Server {
             .env("PGPASSWORD", "open sesame")
             .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-U", "proxy", "-d", "postgres", "-h"])
             .arg(self.folder.path())
-            .args(["-p", &PORT.to_string(), "-c", statements])
+            .args(["-p", &self.port.to_string(), "-c", statements])
             .output()
             .unwrap()
     }
@@ -328,4 +351,34 @@ async fn a_shard_is_looked_up_in_postgresql() {
         while served_by().await != owner(other.as_bytes()) {}
     })
     .await;
+}
+
+/// TLS towards a server that has this name, vouched for by this authority.
+fn tls(name: &str, authority: &str) -> Option<Arc<Tls>> {
+    let (authorities, name) = (pem(authority), Some(name.to_owned()));
+    Some(Arc::new(Tls::load(TlsFiles { authorities, identity: None, name }).unwrap()))
+}
+
+#[tokio::test]
+async fn a_server_is_spoken_to_by_tls_if_it_can_and_is_the_right_one() {
+    let address = Backend::nobody().await;
+    let settings =
+        ["ssl=on", "ssl_cert_file=../chain", "ssl_key_file=../key", "listen_addresses=127.0.0.1"];
+    let Some(server) = Server::start_with(address.port(), &settings).await else { return };
+    let query = "select version from pg_stat_ssl where pid = pg_backend_pid() and $1 <> ''";
+    let by = |tls| {
+        let endpoint = address.to_string().parse().unwrap();
+        start(Postgres { endpoint, tls, ..server.table(query) }, patient())
+    };
+    let lookup = by(tls("first.example", "authority.pem"));
+    assert_eq!(lookup.find(b"x").await.as_deref(), Ok(&b"TLSv1.3"[..]));
+    assert_eq!(by(None).find(b"x").await, Err(Fault::Unknown));
+    for bad in [tls("second.example", "authority.pem"), tls("first.example", "impostor.pem")] {
+        let Err(Fault::Down(said)) = by(bad).find(b"x").await else { panic!("it was believed") };
+        assert!(said.contains("cannot be believed"), "{said}");
+    }
+    // It speaks none on its socket: then nobody does.
+    let plain = Postgres { tls: tls("first.example", "authority.pem"), ..server.table(query) };
+    let said = start(plain, patient()).find(b"x").await;
+    assert_eq!(said, Err(Fault::Down("the server does not speak TLS".to_owned())));
 }

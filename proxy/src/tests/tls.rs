@@ -21,7 +21,7 @@ use crate::config::listener::{CertificateFiles, ClientCertificates, Tls};
 use crate::proxy::Proxy;
 
 /// Made once, valid until 2120, but for those that are not: see their names.
-fn pem(name: &str) -> PathBuf {
+pub(super) fn pem(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/tests/pem").join(name)
 }
 

@@ -35,7 +35,7 @@ impl Server {
     /// Listens until the connection is of no more use.
     async fn listen(&self, channel: &str, teller: &Teller) -> Result<Infallible, Deaf> {
         let mut wire = timeout(SILENCE, async {
-            let mut wire = Wire::connect(&self.table, self.within.as_millis()).await?;
+            let mut wire = Wire::connect(&self.table, self.within).await?;
             wire.run(&format!("listen \"{}\"", channel.replace('"', "\"\""))).await?;
             Ok::<_, WireError>(wire)
         })
@@ -85,7 +85,7 @@ impl Remote for Server {
 
     async fn connect(&self) -> Result<Wire, Fault> {
         let connecting = async {
-            let mut wire = Wire::connect(&self.table, self.within.as_millis()).await?;
+            let mut wire = Wire::connect(&self.table, self.within).await?;
             wire.prepare(&self.table.query).await?;
             Ok(wire)
         };

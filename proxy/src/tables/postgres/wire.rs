@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -67,7 +68,7 @@ pub(super) struct Wire {
 
 impl Wire {
     /// Connects and logs in.
-    pub(super) async fn connect(to: &Postgres, within_ms: u128) -> Result<Self, WireError> {
+    pub(super) async fn connect(to: &Postgres, within: Duration) -> Result<Self, WireError> {
         let (io, _) = dial(&to.endpoint, None, Speech::One).await?;
         let io = match (&to.tls, io) {
             (Some(_), Io::Plain(plain)) => by_tls(to, plain).await?,
@@ -77,7 +78,7 @@ impl Wire {
         let mut hello = BytesMut::new();
         hello.put_i32(VERSION);
         // A query whose caller has given up must not go on and keep its place.
-        let limit = within_ms.to_string();
+        let limit = within.as_millis().max(1).to_string();
         for (name, value) in [
             ("user", to.user.as_str()),
             ("database", &to.database),
