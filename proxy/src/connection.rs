@@ -35,6 +35,7 @@ use crate::stream::{Plain, Socket, Stream};
 use crate::tls::certificates::H2;
 use crate::tls::terminator::{Identity, Terminator};
 use crate::tunnel::Switch;
+use crate::upgrade::of_stream;
 use crate::wire::{Seen, SlowHead, Watch, Wire};
 use crate::worker::Worker;
 
@@ -241,7 +242,7 @@ async fn serve_http1(
     let client = Rc::new(client);
     let watch = Watch::default();
     let wire = Wire::new(stream, watch.clone(), worker.setup().config.timeouts.header);
-    let switch = Switch::default();
+    let switch = Switch::connection();
     let service = service_fn(|request: Request<Incoming>| {
         let seen = watch.head_is_parsed(request.version(), !request.body().is_end_stream());
         serve(Rc::clone(worker), Rc::clone(&client), request, seen, Some(switch.clone()))
@@ -306,15 +307,18 @@ async fn serve_http2(
     let (timeouts, header_bytes) = (config.config.timeouts, config.config.limits.header_bytes);
     drop(config);
     // Longer than all that the proxy may wait for itself. What makes no progress for so long waits for a client that does not read.
-    let patience = timeouts.pause + timeouts.hold + timeouts.response + timeouts.stall;
+    let longest = timeouts.stall.max(timeouts.tunnel);
+    let patience = timeouts.pause + timeouts.hold + timeouts.response + longest;
     let streams =
         Streams(Rc::new(Load { open: Cell::new(0), since: Cell::new(Instant::now()), patience }));
     let fault = Rc::new(OnceCell::new());
     let frames = Frames::new(stream, timeouts.header, Rc::clone(&fault));
     let client = Rc::new(client);
-    let (own, asks) = (Rc::clone(worker), Rc::clone(&client));
-    let service = service_fn(move |request: Request<Incoming>| {
-        serve(Rc::clone(&own), Rc::clone(&asks), request, Seen::nothing(), None)
+    let (own, asks, ends) = (Rc::clone(worker), Rc::clone(&client), stop.clone());
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let stream = of_stream(&mut request, &mut own.chance.borrow_mut());
+        let switch = stream.map(|stream| Switch::stream(stream, &ends));
+        serve(Rc::clone(&own), Rc::clone(&asks), request, Seen::nothing(), switch)
     });
     let mut builder = http2::Builder::new(streams.clone());
     builder
@@ -326,6 +330,7 @@ async fn serve_http2(
         .max_send_buf_size(SEND_AHEAD_BYTES)
         .max_pending_accept_reset_streams(UNSEEN_RESETS_MAX)
         .max_local_error_reset_streams(MISTAKES_MAX)
+        .enable_connect_protocol()
         .keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PONG_WAIT);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(frames), service));

@@ -18,7 +18,9 @@ use mandoline::http::names::{SPILL, lists, strip_hop_by_hop};
 /// The stage `identify`.
 pub(crate) fn identify(passage: &mut Passage) -> Result<(), Refusal> {
     passage.host = check(&passage.worker.pseudonym, &mut passage.head)?;
-    passage.upgrade = wish(&passage.head, !passage.tape.is_empty())?;
+    if passage.switch.is_some() {
+        passage.upgrade = wish(&passage.head, !passage.tape.is_empty())?;
+    }
     join_crumbs(&mut passage.head);
     Ok(())
 }

@@ -95,16 +95,23 @@ fn pass_on(passage: Passage) -> Response<Download> {
     head.headers.append(header::VIA, worker.via(head.version));
     // What came by HTTP/2 goes on as the client's connection has it.
     head.version = Version::HTTP_11;
-    exchange.answers(head.status, &mut head.headers);
     if let Some(task) = task {
-        let protocol = upgrade.expect("a task that switches unasked has failed");
-        head.headers.insert(header::UPGRADE, protocol);
-        head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        let switch = switch.expect("only who can switch has asked to");
+        if switch.is_stream() {
+            // A stream of HTTP/2 becomes a tunnel by a common answer, and the client has given no key to answer to (RFC 8441, 5).
+            head.status = StatusCode::OK;
+            head.headers.remove(header::SEC_WEBSOCKET_ACCEPT);
+        } else {
+            let protocol = upgrade.expect("a task that switches unasked has failed");
+            head.headers.insert(header::UPGRADE, protocol);
+            head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        }
+        exchange.answers(head.status, &mut head.headers);
         exchange.switches();
-        let switch = switch.expect("only who has a connection of its own may switch");
         switch.set(Tunnel::new(worker, task, exchange));
         return Response::from_parts(head, Download::Own(None));
     }
+    exchange.answers(head.status, &mut head.headers);
     let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };
     let stream = Stream::new(body, lease, worker, exchange, outcome, abort);
     Response::from_parts(head, Download::Task(Box::new(stream)))

@@ -28,9 +28,14 @@ use crate::pool::dial::Io;
 use crate::record::Outcome;
 use crate::worker::Worker;
 
-/// Where a request that has switched protocols leaves its tunnel for whoever has the connection.
-#[derive(Clone, Default)]
-pub(crate) struct Switch(Rc<RefCell<Option<Tunnel>>>);
+/// What becomes of a request that switches protocols.
+#[derive(Clone)]
+pub(crate) enum Switch {
+    /// It leaves its tunnel here for whoever has the connection, all of which is the client's side.
+    Connection(Rc<RefCell<Option<Tunnel>>>),
+    /// Its stream of HTTP/2 is the client's side.
+    Stream(Rc<RefCell<Option<OnUpgrade>>>, CancellationToken),
+}
 
 /// A connection that is to be switched: the task's side, and the request that it all began with.
 pub(crate) struct Tunnel {
@@ -40,14 +45,43 @@ pub(crate) struct Tunnel {
 }
 
 impl Switch {
-    /// Has the connection switch when the answer is out.
-    pub(crate) fn set(&self, tunnel: Tunnel) {
-        self.0.replace(Some(tunnel));
+    pub(crate) fn connection() -> Self {
+        Self::Connection(Rc::default())
+    }
+
+    pub(crate) fn stream(stream: OnUpgrade, stop: &CancellationToken) -> Self {
+        Self::Stream(Rc::new(RefCell::new(Some(stream))), stop.clone())
+    }
+
+    pub(crate) const fn is_stream(&self) -> bool {
+        matches!(self, Self::Stream(..))
+    }
+
+    /// Has the client's side switch when the answer is out.
+    pub(crate) fn set(self, tunnel: Tunnel) {
+        match self {
+            Self::Connection(place) => drop(place.replace(Some(tunnel))),
+            Self::Stream(stream, stop) => {
+                let worker = Rc::clone(&tunnel.worker);
+                let stream = stream.take().expect("a stream switches once");
+                worker.pool.spawn(async move {
+                    match stream.await {
+                        Ok(client) => {
+                            tunnel.run(TokioIo::new(client), Bytes::new(), &stop).await;
+                        }
+                        Err(error) => debug!(%error, "A client left as its stream switched"),
+                    }
+                });
+            }
+        }
     }
 
     /// Gives what the connection has switched to, if it has.
     pub(crate) fn take(&self) -> Option<Tunnel> {
-        self.0.take()
+        match self {
+            Self::Connection(place) => place.take(),
+            Self::Stream(..) => None,
+        }
     }
 }
 

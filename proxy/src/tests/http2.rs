@@ -10,12 +10,13 @@ use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::client::conn::http2::{SendRequest, handshake};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-use super::harness::{Backend, Body, Owners, Stage, Wire, text, until, within};
+use super::harness::{Backend, Body, Owners, Stage, Wire, status, text, until, within};
+use super::tunnels;
 
 /// A client of HTTP/2.
 pub(super) struct Client {
@@ -242,4 +243,78 @@ async fn a_body_without_a_length_is_cut_off_where_it_gets_too_long() {
         assert_eq!(answer.status().as_u16(), status, "{pieces}");
     }
     assert_eq!(stage.stats().long_bodies, 1);
+}
+
+/// Asks for a tunnel on a stream.
+fn connects(protocol: &'static str) -> Request<Body> {
+    let request = asked("CONNECT", "/k/a").header("sec-websocket-version", "13");
+    request.extension(hyper::ext::Protocol::from_static(protocol)).body(empty()).unwrap()
+}
+
+#[tokio::test]
+async fn a_stream_becomes_a_websocket_beside_other_requests() {
+    let backend = tunnels::echo().await;
+    let stage = Stage::new(Owners::all(backend.address).await);
+    let mut client = Client::connect(stage.proxy.local_addr()).await;
+    let mut tunnels = Vec::new();
+    for number in 1..=3 {
+        let asking = client.sender.send_request(connects("websocket"));
+        let mut answer = within("an answer", asking).await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        assert!(!answer.headers().contains_key("sec-websocket-accept"), "{answer:?}");
+        let stream = within("a stream", hyper::upgrade::on(&mut answer)).await.unwrap();
+        tunnels.push(TokioIo::new(stream));
+        until("the tunnel to be open", || stage.stats().tunnels == number).await;
+    }
+    assert_eq!(stage.stats().connections, 1);
+    let long = "x".repeat(300_000);
+    for (number, tunnel) in tunnels.iter_mut().enumerate() {
+        let text = format!("hello {number} {long}");
+        let (mut read, mut write) = tokio::io::split(&mut *tunnel);
+        let mut back = vec![0; text.len()];
+        let (sent, got) = within("bytes there and back", async {
+            tokio::join!(write.write_all(text.as_bytes()), read.read_exact(&mut back))
+        })
+        .await;
+        sent.unwrap();
+        got.unwrap();
+        assert!(back == text.as_bytes());
+    }
+    // One is ended in order, one is dropped, and one lasts until the proxy stops.
+    let mut rest = String::new();
+    tunnels[0].shutdown().await.unwrap();
+    within("the end", tunnels[0].read_to_string(&mut rest)).await.unwrap();
+    until("the tunnel to end", || stage.stats().tunnels == 2).await;
+    drop(tunnels.remove(1));
+    until("the tunnel to end", || stage.stats().tunnels == 1).await;
+    let tally = stage.proxy.tally();
+    let stopping = tokio::spawn(stage.proxy.stop());
+    within("the end", tunnels[1].read_to_string(&mut rest)).await.unwrap();
+    within("the proxy to stop", stopping).await.unwrap();
+    assert_eq!(rest, "");
+    let stats = tally.stats();
+    assert_eq!((stats.tunnels, stats.tunnels_cut, stats.in_flight), (0, 1, 0));
+}
+
+#[tokio::test]
+async fn a_stream_that_is_refused_is_an_answer_like_any_other() {
+    let backend = Backend::echo("task").await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        config.routes[0].upgrades = Box::default();
+    });
+    let mut client = Client::connect(stage.proxy.local_addr()).await;
+    for (protocol, status) in [("websocket", 501), ("connect-udp", 405)] {
+        let answer = client.send(connects(protocol)).await;
+        assert_eq!(answer.status().as_u16(), status, "{protocol}");
+    }
+    // What the task says is the answer, unless the client would take it for a tunnel.
+    for (says, gets) in [(426, 426), (503, 503), (302, 302), (200, 502), (204, 502)] {
+        let backend = Backend::serve(move |_| async move { status(says, &[]) }).await;
+        let stage = Stage::new(Owners::all(backend.address).await);
+        let mut client = Client::connect(stage.proxy.local_addr()).await;
+        assert_eq!(client.send(connects("websocket")).await.status().as_u16(), gets, "{says}");
+        let next = asked("GET", "/k/b").body(empty()).unwrap();
+        assert_eq!(client.send(next).await.status().as_u16(), says);
+        assert_eq!(stage.stats().tunnels, 0);
+    }
 }
