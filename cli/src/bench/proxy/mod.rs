@@ -103,9 +103,16 @@ impl ProxyArgs {
 /// What was measured.
 struct Found {
     rounds: Rounds,
-    latency: Vec<(u16, Latency)>,
+    latency: Vec<Added>,
     requests: u64,
     failed: u64,
+}
+
+/// What going by a proxy adds to going straight to a task.
+struct Added {
+    by: Contender,
+    connections: u16,
+    latency: Latency,
 }
 
 async fn measure(args: &ProxyArgs, contenders: &[Contender]) -> anyhow::Result<Found> {
@@ -158,31 +165,38 @@ async fn measure(args: &ProxyArgs, contenders: &[Contender]) -> anyhow::Result<F
         eprintln!("round {} of {rounds}: {}", round + 1, ratios::line(&costs));
         found.rounds.0.push(costs);
     }
-    if let Some(bare) = running.iter().find(|one| one.contender == Contender::Bare) {
-        found.latency = added(bare, ports[0], cluster.dir(), args.quick).await?;
-    }
+    let timed = [Contender::Bare, Contender::HaproxyMap, Contender::Nginx];
+    let timed: Vec<&Running> =
+        running.iter().filter(|one| timed.contains(&one.contender)).collect();
+    found.latency = added(&timed, ports[0], cluster.dir(), args.quick).await?;
     Ok(found)
 }
 
-/// What going by the proxy adds to going straight to a task, for a client with one connection and for 64 that are in no hurry.
+/// What going by each proxy adds to going straight to a task, for a client with one connection and for 64 that are in no hurry. All are
+/// asked in turns, so that what a machine takes to wake up a process is the same for all.
 async fn added(
-    bare: &Running,
+    proxies: &[&Running],
     task: SocketAddr,
     dir: &Path,
     quick: bool,
-) -> anyhow::Result<Vec<(u16, Latency)>> {
+) -> anyhow::Result<Vec<Added>> {
     let (rounds, seconds) = if quick { (1, 1) } else { (5, 3) };
     let mut all = Vec::new();
     for connections in [1, load::CONNECTIONS] {
-        let (mut p50, mut p99) = (Vec::new(), Vec::new());
+        let mut more: Vec<(Vec<f64>, Vec<f64>)> = vec![Default::default(); proxies.len()];
         for _ in 0..rounds {
             let straight = load::latency(task, connections, dir, seconds).await?;
-            let by_proxy = load::latency(bare.address, connections, dir, seconds).await?;
-            p50.push(by_proxy.p50_us - straight.p50_us);
-            p99.push(by_proxy.p99_us - straight.p99_us);
+            for (proxy, (p50, p99)) in proxies.iter().zip(&mut more) {
+                let by_proxy = load::latency(proxy.address, connections, dir, seconds).await?;
+                p50.push(by_proxy.p50_us - straight.p50_us);
+                p99.push(by_proxy.p99_us - straight.p99_us);
+            }
         }
-        let [p50_us, p99_us] = [p50, p99].map(|of| median(of).unwrap_or_default());
-        all.push((connections, Latency { p50_us, p99_us }));
+        for (proxy, (p50, p99)) in proxies.iter().zip(more) {
+            let [p50_us, p99_us] = [p50, p99].map(|of| median(of).unwrap_or_default());
+            let latency = Latency { p50_us, p99_us };
+            all.push(Added { by: proxy.contender, connections, latency });
+        }
     }
     Ok(all)
 }
@@ -228,9 +242,9 @@ async fn start_tasks(
 impl Found {
     fn text(&self) -> String {
         let mut text = self.rounds.text();
-        for (connections, Latency { p50_us, p99_us }) in &self.latency {
+        for Added { by, connections, latency: Latency { p50_us, p99_us } } in &self.latency {
             text += &format!(
-                "added latency, {connections} connections: {p50_us:.0} us p50, {p99_us:.0} us p99\n"
+                "added latency, {by}, {connections} connections: {p50_us:.0} us p50, {p99_us:.0} us p99\n"
             );
         }
         text + &format!("{} requests, {} failed\n", self.requests, self.failed)
@@ -238,11 +252,12 @@ impl Found {
 
     fn json(&self) -> serde_json::Value {
         let mut object = self.rounds.json();
-        let latency = self.latency.iter().map(|(connections, latency)| {
-            let figures = json!({ "p50": latency.p50_us, "p99": latency.p99_us });
-            (connections.to_string(), figures)
-        });
-        object.insert("added_latency_us".to_owned(), latency.collect());
+        let mut latency = json!({});
+        for Added { by, connections, latency: Latency { p50_us, p99_us } } in &self.latency {
+            latency[by.to_string()][connections.to_string()] =
+                json!({ "p50": p50_us, "p99": p99_us });
+        }
+        object.insert("added_latency_us".to_owned(), latency);
         object.insert("requests".to_owned(), self.requests.into());
         object.insert("failed".to_owned(), self.failed.into());
         object.into()
