@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use mandoline_core::key::KEY_MAX_BYTES;
 use tokio::sync::oneshot;
@@ -13,6 +14,12 @@ use crate::lookup::{Answer, Fault, Found, Limits, LookupStats, Told};
 const ENTRY_BYTES: usize = 128;
 /// How often one key is asked for again at once, since it changed while it was asked for. Then whoever waits gets what there is.
 const ROUNDS_MAX: u8 = 3;
+
+/// For how long a key is not asked for again after a fault of its own: one that hangs, and is wanted all the time, must not keep the
+/// table busy for itself.
+const REST: Duration = Duration::from_secs(1);
+/// How many such keys are remembered.
+const RESTING_MAX: usize = 1024;
 
 /// What a waiting request hears.
 type Said = oneshot::Sender<Result<Answer, Fault>>;
@@ -26,6 +33,8 @@ pub(super) struct Cache {
     /// The oldest first. A number that is not the entry's own is of one that was replaced.
     order: VecDeque<(Arc<[u8]>, u64)>,
     questions: HashMap<Box<[u8]>, Question>,
+    /// Keys that had a fault of their own, and when.
+    resting: HashMap<Box<[u8]>, (Instant, Fault)>,
     bytes: usize,
     next: u64,
     stats: LookupStats,
@@ -60,8 +69,8 @@ pub(super) enum Known {
     Fresh(Answer),
     /// It is being asked for.
     Asked(Hears),
-    /// It has been asked for for too long already.
-    Overdue,
+    /// It has been asked for for too long already, or was in vain a moment ago.
+    Faulty(Fault),
     /// It is for the caller to ask.
     Nothing(Hears),
 }
@@ -73,6 +82,7 @@ impl Cache {
             answers: HashMap::new(),
             order: VecDeque::new(),
             questions: HashMap::new(),
+            resting: HashMap::new(),
             bytes: 0,
             next: 0,
             stats: LookupStats::default(),
@@ -95,10 +105,15 @@ impl Cache {
             return Known::Fresh(answer);
         }
         self.stats.misses += 1;
+        if let Some((since, fault)) = self.resting.get(key)
+            && now.duration_since(*since) < REST
+        {
+            return Known::Faulty(fault.clone());
+        }
         let (said, hears) = oneshot::channel();
         match self.questions.get_mut(key) {
             Some(question) if now.duration_since(question.since) >= self.limits.within => {
-                Known::Overdue
+                Known::Faulty(Fault::Late)
             }
             Some(question) => {
                 question.waiting.push(said);
@@ -167,10 +182,12 @@ impl Cache {
             self.stats.questions += 1;
             return Told::Again;
         }
-        if let Ok(answer) = &answer
-            && !is_outdated
-        {
-            self.keep(key, answer.clone(), now);
+        match &answer {
+            Ok(answer) if !is_outdated => self.keep(key, answer.clone(), now),
+            Err(fault @ (Fault::Two | Fault::Length(_) | Fault::Late)) if !is_outdated => {
+                self.rest(key, fault.clone(), now);
+            }
+            _ => {}
         }
         let waiting = self.questions.remove(key).map(|question| question.waiting);
         for said in waiting.into_iter().flatten() {
@@ -183,6 +200,7 @@ impl Cache {
     /// Forgets one key. Whoever asks for it from now on gets what the table says from now on.
     pub(super) fn forget(&mut self, key: &[u8]) {
         self.stats.forgotten += 1;
+        self.resting.remove(key);
         if let Some(entry) = self.answers.remove(key) {
             self.bytes -= size(key, &entry.answer);
         }
@@ -196,12 +214,22 @@ impl Cache {
         self.stats.flushes += 1;
         self.answers.clear();
         self.order.clear();
+        self.resting.clear();
         self.bytes = 0;
         self.questions.values_mut().for_each(Question::outdated);
     }
 
     pub(super) fn stats(&self) -> LookupStats {
         LookupStats { keys: self.answers.len(), bytes: self.bytes, ..self.stats }
+    }
+
+    fn rest(&mut self, key: &[u8], fault: Fault, now: Instant) {
+        if self.resting.len() >= RESTING_MAX {
+            self.resting.retain(|_, (since, _)| now.duration_since(*since) < REST);
+        }
+        if self.resting.len() < RESTING_MAX {
+            self.resting.insert(key.into(), (now, fault));
+        }
     }
 
     fn keep(&mut self, key: &[u8], answer: Answer, since: Instant) {
@@ -265,6 +293,35 @@ mod tests {
         assert_eq!((cache.answers.len(), cache.bytes), (9, sum - ENTRY_BYTES - 2));
         cache.flush();
         assert_eq!((cache.bytes, cache.answers.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_key_that_fails_is_left_alone_for_a_while_or_until_it_changes() {
+        let (mut cache, now) = (Cache::new(Limits::default()), Instant::now());
+        let fails = |cache: &mut Cache, key: &[u8], at| match cache.get(key, at) {
+            Known::Nothing(_) => {
+                cache.asks(key);
+                cache.answer(key, Err(Fault::Late), at);
+                false
+            }
+            Known::Faulty(fault) => fault == Fault::Late,
+            Known::Fresh(_) | Known::Asked(_) => panic!("nothing is known"),
+        };
+        assert!(!fails(&mut cache, b"a", now));
+        assert!(fails(&mut cache, b"a", now));
+        assert!(!fails(&mut cache, b"b", now));
+        assert!(!fails(&mut cache, b"a", now + REST));
+        cache.forget(b"a");
+        assert!(!fails(&mut cache, b"a", now + REST));
+        cache.flush();
+        assert!(!fails(&mut cache, b"b", now));
+        for n in 0..2 * RESTING_MAX {
+            fails(&mut cache, &n.to_be_bytes(), now);
+            assert!(cache.resting.len() <= RESTING_MAX);
+        }
+        fails(&mut cache, b"later", now + REST);
+        assert_eq!(cache.resting.len(), 1);
+        assert_eq!(cache.stats().questions as usize, 5 + 2 * RESTING_MAX + 1);
     }
 
     #[test]

@@ -176,7 +176,7 @@ impl Lookup {
             let now = Instant::now();
             match cache.get(key, now) {
                 Known::Fresh(answer) => return answer.ok_or(Fault::Unknown),
-                Known::Overdue => return cache.fails(key, now, Fault::Late),
+                Known::Faulty(fault) => return cache.fails(key, now, fault),
                 Known::Asked(hears) => hears,
                 Known::Nothing(hears) => match self.ask.try_send(key.into()) {
                     Ok(()) => hears,
@@ -338,7 +338,10 @@ mod tests {
             (Err(Fault::Two), Fault::Two),
         ] {
             answers.send(answer).unwrap();
+            assert_eq!(lookup.find(b"a").await, Err(fault.clone()));
+            // Nor is it asked for again at once.
             assert_eq!(lookup.find(b"a").await, Err(fault));
+            lookup.forget(b"a");
         }
         answers.send(Ok(Some(b"1".to_vec()))).unwrap();
         assert!(lookup.find(b"a").await.is_ok());

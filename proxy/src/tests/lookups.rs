@@ -200,6 +200,41 @@ async fn a_question_that_hangs_keeps_nobody_else_waiting_and_has_an_end() {
     assert_eq!(stats(&stage).late, 1);
 }
 
+/// A file is read by one thread alone, which one question keeps busy.
+#[cfg(feature = "sqlite")]
+#[tokio::test]
+async fn a_query_that_hangs_whenever_it_is_asked_leaves_the_file_to_others() {
+    use crate::tables::sqlite::Sqlite;
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("shops.db");
+    rusqlite::Connection::open(&file).unwrap().execute_batch("create table shops (a)").unwrap();
+    let query = "with recursive n(x) as (select 1 union all select x + 1 from n) \
+                 select x from n where ?1 <> 'hang' or x < 0 limit 1";
+    let table = Table::Sqlite(Sqlite { file, query: query.to_owned() });
+    let limits = Limits { within: Duration::from_secs(4), ..Limits::default() };
+    let lookup = table.start("shops", limits).unwrap();
+    let (owners, _tasks) = halves().await;
+    let stage = Stage::with(owners, |config| translate(config, lookup));
+    let hanging = async {
+        loop {
+            let answer = stage.talk(&ask("hang")).await;
+            assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+        }
+    };
+    let others = async {
+        until("the file to be busy", || stats(&stage).questions > 0).await;
+        for n in 0..100 {
+            server(&stage.talk(&ask(&format!("{n}.org"))).await);
+        }
+    };
+    tokio::select! {
+        never = hanging => never,
+        () = others => {}
+    }
+    assert!(stats(&stage).questions > 100);
+}
+
 #[tokio::test]
 async fn a_service_that_is_gone_is_asked_again_once_it_is_back_and_old_answers_serve_meanwhile() {
     let nobody = Backend::nobody().await;

@@ -18,6 +18,8 @@ use crate::tables::sqlite::Sqlite;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a writer may hold the file before the question fails.
 const BUSY: Duration = Duration::from_millis(250);
+/// Which part of what a request waits a question may take, so that those behind one that hangs have their turn in time.
+const SHARE: u32 = 4;
 /// After how many of its steps SQLite says that it still runs: every few milliseconds at most.
 const STEPS: i32 = 10_000;
 
@@ -126,7 +128,7 @@ fn nanos(length: Duration) -> u64 {
 
 impl Source for Reader {
     async fn serve(mut self, mut desk: Desk) {
-        let (teller, within) = (desk.teller(), desk.within());
+        let (teller, within) = (desk.teller(), desk.within() / SHARE);
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
