@@ -6,8 +6,10 @@ use mandoline::http::refused::is_grpc;
 
 use crate::config::headers::Value;
 use crate::config::matching::Astray;
+use crate::metrics::Count;
 use crate::passage::Passage;
 use crate::refusal::Refusal;
+use crate::tunnel::Place;
 use crate::upgrade::granted;
 
 /// Finds the route that takes the request.
@@ -21,6 +23,11 @@ pub(crate) fn admit(passage: &mut Passage) -> Result<(), Refusal> {
     passage.route = Some(Rc::clone(&route));
     if let Some(wish) = &mut passage.upgrade {
         *wish = granted(wish, &route.upgrades)?.clone();
+        let place = Place::take(&passage.worker);
+        if place.is_none() {
+            passage.worker.counters.count(Count::TunnelsRefused);
+        }
+        passage.place = Some(place.ok_or(Refusal::TunnelsFull)?);
     }
     if passage.tape.is_empty() {
         return Ok(());

@@ -112,13 +112,14 @@ pub(crate) enum Count {
     BadChains,
     TunnelsOpened,
     TunnelsClosed,
+    TunnelsRefused,
     TunnelsSilent,
     TunnelsCut,
     TunnelBytesUp,
     TunnelBytesDown,
 }
 
-const COUNTS: [(Count, &str, &str); 34] = [
+const COUNTS: [(Count, &str, &str); 35] = [
     (Count::Requests, "mandoline_proxy_requests", "Requests whose head came in"),
     (
         Count::Answered,
@@ -241,6 +242,11 @@ const COUNTS: [(Count, &str, &str); 34] = [
         "Connections that switched to another protocol, such as WebSocket",
     ),
     (Count::TunnelsClosed, "mandoline_proxy_tunnels_closed", "Tunnels that have ended"),
+    (
+        Count::TunnelsRefused,
+        "mandoline_proxy_tunnels_refused",
+        "Wishes for a tunnel that were refused since there were as many as there may be",
+    ),
     (
         Count::TunnelsSilent,
         "mandoline_proxy_tunnels_silent",
@@ -727,6 +733,8 @@ pub struct Stats {
     pub bad_chains: u64,
     /// Connections that have switched to another protocol, now.
     pub tunnels: u64,
+    /// Wishes for one that were refused since there were as many as there may be.
+    pub tunnels_refused: u64,
     /// Those that were ended since nothing came through for too long.
     pub tunnels_silent: u64,
     /// Those that were ended since the proxy stopped.
@@ -929,6 +937,7 @@ impl Tally {
             long_bodies: self.sum(Count::LongBodies),
             bad_chains: self.sum(Count::BadChains),
             tunnels: self.sum(Count::TunnelsOpened).saturating_sub(tunnels_closed),
+            tunnels_refused: self.sum(Count::TunnelsRefused),
             tunnels_silent: self.sum(Count::TunnelsSilent),
             tunnels_cut: self.sum(Count::TunnelsCut),
             tunnel_bytes: [Count::TunnelBytesUp, Count::TunnelBytesDown].map(|c| self.sum(c)),

@@ -16,7 +16,7 @@ use crate::observe::Exchange;
 use crate::pool::upstream::Lease;
 use crate::setup::{Route, Setup};
 use crate::target::Target;
-use crate::tunnel::Switch;
+use crate::tunnel::{Place, Switch};
 use crate::upload::Tape;
 use crate::wire::{Abort, Line, Seen};
 use crate::worker::Worker;
@@ -37,6 +37,8 @@ pub(crate) struct Passage {
     pub(crate) exchange: Exchange,
     /// Whether the client waits for leave to send its body.
     pub(crate) waits_for_leave: bool,
+    /// A tunnel's, from `admit` on, where it wants to switch.
+    pub(crate) place: Option<Place>,
     /// What its connection may be switched by.
     pub(crate) switch: Option<Switch>,
     /// Whether it came by HTTP/2.
@@ -102,6 +104,7 @@ impl Passage {
             exchange,
             host: Host::unknown(),
             upgrade: None,
+            place: None,
             route: None,
             request_id: HeaderValue::from_static(""),
             key: None,

@@ -119,18 +119,18 @@ impl Proxy {
             threads: Vec::with_capacity(workers),
             admin_thread: None,
         };
-        let open_connections = Arc::new(AtomicUsize::new(0));
+        let [open_connections, tunnels] = [(); 2].map(|()| Arc::new(AtomicUsize::new(0)));
         let workers_own = sockets.into_iter().zip(&*counters).zip(changes);
         for (n, ((sockets, counters), mut changes)) in workers_own.enumerate() {
             let (config, counters) = (Arc::clone(&config), Arc::clone(counters));
-            let book = Arc::clone(&book);
+            let (book, tunnels) = (Arc::clone(&book), Arc::clone(&tunnels));
             let (open_connections, stop) = (Arc::clone(&open_connections), proxy.stop.clone());
             let (entrances, entered) = (entrances.clone(), entrances.clone());
             let open_door = move |(place, socket): (usize, Socket)| -> io::Result<Door> {
                 Ok((Arc::clone(&entered[place]), Listening::new(socket)?))
             };
             let body = async move |doors| {
-                let worker = Rc::new(Worker::new(config, counters, book));
+                let worker = Rc::new(Worker::new(config, counters, book, tunnels));
                 let reloading = Rc::clone(&worker);
                 worker.pool.spawn(async move {
                     while let Some(message) = changes.recv().await {

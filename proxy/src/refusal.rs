@@ -130,6 +130,9 @@ pub(crate) enum Refusal {
         "{0} does not take keys of that region: it is no gateway there, or has another region set"
     )]
     Astray(Gateway),
+    /// There are as many tunnels as there may be.
+    #[error("this proxy has as many tunnels as it may have: try again in a second")]
+    TunnelsFull,
     /// The proxy is at its limit.
     #[error("this proxy has as many connections as it may have: try again in a second")]
     Full,
@@ -228,6 +231,7 @@ impl Refusal {
             | Self::Left
             | Self::BrokenRepeatable
             | Self::Lost(_)
+            | Self::TunnelsFull
             | Self::Full => StatusCode::SERVICE_UNAVAILABLE,
             Self::Lookup(Fault::Down(_) | Fault::Late | Fault::Busy | Fault::Unasked) => {
                 StatusCode::SERVICE_UNAVAILABLE
@@ -297,7 +301,7 @@ impl Refusal {
             Self::Broken | Self::BrokenRepeatable => "mandoline; error=connection_terminated",
             Self::Garbled(_) => "mandoline; error=http_protocol_error",
             Self::Late => "mandoline; error=http_response_timeout",
-            Self::Full => "mandoline; error=connection_limit_reached",
+            Self::Full | Self::TunnelsFull => "mandoline; error=connection_limit_reached",
         })
     }
 

@@ -76,7 +76,7 @@ async fn stages(passage: &mut Passage) -> Result<(), Refusal> {
 /// Passes a task's answer on. The exchange ends with its last byte, and is observed then.
 fn pass_on(passage: Passage) -> Response<Download> {
     let route = passage.route();
-    let Passage { worker, answer, mut exchange, abort, upgrade, switch, .. } = passage;
+    let Passage { worker, answer, mut exchange, abort, upgrade, switch, place, .. } = passage;
     let (mut response, lease) = answer.expect("forward has got an answer");
     let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let task = switches.then(|| hyper::upgrade::on(&mut response));
@@ -108,7 +108,8 @@ fn pass_on(passage: Passage) -> Response<Download> {
         }
         exchange.answers(head.status, &mut head.headers);
         exchange.switches();
-        switch.set(Tunnel::new(worker, task, exchange));
+        let place = place.expect("who has asked to has a place");
+        switch.set(Tunnel::new(worker, task, exchange, place));
         return Response::from_parts(head, Download::Own(None));
     }
     exchange.answers(head.status, &mut head.headers);

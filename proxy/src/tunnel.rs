@@ -11,6 +11,8 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -42,6 +44,25 @@ pub(crate) struct Tunnel {
     worker: Rc<Worker>,
     task: OnUpgrade,
     exchange: Exchange,
+    place: Place,
+}
+
+/// One of the tunnels that the proxy may have, from before its task is asked until it has ended.
+pub(crate) struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    /// Takes one, if there is any left.
+    pub(crate) fn take(worker: &Worker) -> Option<Self> {
+        let taken = worker.tunnels.fetch_add(1, Relaxed);
+        let place = Self(Arc::clone(&worker.tunnels));
+        (taken < worker.setup().config.limits.tunnels).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
 }
 
 impl Switch {
@@ -117,8 +138,13 @@ const HALF_WAIT: Duration = Duration::from_secs(30);
 const CLOSE_WAIT: Duration = Duration::from_millis(200);
 
 impl Tunnel {
-    pub(crate) const fn new(worker: Rc<Worker>, task: OnUpgrade, exchange: Exchange) -> Self {
-        Self { worker, task, exchange }
+    pub(crate) const fn new(
+        worker: Rc<Worker>,
+        task: OnUpgrade,
+        exchange: Exchange,
+        place: Place,
+    ) -> Self {
+        Self { worker, task, exchange, place }
     }
 
     /// Carries bytes both ways until it ends. `ahead` came from the client behind its request.
@@ -128,7 +154,7 @@ impl Tunnel {
         ahead: Bytes,
         stop: &CancellationToken,
     ) {
-        let Self { worker, task, mut exchange } = self;
+        let Self { worker, task, mut exchange, place: _place } = self;
         let task = match task.await {
             Ok(task) => task,
             Err(error) => {
@@ -326,6 +352,8 @@ impl Way {
                 took(taken as u64);
                 self.left.advance(taken);
             }
+            // Though empty it may keep a parser's whole buffer alive.
+            self.left = Bytes::new();
             match self.state {
                 State::Over => return Poll::Ready(Ok(())),
                 State::Ending => {

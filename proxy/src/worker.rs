@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::hash::{BuildHasher, RandomState};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use http::Version;
 use http::header::HeaderValue;
@@ -28,6 +29,8 @@ pub(crate) struct Worker {
     pub(crate) pool: Pool,
     /// Bytes of request bodies that may still be kept for a second try.
     pub(crate) replay_room: Rc<Cell<usize>>,
+    /// How many tunnels there are, over all workers.
+    pub(crate) tunnels: Arc<AtomicUsize>,
     /// Whether the proxy is stopping, so that each connection ends with its next answer.
     pub(crate) stopping: Cell<bool>,
     /// Draws what is told of in logs and traces.
@@ -42,7 +45,12 @@ pub(crate) struct Worker {
 
 impl Worker {
     /// Makes a worker that does nothing yet. To be called on the worker's own thread, for it starts tasks there.
-    pub(crate) fn new(config: Arc<Checked>, counters: Arc<Counters>, book: Arc<Book>) -> Self {
+    pub(crate) fn new(
+        config: Arc<Checked>,
+        counters: Arc<Counters>,
+        book: Arc<Book>,
+        tunnels: Arc<AtomicUsize>,
+    ) -> Self {
         let pseudonym = format!("mandoline-{}", config.id);
         let via = |version: &str| {
             HeaderValue::try_from(format!("{version} {pseudonym}"))
@@ -67,6 +75,7 @@ impl Worker {
             counters,
             pool,
             replay_room,
+            tunnels,
             stopping,
             chance,
             pseudonym,

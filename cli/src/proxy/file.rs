@@ -273,6 +273,7 @@ pub(crate) struct LimitsFile {
     idle_per_task: Option<usize>,
     replay_bytes: Option<Size>,
     body_bytes: Option<Size>,
+    tunnels: Option<usize>,
 }
 
 /// What is held by pauses.
@@ -483,8 +484,15 @@ impl TimeoutsFile {
 impl LimitsFile {
     /// Changes what is given.
     pub(crate) fn apply(self, to: &mut Limits) {
-        let Self { connections, header_bytes, headers, idle_per_task, replay_bytes, body_bytes } =
-            self;
+        let Self {
+            connections,
+            header_bytes,
+            headers,
+            idle_per_task,
+            replay_bytes,
+            body_bytes,
+            tunnels,
+        } = self;
         if let Some(Size(most)) = body_bytes {
             to.body_bytes = most;
         }
@@ -497,6 +505,7 @@ impl LimitsFile {
             (headers, &mut to.headers),
             (idle_per_task, &mut to.idle_per_task),
             (bytes(replay_bytes), &mut to.replay_bytes),
+            (tunnels, &mut to.tunnels),
         ] {
             if let Some(most) = given {
                 *place = most;

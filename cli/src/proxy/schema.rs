@@ -70,7 +70,7 @@ mod tests {
             "{routes: [{job: kv, protocol: http1, response_timeout: 5s, total_timeout: 1m}]}",
             "{routes: [{job: kv, upgrades: [websocket, x-tunnel/2, h2cx]}], timeouts: {tunnel: 1h}}",
             "{routes: [{job: kv, upgrades: []}]}",
-            "{routes: [{job: kv, body_bytes: 1GiB}], limits: {body_bytes: 1MiB}}",
+            "{routes: [{job: kv, body_bytes: 1GiB}], limits: {body_bytes: 1MiB, tunnels: 5}}",
             "{routes: [{job: kv}, {host: '*.a.org', job: carts}], jobs: {carts: {cache: /tmp/carts}}}",
             "{access: {insecure: true}}",
             "{routes: [{job: kv, request: {set: {x-id: '{request_id}'}, remove: [cookie]}, response: {}}]}",

@@ -196,6 +196,7 @@ impl Config {
             paused_bytes: _,
             replay_bytes: _,
             body_bytes: _,
+            tunnels,
         } = self.limits;
         let limits = [
             ("connections", connections, 1, 1_000_000),
@@ -205,6 +206,7 @@ impl Config {
             ("idle_per_task", idle_per_task, 0, 100_000),
             ("held_requests", held_requests, 0, 1_000_000),
             ("paused_requests", paused_requests, 0, 1_000_000),
+            ("tunnels", tunnels, 0, 1_000_000),
         ];
         for (name, value, least, most) in limits {
             if !(least..=most).contains(&value) {
@@ -426,6 +428,8 @@ pub struct Limits {
     pub replay_bytes: usize,
     /// How long a request's body may be. It is passed on as it comes, so a long one costs time and no memory; this is for the tasks' sake.
     pub body_bytes: u64,
+    /// Connections and streams that have switched to another protocol, or are about to, over all workers. One more gets a 503.
+    pub tunnels: usize,
 }
 
 /// So many header lines are taken unless something else is said. It is hyper's own limit, too, which costs it less than any other:
@@ -448,6 +452,8 @@ impl Default for Limits {
             replay_bytes: 64 << 20,
             // What large content networks take of an upload unless told otherwise.
             body_bytes: 100 << 20,
+            // Half of the client connections, for each has another one to its task. Streams of HTTP/2 could ask for many more.
+            tunnels: 10_000,
         }
     }
 }

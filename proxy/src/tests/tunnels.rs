@@ -346,3 +346,18 @@ async fn a_connection_that_has_switched_is_used_for_nothing_else() {
         assert_eq!(stage.stats().connects, number);
     }
 }
+
+#[tokio::test]
+async fn there_are_as_many_tunnels_as_there_may_be() {
+    let backend = echo().await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| config.limits.tunnels = 2);
+    let (first, mut second) = (open(&stage).await, open(&stage).await);
+    let refused = stage.talk(&ASK.replace("connection: ", "connection: close, ")).await;
+    assert!(refused.starts_with("HTTP/1.1 503 ") && refused.contains("retry-after"), "{refused}");
+    assert_eq!(stage.stats().tunnels_refused, 1);
+    drop(first);
+    until("the tunnel to end", || stage.stats().tunnels == 1).await;
+    says(&mut second, "still here").await;
+    let mut third = open(&stage).await;
+    says(&mut third, "hello").await;
+}
