@@ -743,6 +743,8 @@ pub struct Stats {
     pub tunnel_bytes: [u64; 2],
     /// Connections to tasks that were opened.
     pub connects: u64,
+    /// Attempts to open one that came to nothing.
+    pub connect_failures: u64,
     /// Each task that was tried in the last minutes.
     pub tasks: BTreeMap<SessionId, TaskStats>,
     /// What became of the requests that each route took.
@@ -942,6 +944,7 @@ impl Tally {
             tunnels_cut: self.sum(Count::TunnelsCut),
             tunnel_bytes: [Count::TunnelBytesUp, Count::TunnelBytesDown].map(|c| self.sum(c)),
             connects: self.sum(Count::Connects),
+            connect_failures: self.sum(Count::ConnectFailures),
             tasks: self.tasks(),
             routes: self.routes(),
             pauses: known.pauses,

@@ -27,5 +27,6 @@ mod tls;
 mod proxy_protocol;
 mod unix;
 mod http2_tasks;
+mod tls_tasks;
 mod tunnels;
 mod chains;
