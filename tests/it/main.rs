@@ -26,6 +26,7 @@ mod proxy_reload;
 mod pauses_proxy;
 mod proxy_handover;
 mod pools;
+mod grpc_proxy;
 mod lookups;
 mod hand;
 mod regions;
