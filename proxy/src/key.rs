@@ -28,18 +28,13 @@ pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
         None => find(key, &asked)?,
         Some(lookup) => {
             let looked_up = key.bytes_in(&asked).map_err(|miss| refusal(miss, key))?;
-            let answer = translate(lookup, &looked_up).await?;
+            let answer = lookup.find(&looked_up).await.map_err(Refusal::Lookup)?;
             passage.translated.insert(Translated { looked_up, answer }).key()
         }
     };
     passage.key = Some(key);
     passage.exchange.has_key(key, job);
     Ok(())
-}
-
-/// Translates a key, now: while a request is held, another answer may have come into force.
-pub(crate) async fn translate(lookup: &Lookup, key: &[u8]) -> Result<Arc<[u8]>, Refusal> {
-    lookup.find(key).await.map_err(Refusal::Lookup)
 }
 
 /// Reads a small body, which is kept to be sent on.

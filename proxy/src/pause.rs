@@ -12,7 +12,6 @@ use crate::hold::flights::Facts;
 use crate::hold::gates::Gate;
 use crate::hold::room::Full;
 use crate::hold::{Ended, Held, Waiter, grpc};
-use crate::key::translate;
 use crate::passage::Passage;
 use crate::refusal::{Paused, Refusal, WhyPaused};
 use crate::setup::To;
@@ -76,7 +75,9 @@ async fn while_paused(passage: &mut Passage, facts: &mut Facts) -> Result<(), Re
         })?;
         if let Some((lookup, translated)) = route.lookup.as_ref().zip(translated.as_mut()) {
             // The pause may have been for this: to have another shard take over.
-            translated.answer = translate(lookup, &translated.looked_up).await?;
+            let ended = gate.opened().unwrap_or_else(Instant::now);
+            let answer = lookup.find_since(&translated.looked_up, ended).await;
+            translated.answer = answer.map_err(Refusal::Lookup)?;
             let fresh = translated.key();
             (*key, facts.key) = (Some(fresh), Some(fresh));
             exchange.has_other_key(fresh);

@@ -54,7 +54,7 @@ pub(crate) struct Account {
 /// How those whom a pause held are let go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Release {
-    began: Instant,
+    pub(crate) began: Instant,
     pub(crate) over: Duration,
     pub(crate) at_end: AtEnd,
 }

@@ -184,6 +184,11 @@ impl Gate {
         self.release.get().is_some()
     }
 
+    /// Says since when it has ended, if it has.
+    pub(crate) fn opened(&self) -> Option<Instant> {
+        self.release.get().map(|release| release.began)
+    }
+
     /// Says whether those whom it held are being refused. It holds nobody more.
     pub(crate) fn fails(&self) -> bool {
         self.release.get().is_some_and(|release| release.at_end == AtEnd::Fail)

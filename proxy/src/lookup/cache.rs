@@ -43,6 +43,7 @@ pub(super) struct Cache {
 #[derive(Debug)]
 struct Entry {
     answer: Answer,
+    /// When the table was asked for it.
     since: Instant,
     number: u64,
 }
@@ -50,6 +51,8 @@ struct Entry {
 #[derive(Debug)]
 struct Question {
     since: Instant,
+    /// When the table was asked, if it was.
+    asked: Option<Instant>,
     waiting: Vec<Said>,
     state: State,
     rounds: u8,
@@ -89,6 +92,12 @@ impl Cache {
         }
     }
 
+    /// Gives what is good and was asked for after something else had happened.
+    fn fresh_since(&self, key: &[u8], now: Instant, since: Option<Instant>) -> Option<Answer> {
+        let is_before = |entry: &Entry| since.is_some_and(|since| entry.since < since);
+        self.fresh(key, now).filter(|_| !self.answers.get(key).is_some_and(is_before))
+    }
+
     /// Gives what the table said of a key, if that is still good.
     pub(super) fn fresh(&self, key: &[u8], now: Instant) -> Option<Answer> {
         let entry = self.answers.get(key)?;
@@ -96,8 +105,9 @@ impl Cache {
         (now.duration_since(entry.since) < ttl).then(|| entry.answer.clone())
     }
 
-    pub(super) fn get(&mut self, key: &[u8], now: Instant) -> Known {
-        if let Some(answer) = self.fresh(key, now) {
+    /// Says what is known of a key, or is yet to be asked for; by the table as it is now or, if that is given, was since then.
+    pub(super) fn get(&mut self, key: &[u8], now: Instant, since: Option<Instant>) -> Known {
+        if let Some(answer) = self.fresh_since(key, now, since) {
             match answer {
                 Some(_) => self.stats.hits += 1,
                 None => self.stats.negative_hits += 1,
@@ -105,8 +115,9 @@ impl Cache {
             return Known::Fresh(answer);
         }
         self.stats.misses += 1;
-        if let Some((since, fault)) = self.resting.get(key)
-            && now.duration_since(*since) < REST
+        if let Some((began, fault)) = self.resting.get(key)
+            && now.duration_since(*began) < REST
+            && since.is_none_or(|since| *began >= since)
         {
             return Known::Faulty(fault.clone());
         }
@@ -116,13 +127,16 @@ impl Cache {
                 Known::Faulty(Fault::Late)
             }
             Some(question) => {
+                if question.asked.zip(since).is_some_and(|(asked, since)| asked < since) {
+                    question.outdated();
+                }
                 question.waiting.push(said);
                 Known::Asked(hears)
             }
             None => {
                 let (waiting, state) = (vec![said], State::Queued);
-                self.questions
-                    .insert(key.into(), Question { since: now, waiting, state, rounds: 0 });
+                let question = Question { since: now, asked: None, waiting, state, rounds: 0 };
+                self.questions.insert(key.into(), question);
                 Known::Nothing(hears)
             }
         }
@@ -160,10 +174,10 @@ impl Cache {
     }
 
     /// Somebody asks the table now: what changes from now on, the answer may not have yet.
-    pub(super) fn asks(&mut self, key: &[u8]) {
+    pub(super) fn asks(&mut self, key: &[u8], now: Instant) {
         self.stats.questions += 1;
         if let Some(question) = self.questions.get_mut(key) {
-            question.state = State::Asked;
+            (question.state, question.asked) = (State::Asked, Some(now));
         }
     }
 
@@ -179,11 +193,13 @@ impl Cache {
         let is_outdated = question.as_ref().is_some_and(|one| one.state == State::Outdated);
         if let Some(question) = question.filter(|one| is_outdated && one.rounds < ROUNDS_MAX) {
             (question.state, question.rounds) = (State::Asked, question.rounds + 1);
+            question.asked = Some(now);
             self.stats.questions += 1;
             return Told::Again;
         }
+        let asked = self.questions.get(key).and_then(|question| question.asked).unwrap_or(now);
         match &answer {
-            Ok(answer) if !is_outdated => self.keep(key, answer.clone(), now),
+            Ok(answer) if !is_outdated => self.keep(key, answer.clone(), asked),
             Err(fault @ (Fault::Two | Fault::Length(_) | Fault::Late)) if !is_outdated => {
                 self.rest(key, fault.clone(), now);
             }
@@ -298,9 +314,9 @@ mod tests {
     #[test]
     fn a_key_that_fails_is_left_alone_for_a_while_or_until_it_changes() {
         let (mut cache, now) = (Cache::new(Limits::default()), Instant::now());
-        let fails = |cache: &mut Cache, key: &[u8], at| match cache.get(key, at) {
+        let fails = |cache: &mut Cache, key: &[u8], at| match cache.get(key, at, None) {
             Known::Nothing(_) => {
-                cache.asks(key);
+                cache.asks(key, at);
                 cache.answer(key, Err(Fault::Late), at);
                 false
             }
@@ -327,10 +343,12 @@ mod tests {
     #[test]
     fn what_changes_while_it_is_asked_for_is_asked_for_again() {
         let (mut cache, now) = (Cache::new(Limits::default()), Instant::now());
-        let Known::Nothing(mut hears) = cache.get(b"a", now) else { panic!("nothing is known") };
+        let Known::Nothing(mut hears) = cache.get(b"a", now, None) else {
+            panic!("nothing is known")
+        };
         // Not asked for yet, so what it will be told is new.
         cache.flush();
-        cache.asks(b"a");
+        cache.asks(b"a", now);
         cache.forget(b"a");
         assert_eq!(cache.answer(b"a", Ok(Some(b"old".to_vec())), now), Told::Again);
         assert!(hears.try_recv().is_err());
@@ -339,8 +357,10 @@ mod tests {
         assert_eq!(hears.try_recv().unwrap().unwrap().as_deref(), Some(&b"new"[..]));
 
         // One that changes all the time is told, and not kept.
-        let Known::Nothing(mut hears) = cache.get(b"c", now) else { panic!("nothing is known") };
-        cache.asks(b"c");
+        let Known::Nothing(mut hears) = cache.get(b"c", now, None) else {
+            panic!("nothing is known")
+        };
+        cache.asks(b"c", now);
         for round in 0..=ROUNDS_MAX {
             cache.flush();
             let told = cache.answer(b"c", Ok(Some(vec![round + 1])), now);
@@ -350,5 +370,28 @@ mod tests {
         assert!(cache.fresh(b"c", now).is_none());
         let stats = cache.stats();
         assert_eq!((stats.questions, stats.misses, stats.keys), (2 + 4, 2, 0));
+    }
+
+    #[test]
+    fn what_was_asked_for_before_something_happened_is_asked_for_again() {
+        let (mut cache, now) = (Cache::new(Limits::default()), Instant::now());
+        let after = now + Duration::from_millis(1);
+        let Known::Nothing(mut early) = cache.get(b"a", now, None) else {
+            panic!("nothing is known")
+        };
+        cache.asks(b"a", now);
+        // It happens while the table is asked: what it says may be of before, for everyone who waits.
+        let Known::Asked(mut late) = cache.get(b"a", after, Some(after)) else {
+            panic!("it is being asked for")
+        };
+        assert_eq!(cache.answer(b"a", Ok(Some(b"old".to_vec())), after), Told::Again);
+        assert_eq!(cache.answer(b"a", Ok(Some(b"new".to_vec())), after), Told::Enough);
+        for hears in [&mut early, &mut late] {
+            assert_eq!(hears.try_recv().unwrap().unwrap().as_deref(), Some(&b"new"[..]));
+        }
+        assert!(matches!(cache.get(b"a", after, Some(after)), Known::Fresh(_)));
+        let later = after + Duration::from_millis(1);
+        assert!(matches!(cache.get(b"a", later, None), Known::Fresh(_)));
+        assert!(matches!(cache.get(b"a", later, Some(later)), Known::Nothing(_)));
     }
 }

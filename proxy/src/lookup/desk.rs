@@ -49,7 +49,7 @@ impl Teller {
 
     /// Says that the table is asked for a key now.
     pub fn asks(&self, key: &[u8]) {
-        self.cache().asks(key);
+        self.cache().asks(key, Instant::now());
     }
 
     /// Says what the table has for a key.

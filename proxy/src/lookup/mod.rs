@@ -23,8 +23,9 @@ use crate::lookup::desk::{Desk, Teller};
 /// What a table says of a key: what stands for it, or that it has nothing.
 pub type Answer = Option<Arc<[u8]>>;
 
-/// How many different keys may wait for the table: beyond them it does not keep up.
-const WAITING_MAX: usize = 1024;
+/// How many different keys may wait for the table: as many as requests may be held, which ask at once when they go on. Beyond
+/// them it does not keep up.
+const WAITING_MAX: usize = 10_000;
 
 /// How a lookup is kept within bounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,10 +172,19 @@ impl Lookup {
 
     /// Translates a key.
     pub async fn find(&self, key: &[u8]) -> Result<Arc<[u8]>, Fault> {
+        self.find_by(key, None).await
+    }
+
+    /// Translates a key by what the table says after something has happened, however good an answer of before would be.
+    pub async fn find_since(&self, key: &[u8], since: Instant) -> Result<Arc<[u8]>, Fault> {
+        self.find_by(key, Some(since)).await
+    }
+
+    async fn find_by(&self, key: &[u8], since: Option<Instant>) -> Result<Arc<[u8]>, Fault> {
         let hears = {
             let mut cache = self.teller.cache();
             let now = Instant::now();
-            match cache.get(key, now) {
+            match cache.get(key, now, since) {
                 Known::Fresh(answer) => return answer.ok_or(Fault::Unknown),
                 Known::Faulty(fault) => return cache.fails(key, now, fault),
                 Known::Asked(hears) => hears,

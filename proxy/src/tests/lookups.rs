@@ -294,7 +294,7 @@ async fn a_request_that_was_held_goes_to_where_its_key_stands_for_by_then() {
     let (operator, told) = Operator::new();
     let stage = Stage::with(owners, |config| {
         config.flags = told;
-        translate(config, lookup.clone());
+        translate(config, lookup);
     });
     assert_eq!(server(&stage.talk(&ask("a.org")).await), "low");
     operator.add(7, order("host=a.org", LONG));
@@ -302,11 +302,18 @@ async fn a_request_that_was_held_goes_to_where_its_key_stands_for_by_then() {
     let mut wire = stage.connect().await;
     wire.send(ask("a.org")).await;
     held(&stage, 1).await;
-    // The shop moves while nobody is let in.
+    // The shop moves while nobody is let in. Nobody tells the lookup, whose answer would be good for long.
     service.set("a.org", &high);
-    lookup.forget(b"a.org");
-    operator.end(7, Duration::ZERO);
+    let request = ask("a.org");
+    let others: Vec<_> = (0..20).map(|_| stage.talk(&request)).collect();
+    let (others, ()) = tokio::join!(futures_util::future::join_all(others), async {
+        held(&stage, 21).await;
+        operator.end(7, Duration::ZERO);
+    });
     assert_eq!(server(&wire.rest().await), "high");
+    assert!(others.iter().all(|answer| server(answer) == "high"));
+    // Asked for once by all of them.
+    assert_eq!(stats(&stage).questions, 2);
 }
 
 #[tokio::test]
