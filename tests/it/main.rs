@@ -27,6 +27,7 @@ mod pauses_proxy;
 mod proxy_handover;
 mod pools;
 mod grpc_proxy;
+mod proxy_observe;
 mod lookups;
 mod hand;
 mod regions;
