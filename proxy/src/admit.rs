@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use http::request::Parts;
 use mandoline::http::refused::is_grpc;
 
 use crate::config::headers::Value;
@@ -9,6 +10,7 @@ use crate::config::matching::Astray;
 use crate::metrics::Count;
 use crate::passage::Passage;
 use crate::refusal::Refusal;
+use crate::setup::{Route, Setup};
 use crate::tunnel::Place;
 use crate::upgrade::granted;
 
@@ -32,13 +34,16 @@ pub(crate) fn admit(passage: &mut Passage) -> Result<(), Refusal> {
     if passage.tape.is_empty() {
         return Ok(());
     }
-    // A stream of gRPC is a body that may last for as long as both sides like.
-    let usual = passage.setup.config.limits.body_bytes;
-    let usual = (!is_grpc(&passage.head.headers)).then_some(usual);
-    match route.forwarding.body_bytes.or(usual) {
+    match body_bytes(&route, &passage.setup, &passage.head) {
         Some(most) => passage.tape.bound(most, &passage.worker.counters),
         None => Ok(()),
     }
+}
+
+/// Says how long a request's body may be, if it is bounded. A stream of gRPC is a body that may last for as long as both sides like.
+pub(crate) fn body_bytes(route: &Route, setup: &Setup, head: &Parts) -> Option<u64> {
+    let usual = setup.config.limits.body_bytes;
+    route.forwarding.body_bytes.or_else(|| (!is_grpc(&head.headers)).then_some(usual))
 }
 
 pub(crate) fn refusal(astray: Astray) -> Refusal {

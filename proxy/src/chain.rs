@@ -162,7 +162,10 @@ fn pair<'a>(element: &'a [u8], name: &str) -> Option<&'a [u8]> {
 
 #[cfg(test)]
 mod tests {
+    use mandoline_core::prng::Prng;
+
     use super::*;
+    use crate::client::{Host, Scheme};
 
     fn by(headers: &[&str]) -> Forwarded {
         let trusted = ["10.0.0.0/8", "fd00::/8"].map(|network| network.parse().unwrap());
@@ -289,5 +292,45 @@ mod tests {
             assert_eq!(said(&all, &[bad]), (None, None, false), "{bad:?}");
         }
         assert_eq!(said(&all, &[both[0], both[0]]), (None, None, false));
+    }
+
+    #[test]
+    fn no_chain_is_too_strange_to_be_read() {
+        let pieces = [
+            "for=",
+            "192.0.2.1",
+            "10.0.0.1",
+            "\"",
+            "\\",
+            ",",
+            ";",
+            "=",
+            " ",
+            "[",
+            "]",
+            ":",
+            "fd00::1",
+            "proto",
+            "host",
+            "\u{e9}",
+            "unknown",
+            "80",
+            "by=x",
+        ];
+        let mut prng = Prng::new(1);
+        for name in ["forwarded", "x-forwarded-for"] {
+            let by = by(&[name]);
+            for _ in 0..20_000 {
+                let mut piece = || pieces[prng.bits() as usize % pieces.len()];
+                let line: String = (0..12).map(|_| piece()).collect();
+                let mut headers = HeaderMap::new();
+                headers.insert(name, HeaderValue::from_bytes(line.as_bytes()).unwrap());
+                let (told, _) = told(&headers, &by);
+                // All but the client are trusted, and what is made of it can be sent.
+                assert!(told.hops.iter().skip(1).all(|hop| by.trusts(*hop)), "{line}");
+                let client = Client::new(None, Scheme::Http, None).speaks_for(&told);
+                client.forwarded(&Host::unknown());
+            }
+        }
     }
 }

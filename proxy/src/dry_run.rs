@@ -186,6 +186,12 @@ impl Walk<'_> {
         told.enters("admit");
         let wish = upgrade::wish(head, false)?;
         let route = self.admit(head, &host, told)?;
+        let body_bytes = admit::body_bytes(&route, self.setup, head);
+        told.fact("body_bytes", body_bytes);
+        told.says(match body_bytes {
+            Some(most) => format!("its body may have {most} bytes"),
+            None => "its body may have any length".to_owned(),
+        });
         if let Some(wish) = wish {
             let protocol = upgrade::granted(&wish, &route.upgrades)?.to_str().unwrap_or_default();
             told.fact("upgrade", protocol);

@@ -18,6 +18,8 @@ use super::http2::Client;
 use super::tunnels;
 use crate::config::Config;
 use crate::config::listener::{CertificateFiles, ClientCertificates, Tls};
+use crate::config::tls::{Tls as TaskTls, TlsFiles};
+use crate::config::transport::Transport;
 use crate::proxy::Proxy;
 
 /// Made once, valid until 2120, but for those that are not: see their names.
@@ -249,4 +251,24 @@ async fn a_tunnel_is_encrypted_as_its_connection_is() {
     // It ends in order, so that neither side takes it for cut short.
     within("the end", stream.read_to_string(&mut rest)).await.unwrap();
     assert_eq!(rest, "bye");
+}
+
+#[tokio::test]
+async fn a_task_that_speaks_both_versions_by_tls_is_asked_for_a_tunnel_in_the_older() {
+    let backend = tunnels::echo().await;
+    // A proxy before the task takes HTTP/2 as gladly.
+    let far = Stage::with(Owners::all(backend.address).await, |config| {
+        config.id = "far".parse().unwrap();
+        with_tls(config, vec![files("first")]);
+    });
+    let stage = Stage::with(Owners::all(far.proxy.local_addr()).await, |config| {
+        let name = Some("first.example".to_owned());
+        let files = TlsFiles { authorities: pem("authority.pem"), identity: None, name };
+        let tls = Some(Arc::new(TaskTls::load(files).unwrap()));
+        config.transports.insert("kv".parse().unwrap(), Transport { tls, ..Transport::default() });
+    });
+    let mut tunnel = tunnels::open(&stage).await;
+    tunnels::says(&mut tunnel, "hello").await;
+    assert_eq!((stage.stats().tunnels, far.stats().tunnels), (1, 1));
+    assert_eq!(far.stats().http2_connections, 0);
 }

@@ -12,6 +12,7 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{accept_async, client_async};
 
 use super::harness::{Backend, Owners, Stage, Wire, until, within};
+use crate::ask::Ask;
 use crate::config::transport::{Protocol, Transport};
 use crate::record::{Observer, Outcome, Record};
 
@@ -360,4 +361,22 @@ async fn there_are_as_many_tunnels_as_there_may_be() {
     says(&mut second, "still here").await;
     let mut third = open(&stage).await;
     says(&mut third, "hello").await;
+}
+
+#[tokio::test]
+async fn an_explanation_says_what_may_be_switched_to_and_how_long_a_body_may_be() {
+    let backend = echo().await;
+    let stage = Stage::new(Owners::all(backend.address).await);
+    let explained = async |upgrade: &str| {
+        let upgrade = format!("upgrade: {upgrade}");
+        let headers = [("header", "connection: upgrade"), ("header", &*upgrade)];
+        let query = Ask::query([("url", "http://a/kv/a")].into_iter().chain(headers));
+        let Ask { head, client } = Ask::of(&query).unwrap();
+        stage.proxy.reloader().explain(head, client).await.unwrap().0.to_string()
+    };
+    let granted = explained("WebSocket").await;
+    assert!(granted.contains("may switch to websocket"), "{granted}");
+    assert!(granted.contains("may have 104857600 bytes"), "{granted}");
+    let refused = explained("x-tunnel").await;
+    assert!(refused.contains("answers 501"), "{refused}");
 }
