@@ -167,6 +167,7 @@ admit     the route \"carts\" takes it
           not \"writes\": it takes PUT
           not \"canary\": it asks for a certain value of the header x-canary
           not \"others\": it would take it, but is less specific
+          its body may have 104857600 bytes
 key       the key is the value of the header x-user
           it lies at KEY
 pause     whether a pause holds it only a proxy that runs knows
