@@ -171,20 +171,35 @@ pub(crate) struct Answer {
 
 /// Asks by HTTP/1.1, one request a connection; nothing if nobody answers.
 pub(crate) fn ask(address: SocketAddr, method: &str, target: &str, body: &str) -> Option<Answer> {
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(20))).ok()?;
+    try_ask(address, method, target, body).ok()
+}
+
+/// The same, and what went wrong.
+pub(crate) fn try_ask(
+    address: SocketAddr,
+    method: &str,
+    target: &str,
+    body: &str,
+) -> Result<Answer, String> {
+    let failed = |what| move |error: std::io::Error| format!("{what}: {error}");
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))
+        .map_err(failed("connecting"))?;
+    stream.set_read_timeout(Some(Duration::from_secs(20))).map_err(failed("a time-out"))?;
     let length = body.len();
     let head = format!(
         "{method} {target} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"
     );
-    stream.write_all(head.as_bytes()).ok()?;
-    stream.write_all(body.as_bytes()).ok()?;
+    stream.write_all(head.as_bytes()).map_err(failed("sending the head"))?;
+    stream.write_all(body.as_bytes()).map_err(failed("sending the body"))?;
     let mut answer = vec![];
-    stream.read_to_end(&mut answer).ok()?;
+    let read = stream.read_to_end(&mut answer);
     let answer = text(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n")?;
-    let status = head.split(' ').nth(1)?.parse().ok()?;
-    Some(Answer { status, head: head.to_owned(), body: body.to_owned() })
+    read.map_err(|error| format!("after {answer:?}: {error}"))?;
+    let parts = answer.split_once("\r\n\r\n").and_then(|(head, body)| {
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some(Answer { status, head: head.to_owned(), body: body.to_owned() })
+    });
+    parts.ok_or_else(|| format!("no answer: {answer:?}"))
 }
 
 /// Ports that were free a moment ago, of those that no outgoing connection is given. Each is given once in this process.

@@ -11,7 +11,7 @@ use mandoline_core::spec::JobSpec;
 use rustix::process::Signal;
 
 use crate::callers::{PATIENCE, my_turn, program};
-use crate::kit::{ask, until};
+use crate::kit::{ask, try_ask, until};
 use crate::processes::{Cluster, ProxyKnows};
 
 const PLAIN: &str = "routes:\n  - {name: kv, path: /kv/*, job: kv}\n";
@@ -35,8 +35,7 @@ fn keep_asking(
     let mut n = 0;
     while !done.load(Relaxed) {
         n += 1;
-        let answer = ask(proxy, "PUT", &format!("/kv/key-{n}"), "value");
-        let answer = answer.ok_or("no answer")?;
+        let answer = try_ask(proxy, "PUT", &format!("/kv/key-{n}"), "value")?;
         if answer.status >= 300 {
             return Err(format!("{answer:?}"));
         }
