@@ -18,6 +18,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use mandoline_core::spec::JobSpec;
+use mandoline_proto::pb;
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
@@ -139,21 +140,30 @@ impl Stage {
         let (near, far) = (cluster.start_echo("kv-0")?, cluster.start_echo("kv-1")?);
         cluster.served("kv", 2, WITHIN).await?;
         let mut stage = Self { cluster, near, far, key: String::new() };
+        stage.key = stage.of_far().await?;
+        // Or its key goes to the near task, by what this does to their loads, and the end of the far one is nothing to whoever asks.
+        let freeze = pb::FreezeJobRequest { job: "kv".to_owned(), unfreeze: false };
+        stage.cluster.admin(0).freeze_job(freeze).await?;
+        // What was on its way then has come to its end.
+        stage.key = stage.of_far().await?;
+        Ok(stage)
+    }
+
+    /// Finds a key that the far task answers, whichever of the two is asked: once both know.
+    async fn of_far(&self) -> anyhow::Result<String> {
         let [way, _] = ways();
-        // Whatever each of the two is asked, the far one answers, once both know.
         let look = async |_: &Cluster| {
             for n in 0..KEYS {
                 let key = format!("key-{n}");
-                let said = |at| stage.said(&way, at, "/", &key);
-                let (near, far) = (said(&stage.near).await.ok()?, said(&stage.far).await.ok()?);
-                if near == stage.far.name && far == stage.far.name {
+                let said = |at| self.said(&way, at, "/", &key);
+                let (near, far) = (said(&self.near).await.ok()?, said(&self.far).await.ok()?);
+                if near == self.far.name && far == self.far.name {
                     return Some(key);
                 }
             }
             None
         };
-        stage.key = stage.cluster.until("the far task to own a key", WITHIN, look).await?;
-        Ok(stage)
+        self.cluster.until("the far task to own a key", WITHIN, look).await
     }
 
     async fn ask(
