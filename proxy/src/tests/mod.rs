@@ -27,6 +27,7 @@ mod tls;
 mod proxy_protocol;
 mod unix;
 mod http2_tasks;
+mod grpc;
 mod tls_tasks;
 mod tunnels;
 mod chains;

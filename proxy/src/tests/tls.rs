@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::harness::{Backend, Owners, Stage, config, until, within};
 use super::http2::Client;
+use super::pauses::{Operator, held, in_force, order};
 use super::tunnels;
 use crate::config::Config;
 use crate::config::listener::{CertificateFiles, ClientCertificates, Tls};
@@ -271,4 +272,42 @@ async fn a_task_that_speaks_both_versions_by_tls_is_asked_for_a_tunnel_in_the_ol
     tunnels::says(&mut tunnel, "hello").await;
     assert_eq!((stage.stats().tunnels, far.stats().tunnels), (1, 1));
     assert_eq!(far.stats().http2_connections, 0);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_it_is_held_is_forgotten_by_tls_too() {
+    let backend = Backend::echo("task").await;
+    let (operator, told) = Operator::new();
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        with_tls(config, vec![files("first")]);
+        config.flags = told;
+    });
+    operator.add(1, order("job=kv", Duration::from_secs(600)));
+    in_force(&stage, 1).await;
+    let left = || stage.stats().pauses[0].left;
+    for (n, length) in (1..).zip([0, 300_000]) {
+        let mut stream = dial(&stage, "first.example", &[], None).await.unwrap();
+        let head = format!("POST /k/a HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(&vec![b'x'; length]).await.unwrap();
+        held(&stage, 1).await;
+        drop(stream);
+        until("it to be forgotten", || left() == n).await;
+    }
+    // By HTTP/2 a request leaves alone, or with its connection.
+    let stream = dial(&stage, "first.example", &["h2"], None).await.unwrap();
+    let mut client = Client::over(stream).await;
+    for n in 3..5 {
+        tokio::select! {
+            _ = client.get("/k/a") => panic!("it is held"),
+            () = held(&stage, 1) => {}
+        }
+        until("it to be forgotten", || left() == n).await;
+    }
+    tokio::select! {
+        _ = client.get("/k/a") => panic!("it is held"),
+        () = held(&stage, 1) => client.connection.abort(),
+    }
+    until("it to be forgotten", || left() == 5 && stage.stats().connections == 0).await;
+    assert_eq!((stage.stats().held, stage.stats().held_bytes, stage.stats().in_flight), (0, 0, 0));
 }
