@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mandoline_core::flags::{AtEnd, Flags, Pause, PauseId, Phase};
+use mandoline_core::generation::Generation;
 use mandoline_core::ramp::Ramp;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
@@ -81,7 +82,10 @@ impl Gates {
         loop {
             if std::mem::take(&mut is_told) {
                 let told = Arc::clone(&flags.borrow_and_update());
-                self.heed(&told);
+                // Who has heard nothing yet, as after a reload that names others to ask, knows of no pause that has ended.
+                if told.version > Generation::ZERO || !self.is_any.get() {
+                    self.heed(&told);
+                }
             }
             let due = self.turn(Instant::now());
             tokio::select! {

@@ -661,13 +661,31 @@ async fn a_reload_may_tell_of_pauses_from_elsewhere() {
     let mut config = super::harness::config(&stage.owners, |config| config.flags = told);
     config.listeners = vec!["127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()];
     stage.proxy.reloader().reload(config).await.unwrap();
-    assert!(wire.rest().await.starts_with("HTTP/1.1 200"));
-    other.add(2, order("job=kv", LONG));
+    // Nobody there has said anything yet, so nothing has ended. Another request comes in under the configuration of now.
+    let mut late = stage.connect().await;
+    late.send(GET).await;
+    held(&stage, 2).await;
+    // What both tell of goes on, and is ended by those who are asked now.
+    other.add(1, order("job=kv", LONG));
+    other.add(2, order("path=/elsewhere", LONG));
     in_force(&stage, 2).await;
+    held(&stage, 2).await;
+    other.end(1, Duration::ZERO);
+    for wire in [wire, late] {
+        assert!(wire.rest().await.starts_with("HTTP/1.1 200"));
+    }
+
+    // What they do not tell of has ended.
+    let (third, told) = Operator::new();
+    let mut config = super::harness::config(&stage.owners, |config| config.flags = told);
+    config.listeners = vec!["127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()];
+    other.add(3, order("job=kv", LONG));
+    in_force(&stage, 3).await;
     let mut wire = stage.connect().await;
     wire.send(GET).await;
     held(&stage, 1).await;
-    other.end(2, Duration::ZERO);
+    stage.proxy.reloader().reload(config).await.unwrap();
+    third.add(4, order("path=/elsewhere", LONG));
     assert!(wire.rest().await.starts_with("HTTP/1.1 200"));
 }
 
