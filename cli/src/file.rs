@@ -38,6 +38,16 @@ pub(crate) fn parse<T: DeserializeOwned>(text: &str, name: &str) -> Result<T, Fa
     serde_saphyr::from_str_with_options(text, options).map_err(|error| explain(text, name, &error))
 }
 
+/// Fields that are looked for beside another one, and where they are instead.
+const ELSEWHERE: &[(&str, &str, &str)] = &[
+    ("pause", "stall", "how long a pause holds a request is wait, under pauses"),
+    (
+        "hold",
+        "stall",
+        "how long a request is held while its slice moves is hold_wait, beside timeouts",
+    ),
+];
+
 fn explain(text: &str, name: &str, error: &Error) -> Failure {
     let location = error.location();
     let place = location
@@ -46,9 +56,13 @@ fn explain(text: &str, name: &str, error: &Error) -> Failure {
         Error::SerdeUnknownField { field, expected, .. } => {
             let known = Failure::new(format!("{place}: unknown field {field:?}"))
                 .because(format!("known here: {}", expected.join(", ")));
-            match closest(field, expected) {
-                Some(meant) => known.try_this(format!("did you mean {meant:?}?")),
-                None => known,
+            let elsewhere = ELSEWHERE
+                .iter()
+                .find(|(name, beside, _)| name == field && expected.contains(beside));
+            match (elsewhere, closest(field, expected)) {
+                (Some((.., place)), _) => known.try_this(place),
+                (None, Some(meant)) => known.try_this(format!("did you mean {meant:?}?")),
+                (None, None) => known,
             }
         }
         Error::SerdeMissingField { field, .. } => {

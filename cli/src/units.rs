@@ -86,6 +86,10 @@ impl FromStr for Size {
     type Err = UnitError;
 
     fn from_str(text: &str) -> Result<Self, UnitError> {
+        // Nothing is nothing in every unit.
+        if text == "0" {
+            return Ok(Self(0));
+        }
         // Up to 2^53 bytes a float is exact, and no machine has more.
         measure(text, SIZES)
             .map(f64::round)
@@ -198,6 +202,7 @@ mod tests {
         assert_eq!("10%".parse(), Ok(Share(Ratio::percent(10))));
         assert_eq!("0.5%".parse(), Ok(Share(Ratio::from_millionths(5_000))));
         assert_eq!("64MiB".parse(), Ok(Size(64 << 20)));
+        assert_eq!("0".parse(), Ok(Size(0)));
         for (text, percent) in [("1.15", 115), ("115%", 115), ("2", 200)] {
             assert_eq!(text.parse(), Ok(Factor(Ratio::percent(percent))), "{text}");
         }

@@ -26,7 +26,7 @@ use tracing::{debug, warn};
 
 use crate::ask::Ask;
 use crate::dry_run::Explanation;
-use crate::metrics::Tally;
+use crate::metrics::tally::Tally;
 use crate::page;
 use crate::reload::Reloader;
 

@@ -7,11 +7,11 @@ use mandoline::http::refused::is_grpc;
 
 use crate::config::headers::Value;
 use crate::config::matching::Astray;
-use crate::metrics::Count;
+use crate::metrics::names::Count;
 use crate::passage::Passage;
+use crate::permit::Permit;
 use crate::refusal::Refusal;
 use crate::setup::{Route, Setup};
-use crate::tunnel::Place;
 use crate::upgrade::granted;
 
 /// Finds the route that takes the request.
@@ -25,11 +25,12 @@ pub(crate) fn admit(passage: &mut Passage) -> Result<(), Refusal> {
     passage.route = Some(Rc::clone(&route));
     if let Some(wish) = &mut passage.upgrade {
         *wish = granted(wish, &route.upgrades)?.clone();
-        let place = Place::take(&passage.worker);
-        if place.is_none() {
+        let most = passage.setup.config.limits.tunnels;
+        let permit = Permit::take(&passage.worker.tunnels, most);
+        if permit.is_none() {
             passage.worker.counters.count(Count::TunnelsRefused);
         }
-        passage.place = Some(place.ok_or(Refusal::TunnelsFull)?);
+        passage.permit = Some(permit.ok_or(Refusal::TunnelsFull)?);
     }
     if passage.tape.is_empty() {
         return Ok(());

@@ -12,7 +12,8 @@ use crate::client::{Client, Told, is_host};
 use crate::config::forwarded::{
     Forwarded, Witness, X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO,
 };
-use crate::metrics::{Count, Counters};
+use crate::metrics::counters::Counters;
+use crate::metrics::names::Count;
 
 /// Proxies in a row that are followed: more than any service has.
 const HOPS_MAX: usize = 16;

@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::observe::Exchange;
-use crate::pool::upstream::Lease;
+use crate::pool::upstream::Checkout;
 use crate::record::Outcome;
 use crate::trailers;
 use crate::wire::Abort;
@@ -28,7 +28,7 @@ pub(crate) enum Download {
 /// A task's stream, the connection it comes on, and the exchange that it ends.
 pub(crate) struct Stream {
     source: Incoming,
-    lease: Option<Lease>,
+    checkout: Option<Checkout>,
     worker: Rc<Worker>,
     exchange: Exchange,
     outcome: Outcome,
@@ -41,7 +41,7 @@ pub(crate) struct Stream {
 impl Stream {
     pub(crate) fn new(
         source: Incoming,
-        lease: Lease,
+        checkout: Checkout,
         worker: Rc<Worker>,
         exchange: Exchange,
         outcome: Outcome,
@@ -49,7 +49,7 @@ impl Stream {
     ) -> Self {
         let mut stream = Self {
             source,
-            lease: Some(lease),
+            checkout: Some(checkout),
             worker,
             exchange,
             outcome,
@@ -65,9 +65,9 @@ impl Stream {
 
     fn finish(&mut self) {
         self.exchange.ends(self.outcome);
-        if let Some(mut lease) = self.lease.take() {
-            lease.broke();
-            self.worker.pool.give_back(lease);
+        if let Some(mut checkout) = self.checkout.take() {
+            checkout.broke();
+            self.worker.pool.give_back(checkout);
         }
     }
 }
@@ -99,8 +99,8 @@ impl Stream {
         if let Some(Ok(frame)) = &mut frame {
             if let Some(trailers) = frame.trailers_mut() {
                 trailers::strip(trailers);
-                if let Some(lease) = &mut self.lease {
-                    lease.hears(trailers);
+                if let Some(checkout) = &mut self.checkout {
+                    checkout.hears(trailers);
                 }
             }
             self.exchange.hands_on(frame.data_ref().map_or(0, Bytes::len) as u64);
@@ -109,8 +109,8 @@ impl Stream {
             // The client sees its connection break too: an answer must not seem whole when it is not.
             Some(Err(_)) => {
                 self.exchange.ends(Outcome::Failed);
-                if let Some(mut lease) = self.lease.take() {
-                    lease.broke();
+                if let Some(mut checkout) = self.checkout.take() {
+                    checkout.broke();
                 }
                 if let Some(abort) = &self.abort {
                     abort.abort();
@@ -126,7 +126,7 @@ impl Stream {
     /// only when it has run out, so that a piece costs no more than a flag.
     fn poll_stall(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let limit = self.worker.setup().config.timeouts.stall;
-        let until = self.lease.as_ref().and_then(|lease| lease.until);
+        let until = self.checkout.as_ref().and_then(|checkout| checkout.until);
         let next = || {
             let stalled = Instant::now() + limit;
             until.map_or(stalled, |until| until.min(stalled))

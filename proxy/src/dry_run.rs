@@ -24,10 +24,10 @@ use crate::hold::queue::House;
 use crate::identify;
 use crate::job::Job;
 use crate::key;
-use crate::lookup::Fault;
-use crate::metrics::Counters;
+use crate::lookup::{Fault, Lookup};
+use crate::metrics::counters::Counters;
 use crate::pause;
-use crate::pool::Pool;
+use crate::pool::ConnectionPool;
 use crate::refusal::Refusal;
 use crate::route;
 use crate::setup::{EVERYTHING, Route, Setup, To};
@@ -41,7 +41,7 @@ const OTHERS_MAX: usize = 8;
 /// A proxy that sends nothing.
 pub struct DryRun {
     setup: Rc<Setup>,
-    pool: Pool,
+    pool: ConnectionPool,
     pseudonym: String,
 }
 
@@ -54,7 +54,7 @@ impl DryRun {
     pub fn new(config: Config) -> Result<Self, ConfigError> {
         let counters = Arc::new(Counters::default());
         let config: Arc<Checked> = Arc::new(config.check()?);
-        let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
+        let pool = ConnectionPool::new(config.timeouts, config.limits, Arc::clone(&counters));
         let book = Arc::new(Book::new(1, config.limits));
         let house = Rc::new(House::new(book, counters));
         let pseudonym = format!("mandoline-{}", config.id);
@@ -90,7 +90,7 @@ pub(crate) fn explain(worker: &Worker, head: Parts, client: IpAddr) -> Explanati
 /// A way through the stages.
 struct Walk<'a> {
     setup: &'a Setup,
-    pool: &'a Pool,
+    pool: &'a ConnectionPool,
     // Nothing where no proxy runs.
     gates: Option<&'a Gates>,
     pseudonym: &'a str,
@@ -213,6 +213,8 @@ impl Walk<'_> {
                 told.fact("lookup", lookup.name());
                 told.says(format!("it is translated by the lookup {:?}", lookup.name()));
                 let (looked_up, known) = key::known(from, &asked, lookup)?;
+                let facts = Facts::of(head, &host.0, Some(&job.name), Some(SliceKey::of(&known)));
+                self.is_since_ends(&facts, lookup, &looked_up)?;
                 let [asked, answer] =
                     [&looked_up, &*known].map(|text| String::from_utf8_lossy(text).into_owned());
                 told.says(format!("{answer:?} stands for {asked:?}"));
@@ -234,6 +236,18 @@ impl Walk<'_> {
         Ok(target)
     }
 
+    /// Sees that what is known of a key was said after the end of any pause that covered it.
+    fn is_since_ends(
+        &self,
+        facts: &Facts,
+        lookup: &Lookup,
+        looked_up: &[u8],
+    ) -> Result<(), Refusal> {
+        let ended = self.gates.and_then(|gates| gates.ends.last(facts));
+        let known = lookup.known(looked_up, ended);
+        known.map(|_| ()).map_err(Refusal::Lookup)
+    }
+
     /// The same for a pool, any of whose servers will do.
     fn any(
         &self,
@@ -246,7 +260,7 @@ impl Walk<'_> {
         self.pause(head, host, None, None, told);
         told.enters("route");
         told.fact("pool", pool.name.as_str());
-        let target = pool.lookup.route(EVERYTHING, self.pool).ok_or(Refusal::NoServer)?;
+        let target = pool.owners.route(EVERYTHING, self.pool).ok_or(Refusal::NoServer)?;
         told.says(format!(
             "any server of the pool {} that is there, such as the one below",
             pool.name
@@ -298,13 +312,7 @@ impl Walk<'_> {
         let Some(gates) = self.gates else {
             return told.says("whether a pause holds it only a proxy that runs knows");
         };
-        let facts = Facts {
-            job: job.map(|job| Rc::clone(&job.name)),
-            key,
-            host: host.0.clone(),
-            path: head.uri.path_and_query().cloned(),
-            method: head.method.clone(),
-        };
+        let facts = Facts::of(head, &host.0, job.map(|job| &job.name), key);
         let (mut pauses, mut waited_at) = (Vec::new(), Vec::new());
         while let Some(gate) = gates.holding(&facts, &waited_at) {
             let account = &gate.account;
@@ -379,7 +387,7 @@ impl Walk<'_> {
 
 /// Tells who serves the slice of a key, and says how many do.
 fn owners(job: &Job, key: SliceKey, told: &mut Told) -> usize {
-    let Some(assignment) = job.lookup.assignment() else {
+    let Some(assignment) = job.owners.assignment() else {
         told.says(format!("no assignment of the job {} has come in yet", job.name));
         return 0;
     };
@@ -423,7 +431,7 @@ fn chosen(job: &Job, target: &Target, owners: usize, told: &mut Told) {
     told.fact("why", why);
     told.says(format!("session {session} is chosen: {why}"));
     if let target::To::Region(region) = &target.to {
-        let gateways = job.lookup.gateways().map(|known| known.stats()).unwrap_or_default();
+        let gateways = job.owners.gateways().map(|known| known.stats()).unwrap_or_default();
         let there = gateways.gateways.iter().filter(|(gateway, _)| gateway.region == *region);
         let there: Vec<String> = there.map(|(gateway, _)| gateway.address.to_string()).collect();
         told.says(format!("it is in region {region}: by a gateway there ({})", there.join(", ")));

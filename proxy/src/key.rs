@@ -7,11 +7,13 @@ use mandoline_core::extract::Miss;
 use mandoline_core::key::SliceKey;
 use tokio::time::timeout;
 
+use crate::config::KEY_BODY_MAX_BYTES;
 use crate::lookup::Lookup;
+use crate::metrics::names::Count;
 use crate::passage::{Passage, Translated};
 use crate::refusal::Refusal;
 use crate::setup::To;
-use crate::upload::{Gathered, REPLAY_MAX_BYTES};
+use crate::upload::Gathered;
 
 /// Finds the key where the route says that it is. What goes to a pool has none.
 pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
@@ -37,40 +39,46 @@ pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Reads a small body, which is kept to be sent on.
+/// Reads a small body, which is kept to be sent on. It is counted apart from what is kept for second tries, so that long bodies of others
+/// take no room from it.
 async fn body(passage: &Passage) -> Result<Vec<u8>, Refusal> {
+    let long = || Refusal::Key(Miss::LongBody(KEY_BODY_MAX_BYTES).to_string());
+    if passage.tape.length().is_some_and(|length| length > KEY_BODY_MAX_BYTES as u64) {
+        return Err(long());
+    }
+    passage.tape.count_in(&passage.worker.key_room);
     let within = passage.setup.config.timeouts.header;
-    let reading = passage.tape.gather(BODY_MAX_BYTES, |_| true);
+    let reading = passage.tape.gather(KEY_BODY_MAX_BYTES, |_| true);
     match timeout(within, reading).await {
         Err(_) => Err(Refusal::SlowBody),
         Ok(Gathered::Gone) => Err(Refusal::Left),
         Ok(Gathered::Broken) => {
             Err(passage.tape.fault().expect("a body that is broken has a fault"))
         }
+        Ok(Gathered::Full) => {
+            passage.worker.counters.count(Count::KeyBodiesRefused);
+            Err(Refusal::KeyBodiesFull)
+        }
         Ok(Gathered::Enough) => {
-            let long = || Refusal::Key(Miss::LongBody(BODY_MAX_BYTES).to_string());
-            let body = passage.tape.gathered().filter(|body| body.len() <= BODY_MAX_BYTES);
+            let body = passage.tape.gathered().filter(|body| body.len() <= KEY_BODY_MAX_BYTES);
             body.ok_or_else(long)
         }
     }
 }
-
-/// The longest body that is read to find a key: it has to be kept until its end has come. As much as is kept for a second try.
-const BODY_MAX_BYTES: usize = REPLAY_MAX_BYTES;
 
 /// Finds the key of a request.
 pub(crate) fn find(from: &KeyFrom, asked: &Asked<'_>) -> Result<SliceKey, Refusal> {
     from.find_in(asked).map_err(|miss| refusal(miss, from))
 }
 
-/// Finds the key of a request, and what a lookup knows already to stand for it: the table is not asked.
+/// Finds what a request has a lookup look up, and what is known already to stand for it: the table is not asked.
 pub(crate) fn known(
     from: &KeyFrom,
     asked: &Asked<'_>,
     lookup: &Lookup,
 ) -> Result<(Vec<u8>, Arc<[u8]>), Refusal> {
     let looked_up = from.bytes_in(asked).map_err(|miss| refusal(miss, from))?;
-    let known = lookup.known(&looked_up).map_err(Refusal::Lookup)?;
+    let known = lookup.known(&looked_up, None).map_err(Refusal::Lookup)?;
     Ok((looked_up, known))
 }
 

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::AtomicUsize;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -20,7 +20,8 @@ use tracing::{debug, warn};
 
 use crate::config::listener::Address;
 use crate::connection::{Entrance, connection};
-use crate::metrics::Count;
+use crate::metrics::names::Count;
+use crate::permit::Permit;
 use crate::refusal::Refusal;
 use crate::stream::{self, Listening};
 use crate::worker::Worker;
@@ -104,9 +105,11 @@ pub(crate) async fn run(
     let connections = TaskTracker::new();
     let admit = |entrance: &Arc<Entrance>, socket: stream::Socket, peer: Option<SocketAddr>| {
         worker.counters.count(Count::ConnectionsOpened);
-        let Some(place) = Place::take(&worker, &open_connections) else {
+        let most = worker.setup().config.limits.connections;
+        let Some(permit) = Permit::take(&open_connections, most) else {
             return turn_away(&worker, entrance, &socket);
         };
+        let open = Open { worker: Rc::clone(&worker), _permit: permit };
         if let Err(error) = set_up(&socket, worker.setup().config.timeouts.stall) {
             debug!(%error, "Client left before it was served");
             return;
@@ -114,21 +117,26 @@ pub(crate) async fn run(
         let (entrance, stop) = (Arc::clone(entrance), stop.clone());
         let peer = peer.map(|peer| peer.ip());
         drop(connections.spawn_local(async move {
-            connection(&place.worker, socket, peer, &entrance, &stop).await;
+            connection(&open.worker, socket, peer, &entrance, &stop).await;
         }));
     };
     let mut sweep = interval(SWEEP_EVERY);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // Which door is looked at first: the one after the last at which somebody came in.
+    let mut turn = 0;
     loop {
         tokio::select! {
             biased;
             () = stop.cancelled() => break,
             _ = sweep.tick() => worker.pool.sweep(Instant::now()),
-            (entrance, accepted) = accept(&doors) => match accepted {
-                Ok((socket, peer)) => admit(entrance, socket, peer),
-                Err(error) => {
-                    warn!(%error, "No connection could be accepted");
-                    sleep(ACCEPT_PAUSE).await;
+            (place, accepted) = accept(&doors, turn) => {
+                turn = place + 1;
+                match accepted {
+                    Ok((socket, peer)) => admit(&doors[place].0, socket, peer),
+                    Err(error) => {
+                        warn!(%error, "No connection could be accepted");
+                        sleep(ACCEPT_PAUSE).await;
+                    }
                 }
             },
         }
@@ -153,14 +161,15 @@ pub(crate) async fn run(
     worker.pool.close();
 }
 
-type Accepted<'a> = (&'a Arc<Entrance>, io::Result<(stream::Socket, Option<SocketAddr>)>);
+type Accepted = (usize, io::Result<(stream::Socket, Option<SocketAddr>)>);
 
-/// Takes the next client at any of the doors.
-async fn accept(doors: &[Door]) -> Accepted<'_> {
+/// Takes the next client at any of the doors, and says at which. They are looked at in turn from `first` on, so that a crowd at one
+/// keeps nobody waiting at another.
+async fn accept(doors: &[Door], first: usize) -> Accepted {
     poll_fn(|context| {
-        for (entrance, listening) in doors {
-            if let Poll::Ready(accepted) = listening.poll_accept(context) {
-                return Poll::Ready((entrance, accepted));
+        for place in (first..first + doors.len()).map(|place| place % doors.len()) {
+            if let Poll::Ready(accepted) = doors[place].1.poll_accept(context) {
+                return Poll::Ready((place, accepted));
             }
         }
         Poll::Pending
@@ -169,24 +178,13 @@ async fn accept(doors: &[Door]) -> Accepted<'_> {
 }
 
 /// One of the connections that the proxy may have.
-struct Place {
+struct Open {
     worker: Rc<Worker>,
-    open_connections: Arc<AtomicUsize>,
+    _permit: Permit,
 }
 
-impl Place {
-    fn take(worker: &Rc<Worker>, open_connections: &Arc<AtomicUsize>) -> Option<Self> {
-        if open_connections.fetch_add(1, Relaxed) >= worker.setup().config.limits.connections {
-            open_connections.fetch_sub(1, Relaxed);
-            return None;
-        }
-        Some(Self { worker: Rc::clone(worker), open_connections: Arc::clone(open_connections) })
-    }
-}
-
-impl Drop for Place {
+impl Drop for Open {
     fn drop(&mut self) {
-        self.open_connections.fetch_sub(1, Relaxed);
         self.worker.counters.count(Count::ConnectionsClosed);
     }
 }
@@ -224,5 +222,33 @@ fn turn_away(worker: &Worker, entrance: &Entrance, socket: &stream::Socket) {
     // A new socket has room for it. If not, the client sees the connection close, which says the same.
     if let Err(error) = socket.try_write(answer.as_bytes()) {
         debug!(%error, "Client turned away without a word");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_crowd_at_one_door_keeps_nobody_waiting_at_the_next() {
+        let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let sockets = [(); 2].map(|()| open(address, Share::Alone).unwrap());
+        let places = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
+        let clients = places.map(|place| {
+            let place = place.as_socket().unwrap();
+            [(); 3].map(|()| TcpStream::connect(place).unwrap())
+        });
+        let entrance = Arc::new(Entrance::new(address.into(), None));
+        let doors = sockets.map(|socket| (Arc::clone(&entrance), Listening::new(socket).unwrap()));
+        let (mut turn, mut came) = (0, Vec::new());
+        for _ in clients.iter().flatten() {
+            let (place, accepted) = accept(&doors, turn).await;
+            accepted.unwrap();
+            came.push(place);
+            turn = place + 1;
+        }
+        assert_eq!(came, [0, 1, 0, 1, 0, 1]);
     }
 }

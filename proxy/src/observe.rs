@@ -19,8 +19,8 @@ use tokio::time::Instant;
 use crate::client::Client;
 use crate::hold::flights::{Facts, Flight};
 use crate::job::Job;
-use crate::metrics::Count;
-use crate::record::{Asked, Outcome, Record};
+use crate::metrics::names::Count;
+use crate::record::{Outcome, Record, RequestInfo};
 use crate::setup::{Route, Setup};
 use crate::target::{self, Target};
 use crate::trace::{Attribute, Context, Traced, Trail};
@@ -66,7 +66,7 @@ pub(crate) struct Exchange {
     // Where there is a trace.
     trail: Option<Box<Trail>>,
     // Where there is a log or a trace.
-    asked: Option<Box<Asked>>,
+    asked: Option<Box<RequestInfo>>,
     // Where a trusted client asks what becomes of it.
     shown_in: Option<HeaderName>,
 }
@@ -91,7 +91,7 @@ impl Exchange {
         let log = setup.config.access_log.as_ref();
         let asked = (log.is_some() || trail.is_some()).then(|| {
             let headers = log.map(|log| log.format.headers(&head.headers)).unwrap_or_default();
-            let mut asked = Box::new(Asked::of(client.address(), head, headers));
+            let mut asked = Box::new(RequestInfo::of(client.address(), head, headers));
             let trace = trail.as_ref().map(|trail| trail.request);
             let trace = trace.or_else(|| log.and_then(|_| Context::of(&head.headers)));
             asked.trace = trace.map(|context| format!("{:032x}", context.trace));
@@ -160,7 +160,7 @@ impl Exchange {
     /// The request's key is known: from here on it counts as offered, second tries apart.
     pub(crate) fn has_key(&mut self, key: SliceKey, job: &Rc<Job>) {
         self.key = Some(key);
-        job.lookup.offered(key);
+        job.owners.offered(key);
         self.job = Some(Rc::clone(job));
     }
 
@@ -335,7 +335,7 @@ impl Drop for Exchange {
         self.tried();
         let record = self.record();
         if let (Some(key), Some(job), Outcome::Failed) = (self.key, &self.job, self.outcome) {
-            job.lookup.failed(key);
+            job.owners.failed(key);
         }
         if let Some(flight) = self.flight.take() {
             self.worker.gates.flights.ends(flight);

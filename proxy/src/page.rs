@@ -9,7 +9,8 @@ use tokio::time::Instant;
 
 use crate::config::Checked;
 use crate::lookup::LookupStats;
-use crate::metrics::{RouteStats, Stats, Tally};
+use crate::metrics::stats::{RouteStats, Stats};
+use crate::metrics::tally::Tally;
 use crate::record::Outcome;
 use crate::router::Router;
 use crate::servers::Server;

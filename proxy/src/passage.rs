@@ -13,16 +13,17 @@ use crate::chain::{asker, strip};
 use crate::client::{Client, Host};
 use crate::hold::Stays;
 use crate::observe::Exchange;
-use crate::pool::upstream::Lease;
+use crate::permit::Permit;
+use crate::pool::upstream::Checkout;
 use crate::setup::{Route, Setup};
 use crate::target::Target;
-use crate::tunnel::{Place, Switch};
+use crate::tunnel::Switch;
 use crate::upload::Tape;
-use crate::wire::{Abort, Line, Seen};
+use crate::wire::{Abort, Presence, Seen};
 use crate::worker::Worker;
 
 /// A task's answer and the connection it comes on.
-pub(crate) type Answer = (Response<Incoming>, Lease);
+pub(crate) type Answer = (Response<Incoming>, Checkout);
 
 /// One request on its way through the stages.
 pub(crate) struct Passage {
@@ -32,13 +33,13 @@ pub(crate) struct Passage {
     pub(crate) client: Rc<Client>,
     pub(crate) head: Parts,
     pub(crate) tape: Tape,
-    pub(crate) line: Line,
+    pub(crate) presence: Presence,
     pub(crate) abort: Option<Abort>,
     pub(crate) exchange: Exchange,
     /// Whether the client waits for leave to send its body.
     pub(crate) waits_for_leave: bool,
     /// A tunnel's, from `admit` on, where it wants to switch.
-    pub(crate) place: Option<Place>,
+    pub(crate) permit: Option<Permit>,
     /// What its connection may be switched by.
     pub(crate) switch: Option<Switch>,
     /// Whether it came by HTTP/2.
@@ -98,13 +99,13 @@ impl Passage {
             waits_for_leave: head.headers.contains_key(header::EXPECT),
             head,
             tape: Tape::new(body, &worker.replay_room, seen.body),
-            line: seen.line,
+            presence: seen.presence,
             abort: seen.abort,
             switch,
             exchange,
             host: Host::unknown(),
             upgrade: None,
-            place: None,
+            permit: None,
             route: None,
             request_id: HeaderValue::from_static(""),
             key: None,

@@ -1,7 +1,5 @@
 //! The stage `pause`: a request waits while a pause holds it, and behind others with its key while their slice moves.
 
-use std::rc::Rc;
-
 use http::request::Parts;
 use mandoline_core::flags::PauseId;
 use mandoline_core::key::SliceKey;
@@ -24,42 +22,72 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
         To::Job { job, .. } => Some(job),
         To::Pool { .. } => None,
     };
+    let mut facts =
+        Facts::of(&passage.head, &passage.host.0, job.map(|job| &job.name), passage.key);
+    since_ends(passage, &mut facts).await?;
     if !is_exempt(&passage.setup.config.exempt, &mut passage.head) {
-        let mut facts = Facts {
-            job: job.map(|job| Rc::clone(&job.name)),
-            key: passage.key,
-            host: passage.host.0.clone(),
-            path: passage.head.uri.path_and_query().cloned(),
-            method: passage.head.method.clone(),
-        };
         if passage.worker.gates.is_any() {
             while_paused(passage, &mut facts).await?;
         }
         passage.exchange.is_past_pauses(facts);
     }
     let waits_for_leave = passage.waits_for_leave;
-    let Passage { key, head, tape, line, stays, exchange, .. } = passage;
+    let Passage { key, head, tape, presence, stays, exchange, .. } = passage;
     let Some((job, key)) = job.zip(*key) else { return Ok(()) };
-    let mut held = Held::new(&job.hold, key, Waiter { head, tape, line, stays, waits_for_leave });
+    let mut held =
+        Held::new(&job.hold, key, Waiter { head, tape, presence, stays, waits_for_leave });
     if held.in_turn().await? {
         exchange.goes_on(stays.held);
     }
     Ok(())
 }
 
+/// Translates a key anew that was translated before the end of a pause that covered it.
+async fn since_ends(passage: &mut Passage, facts: &mut Facts) -> Result<(), Refusal> {
+    let mut since = None;
+    // What stands for the key now may have been paused as well.
+    while passage.translated.is_some() {
+        let ended = passage.worker.gates.ends.last(facts);
+        if ended <= since {
+            break;
+        }
+        since = ended;
+        translate(passage, facts, ended).await?;
+    }
+    Ok(())
+}
+
+/// Translates a key by what the table says after the end of a pause, which may have been for this: to have another shard take over.
+async fn translate(
+    passage: &mut Passage,
+    facts: &mut Facts,
+    ended: Option<Instant>,
+) -> Result<(), Refusal> {
+    let route = passage.route();
+    let Some((lookup, translated)) = route.lookup.as_ref().zip(passage.translated.as_mut()) else {
+        return Ok(());
+    };
+    let ended = ended.unwrap_or_else(Instant::now);
+    let answer = lookup.find_since(&translated.looked_up, ended).await;
+    translated.answer = answer.map_err(Refusal::Lookup)?;
+    let key = translated.key();
+    (passage.key, facts.key) = (Some(key), Some(key));
+    passage.exchange.has_other_key(key);
+    Ok(())
+}
+
 /// Holds a request until no pause holds it that it has not waited for.
 async fn while_paused(passage: &mut Passage, facts: &mut Facts) -> Result<(), Refusal> {
-    let waits_for_leave = passage.waits_for_leave;
-    let route = passage.route();
-    let Passage { worker, setup, key, translated, head, tape, line, stays, exchange, .. } = passage;
-    let most = setup.config.timeouts.pause;
+    let most = passage.setup.config.timeouts.pause;
     let until = Instant::now() + most;
     let mut waited_at: Vec<PauseId> = Vec::new();
-    while let Some(gate) = worker.gates.holding(facts, &waited_at) {
+    while let Some(gate) = passage.worker.gates.holding(facts, &waited_at) {
         waited_at.push(gate.account.id);
+        let waits_for_leave = passage.waits_for_leave;
+        let Passage { key, head, tape, presence, stays, .. } = &mut *passage;
         // Those without a key have no order among them but that of all.
         let place_of = key.unwrap_or(SliceKey::MIN);
-        let mut waiter = Waiter { head, tape, line, stays, waits_for_leave };
+        let mut waiter = Waiter { head, tape, presence, stays, waits_for_leave };
         let waited = waiter.wait(&gate.queue, until, |line, place| match gate.is_open() {
             true => line.join_late(place, place_of, ()),
             false => line.join(place, place_of, ()),
@@ -73,17 +101,10 @@ async fn while_paused(passage: &mut Passage, facts: &mut Facts) -> Result<(), Re
             Ended::Failed => refusal(WhyPaused::Stops),
             Ended::ByClient(refusal) => refusal,
         })?;
-        if let Some((lookup, translated)) = route.lookup.as_ref().zip(translated.as_mut()) {
-            // The pause may have been for this: to have another shard take over.
-            let ended = gate.opened().unwrap_or_else(Instant::now);
-            let answer = lookup.find_since(&translated.looked_up, ended).await;
-            translated.answer = answer.map_err(Refusal::Lookup)?;
-            let fresh = translated.key();
-            (*key, facts.key) = (Some(fresh), Some(fresh));
-            exchange.has_other_key(fresh);
-        }
+        translate(passage, facts, gate.opened()).await?;
     }
     if !waited_at.is_empty() {
+        let Passage { head, stays, exchange, .. } = passage;
         exchange.goes_on(stays.held);
         if let Some(deadline) = stays.deadline {
             let left = deadline.saturating_duration_since(Instant::now());

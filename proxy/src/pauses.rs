@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::hold::book::Book;
-use crate::metrics::PauseStats;
+use crate::metrics::stats::PauseStats;
 
 /// How a proxy stands towards the pauses that it was told of. To be asked at any time from any thread, also when the proxy has
 /// stopped.

@@ -79,8 +79,8 @@ impl Record {
     }
 }
 
-/// What a request asked, kept where somebody wants to hear of it when it has ended.
-pub(crate) struct Asked {
+/// What is told of a request, kept where somebody wants to hear of it when it has ended.
+pub(crate) struct RequestInfo {
     pub(crate) client: IpAddr,
     pub(crate) method: Method,
     pub(crate) uri: Uri,
@@ -98,7 +98,7 @@ pub(crate) struct Asked {
     pub(crate) trace: Option<String>,
 }
 
-impl Asked {
+impl RequestInfo {
     pub(crate) fn of(client: IpAddr, head: &Parts, headers: Vec<Option<HeaderValue>>) -> Self {
         Self {
             client: client.to_canonical(),

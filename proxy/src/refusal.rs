@@ -12,7 +12,7 @@ use mandoline_core::flags::PauseId;
 
 use crate::lookup::Fault;
 use crate::record::Outcome;
-use crate::wire::Doubt;
+use crate::wire::scan::Doubt;
 use mandoline::Generation;
 use mandoline::clerk::TooOld;
 use mandoline::gateways::{Gateway, Region};
@@ -35,6 +35,11 @@ pub(crate) enum Refusal {
     /// It has no usable key.
     #[error("{0}")]
     Key(String),
+    /// Its key is in the body, and there is no room to read one more.
+    #[error(
+        "the key of this request is in its body, and this proxy has no room for one more such body: try again in a second"
+    )]
+    KeyBodiesFull,
     /// Its key has no translation.
     #[error("{0}; the key of this request is looked up in a table")]
     Lookup(Fault),
@@ -81,7 +86,7 @@ pub(crate) enum Refusal {
     #[error("{0}: try again in a second")]
     TooOld(TooOld),
     /// The task cannot be reached.
-    #[error("the task that serves this key cannot be reached at the moment: try again in a second")]
+    #[error("whoever serves this request cannot be reached at the moment: try again in a second")]
     Unreached,
     /// The task and its successor both say that the key is not theirs.
     #[error("this key is moving from task to task at the moment: try again in a second")]
@@ -232,6 +237,7 @@ impl Refusal {
             | Self::BrokenRepeatable
             | Self::Lost(_)
             | Self::TunnelsFull
+            | Self::KeyBodiesFull
             | Self::Full => StatusCode::SERVICE_UNAVAILABLE,
             Self::Lookup(Fault::Down(_) | Fault::Late | Fault::Busy | Fault::Unasked) => {
                 StatusCode::SERVICE_UNAVAILABLE
@@ -287,7 +293,7 @@ impl Refusal {
             Self::NoRoute | Self::Crossed { .. } | Self::Lookup(Fault::Unknown) => {
                 "mandoline; error=destination_not_found"
             }
-            Self::Lookup(_) => "mandoline; error=proxy_internal_error",
+            Self::Lookup(_) | Self::KeyBodiesFull => "mandoline; error=proxy_internal_error",
             Self::Unserved
             | Self::NoServer
             | Self::TooOld(_)
@@ -311,6 +317,20 @@ impl Refusal {
             Self::Paused(paused) => paused.retry_after(),
             _ => 1,
         }
+    }
+
+    /// Says what happened to the client, and what to do. What else the proxy knows of it, such as where a table is and what that said,
+    /// is for whoever runs it: the log has that.
+    fn told(&self) -> Cow<'static, str> {
+        Cow::Borrowed(match self {
+            Self::Lookup(Fault::Down(_)) => {
+                "the table in which the key of this request is looked up cannot be asked at the moment: try again in a second"
+            }
+            Self::Astray(_) => {
+                "the region where this key lives does not take it from here: whoever runs this proxy finds in its log why"
+            }
+            told => return told.to_string().into(),
+        })
     }
 
     /// Gives the status in gRPC's words: as its own libraries say what happens to a call on the way
@@ -350,7 +370,7 @@ impl Refusal {
         headers.insert("grpc-status", HeaderValue::from_static(self.grpc_code()));
         // Spaces may stay; what is not visible ASCII, and %, is escaped.
         let mut message = String::new();
-        for byte in format!("mandoline: {self}").bytes() {
+        for byte in format!("mandoline: {}", self.told()).bytes() {
             match byte {
                 b' '..=b'~' if byte != b'%' => message.push(char::from(byte)),
                 _ => message.push_str(&format!("%{byte:02X}")),
@@ -362,7 +382,7 @@ impl Refusal {
     }
 
     pub(crate) fn response(&self) -> Response<Bytes> {
-        let mut response = Response::new(Bytes::from(format!("mandoline: {self}\n")));
+        let mut response = Response::new(Bytes::from(format!("mandoline: {}\n", self.told())));
         *response.status_mut() = self.status();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));

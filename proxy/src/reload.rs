@@ -13,7 +13,7 @@ use tracing::info;
 use crate::config::{Checked, Config, ConfigError};
 use crate::dry_run::Explanation;
 use crate::hold::book::Book;
-use crate::metrics::{Knowledge, Reloads};
+use crate::metrics::stats::{Knowledge, Reloads};
 use crate::router::Router;
 
 /// The configuration in force, and the workers that go by it. Clones are the same.
@@ -28,14 +28,14 @@ struct Inner {
     refused: AtomicU64,
     last_refused: AtomicBool,
     // Who reads the configuration again when asked.
-    reader: Mutex<Option<mpsc::Sender<Asked>>>,
+    reader: Mutex<Option<mpsc::Sender<ReloadRequest>>>,
 }
 
 /// Somebody asks for the configuration to be read again, and waits for what comes of it.
 #[derive(Debug)]
-pub struct Asked(oneshot::Sender<Result<(), String>>);
+pub struct ReloadRequest(oneshot::Sender<Result<(), String>>);
 
-impl Asked {
+impl ReloadRequest {
     /// Says what came of it: nothing, or why the configuration before stays in force.
     pub fn answer(self, done: Result<(), String>) {
         // Whoever asked may have gone.
@@ -89,7 +89,7 @@ impl Reloader {
     }
 
     /// Hears of those who ask, at the admin address, for the configuration to be read again. Only the last to call this does.
-    pub fn asked(&self) -> mpsc::Receiver<Asked> {
+    pub fn asked(&self) -> mpsc::Receiver<ReloadRequest> {
         let (tell, asked) = mpsc::channel(1);
         *self.0.reader.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(tell);
         asked
@@ -99,7 +99,7 @@ impl Reloader {
     pub(crate) async fn ask(&self) -> Option<Result<(), String>> {
         let reader = self.0.reader.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
         let (tell, told) = oneshot::channel();
-        reader?.send(Asked(tell)).await.ok()?;
+        reader?.send(ReloadRequest(tell)).await.ok()?;
         told.await.ok()
     }
 

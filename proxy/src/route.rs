@@ -4,7 +4,7 @@ use mandoline_core::key::SliceKey;
 
 use crate::job::Job;
 use crate::passage::Passage;
-use crate::pool::Pool;
+use crate::pool::ConnectionPool;
 use crate::refusal::Refusal;
 use crate::setup::{EVERYTHING, Setup, To};
 use crate::target::Target;
@@ -15,7 +15,7 @@ pub(crate) fn route(passage: &mut Passage) -> Result<(), Refusal> {
     let Passage { worker, setup, key, .. } = passage;
     let target = match &route.to {
         To::Job { job, .. } => find(job, key.expect("key has found the key"), &worker.pool, setup)?,
-        To::Pool { job } => job.lookup.route(EVERYTHING, &worker.pool).ok_or(Refusal::NoServer)?,
+        To::Pool { job } => job.owners.route(EVERYTHING, &worker.pool).ok_or(Refusal::NoServer)?,
     };
     passage.target = Some(target);
     Ok(())
@@ -25,12 +25,12 @@ pub(crate) fn route(passage: &mut Passage) -> Result<(), Refusal> {
 pub(crate) fn find(
     job: &Job,
     key: SliceKey,
-    pool: &Pool,
+    pool: &ConnectionPool,
     setup: &Setup,
 ) -> Result<Target, Refusal> {
-    let target = job.lookup.route(key, pool).ok_or(Refusal::Unserved)?;
+    let target = job.owners.route(key, pool).ok_or(Refusal::Unserved)?;
     if let Some(most) = setup.config.max_staleness {
-        job.lookup.check_age(most).map_err(Refusal::TooOld)?;
+        job.owners.check_age(most).map_err(Refusal::TooOld)?;
     }
     Ok(target)
 }

@@ -3,7 +3,7 @@
 use mandoline::{Clerk, Generation};
 use mandoline_core::name::JobName;
 
-use crate::metrics::Known;
+use crate::metrics::stats::Known;
 
 /// What all workers route a job's requests by: the job's clerk.
 #[derive(Clone, Debug)]

@@ -14,7 +14,7 @@ use crate::tls::terminator::Identity;
 
 /// What templates may name of one request.
 #[derive(Clone, Copy)]
-pub(crate) struct Facts<'a> {
+pub(crate) struct Values<'a> {
     pub(crate) request_id: &'a HeaderValue,
     pub(crate) client: &'a Client,
     pub(crate) host: &'a Host,
@@ -44,17 +44,17 @@ impl Rules {
     }
 
     /// Changes a head.
-    pub(crate) fn apply(&self, headers: &mut HeaderMap, facts: &Facts<'_>) {
+    pub(crate) fn apply(&self, headers: &mut HeaderMap, values: &Values<'_>) {
         for name in &self.remove {
             headers.remove(name);
         }
         for (name, template) in &self.set {
-            headers.insert(name.clone(), facts.fill(template));
+            headers.insert(name.clone(), values.fill(template));
         }
     }
 }
 
-impl Facts<'_> {
+impl Values<'_> {
     fn fill(&self, template: &Template) -> HeaderValue {
         match &template.0[..] {
             [Piece::Value(Value::RequestId)] => return self.request_id.clone(),

@@ -9,6 +9,7 @@ use http::header::{self, HeaderValue};
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use mandoline::http::refused::is_grpc;
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use crate::admit::admit;
@@ -17,13 +18,13 @@ use crate::download::{Download, Stream};
 use crate::forward::forward;
 use crate::identify::identify;
 use crate::key::key;
-use crate::metrics::Count;
+use crate::metrics::names::Count;
 use crate::passage::Passage;
 use crate::pause::pause;
 use crate::record::Outcome;
 use crate::refusal::Refusal;
 use crate::route::route;
-use crate::rules::Facts;
+use crate::rules::Values;
 use crate::tunnel::{Switch, Tunnel};
 use crate::upload::Tape;
 use crate::wire::Seen;
@@ -37,11 +38,15 @@ pub(crate) fn serve(
     seen: Seen,
     switch: Option<Switch>,
 ) -> impl Future<Output = Result<Response<Download>, Infallible>> {
-    let doubt = seen.doubt;
+    let (doubt, may_be_reset) = (seen.doubt, seen.may_be_reset);
     let (is_http2, is_head) =
         (request.version() == Version::HTTP_2, request.method() == Method::HEAD);
     let mut passage = Passage::begin(worker, client, request, seen, switch);
     async move {
+        if may_be_reset {
+            // Whoever polls this looks then whether it is still wanted, before it costs a task anything.
+            yield_now().await;
+        }
         let stopping = Rc::clone(&passage.worker);
         let passed = match doubt {
             Some(doubt) => Err(Refusal::Doubt(doubt)),
@@ -76,22 +81,22 @@ async fn stages(passage: &mut Passage) -> Result<(), Refusal> {
 /// Passes a task's answer on. The exchange ends with its last byte, and is observed then.
 fn pass_on(passage: Passage) -> Response<Download> {
     let route = passage.route();
-    let Passage { worker, answer, mut exchange, abort, upgrade, switch, place, .. } = passage;
-    let (mut response, lease) = answer.expect("forward has got an answer");
+    let Passage { worker, answer, mut exchange, abort, upgrade, switch, permit, .. } = passage;
+    let (mut response, checkout) = answer.expect("forward has got an answer");
     let switches = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let task = switches.then(|| hyper::upgrade::on(&mut response));
     let (mut head, body) = response.into_parts();
-    let facts = Facts {
+    let values = Values {
         request_id: &passage.request_id,
         client: &passage.client,
         host: &passage.host,
         route: &route.name,
         key: passage.key,
         translation: passage.translated.as_ref().map(|translated| &*translated.answer),
-        task: Some(&lease.upstream.name),
+        task: Some(&checkout.upstream.name),
         generation: exchange.generation(),
     };
-    route.response.apply(&mut head.headers, &facts);
+    route.response.apply(&mut head.headers, &values);
     head.headers.append(header::VIA, worker.via(head.version));
     // What came by HTTP/2 goes on as the client's connection has it.
     head.version = Version::HTTP_11;
@@ -108,13 +113,13 @@ fn pass_on(passage: Passage) -> Response<Download> {
         }
         exchange.answers(head.status, &mut head.headers);
         exchange.switches();
-        let place = place.expect("who has asked to has a place");
-        switch.set(Tunnel::new(worker, task, exchange, place));
+        let permit = permit.expect("who has asked to has leave");
+        switch.set(Tunnel::new(worker, task, exchange, permit));
         return Response::from_parts(head, Download::Own(None));
     }
     exchange.answers(head.status, &mut head.headers);
     let outcome = if head.status.is_server_error() { Outcome::Failed } else { Outcome::Answered };
-    let stream = Stream::new(body, lease, worker, exchange, outcome, abort);
+    let stream = Stream::new(body, checkout, worker, exchange, outcome, abort);
     Response::from_parts(head, Download::Task(Box::new(stream)))
 }
 
@@ -125,8 +130,10 @@ fn refuse(passage: Passage, refusal: &Refusal) -> Response<Download> {
     if !waits_for_leave && *refusal != Refusal::Left {
         linger(&worker, tape);
     }
-    if matches!(refusal, Refusal::Unserved) {
-        worker.counters.count(Count::Unserved);
+    match refusal {
+        Refusal::Unserved => worker.counters.count(Count::Unserved),
+        Refusal::SlowBody => worker.counters.count(Count::SlowBodies),
+        _ => {}
     }
     let is_grpc = is_grpc(&head.headers);
     let mut response = if is_grpc { refusal.grpc_response() } else { refusal.response() };

@@ -17,7 +17,7 @@ use crate::config::upgrade::Upgrade;
 use crate::hold::queue::House;
 use crate::job::Job;
 use crate::lookup::Lookup;
-use crate::metrics::RouteCounters;
+use crate::metrics::counters::RouteCounters;
 use crate::rules::Rules;
 
 /// The configuration in force, as one worker has it.

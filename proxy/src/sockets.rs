@@ -48,9 +48,19 @@ pub enum SocketsError {
         #[source]
         source: io::Error,
     },
-    /// No socket was handed over that listens where the configuration says.
-    #[error("no socket was handed over for {0}, only for {given}", given = list(.1))]
+    /// The service manager holds no socket that listens where the configuration says.
+    #[error(
+        "the service manager holds no socket for {0}, only for {given}: give its socket unit a ListenStream for it, or leave it out here",
+        given = list(.1)
+    )]
     Missing(Address, Vec<String>),
+    /// No socket was handed over that listens where the configuration says.
+    #[error(
+        "the process that serves listens on {given}, and nowhere where this one is to, on {wanted}: stop it first, or give this one \
+         another file for --handover",
+        wanted = list(.0), given = list(.1)
+    )]
+    Strange(Vec<String>, Vec<String>),
     /// What was handed over is no listening socket.
     #[error("what was handed over is no socket that listens")]
     NoListener(#[source] io::Error),
@@ -63,41 +73,35 @@ fn list(addresses: &[String]) -> String {
 impl Sockets {
     /// Binds what a configuration names.
     pub fn bind(config: &Config) -> Result<Self, SocketsError> {
-        let workers = config.workers.get();
-        let bind = |listener: &Listener| {
-            listen::bind(&listener.address, workers).map_err(|source| match &listener.address {
-                Address::Tcp(address) => SocketsError::Bind { address: *address, source },
-                Address::Unix { path, .. } => SocketsError::BindUnix { path: path.clone(), source },
-            })
-        };
-        let requests = config.listeners.iter().map(bind).collect::<Result<_, _>>()?;
-        let admin = config.admin.map(bind_admin).transpose()?;
-        Ok(Self { requests, admin })
+        let listeners = config.listeners.iter();
+        let requests =
+            listeners.map(|listener| bind(listener, config)).collect::<Result<_, _>>()?;
+        Ok(Self { requests, admin: with_admin(None, config)? })
     }
 
-    /// Sorts sockets that another process listened on. What the configuration names and nobody handed over is bound, where that
-    /// can be.
+    /// Sorts sockets that a service manager holds: for each listener at least one. An admin address that it does not hold is bound.
     pub fn adopt(config: &Config, given: Vec<TcpListener>) -> Result<Self, SocketsError> {
-        let mut requests: Vec<Vec<Socket>> = config.listeners.iter().map(|_| Vec::new()).collect();
-        let (mut admin, mut others) = (None, Vec::new());
-        for socket in given.into_iter().map(Socket::from) {
-            let address = socket.local_addr().map_err(SocketsError::NoListener)?;
-            let listens = config.listeners.iter().position(|l| is_at(&l.address, &address));
-            if let Some(place) = listens {
-                requests[place].push(socket);
-            } else if admin.is_none() && address.as_socket() == config.admin {
-                admin = Some(socket);
-            } else {
-                others.push(name(&address));
-            }
-        }
+        let Sorted { requests, admin, others } = Sorted::of(config, given)?;
         if let Some(place) = requests.iter().position(Vec::is_empty) {
             return Err(SocketsError::Missing(config.listeners[place].address.clone(), others));
         }
-        if let (None, Some(address)) = (&admin, config.admin) {
-            admin = Some(bind_admin(address)?);
+        Ok(Self { requests, admin: with_admin(admin, config)? })
+    }
+
+    /// Sorts sockets of a process that served until now. Those that it had for none of the listeners are bound, and what is no listener's
+    /// any more is closed; but if nothing fits at all, it is another proxy, which is not to be stopped.
+    pub fn take_over(config: &Config, given: Vec<TcpListener>) -> Result<Self, SocketsError> {
+        let Sorted { mut requests, admin, others } = Sorted::of(config, given)?;
+        if requests.iter().all(Vec::is_empty) {
+            let wanted = config.listeners.iter().map(|listener| listener.address.to_string());
+            return Err(SocketsError::Strange(wanted.collect(), others));
         }
-        Ok(Self { requests, admin })
+        for (sockets, listener) in requests.iter_mut().zip(&config.listeners) {
+            if sockets.is_empty() {
+                *sockets = bind(listener, config)?;
+            }
+        }
+        Ok(Self { requests, admin: with_admin(admin, config)? })
     }
 
     /// Gives the same sockets by other descriptors, to hand them on.
@@ -142,9 +146,46 @@ impl Sockets {
     }
 }
 
-fn bind_admin(address: SocketAddr) -> Result<Socket, SocketsError> {
-    listen::open(address, listen::Share::Alone)
-        .map_err(|source| SocketsError::Bind { address, source })
+/// Sockets that listen already, by whom they are for.
+struct Sorted {
+    requests: Vec<Vec<Socket>>,
+    admin: Option<Socket>,
+    // Where those listen that are for nobody.
+    others: Vec<String>,
+}
+
+impl Sorted {
+    fn of(config: &Config, given: Vec<TcpListener>) -> Result<Self, SocketsError> {
+        let mut requests: Vec<Vec<Socket>> = config.listeners.iter().map(|_| Vec::new()).collect();
+        let (mut admin, mut others) = (None, Vec::new());
+        for socket in given.into_iter().map(Socket::from) {
+            let address = socket.local_addr().map_err(SocketsError::NoListener)?;
+            let listens = config.listeners.iter().position(|l| is_at(&l.address, &address));
+            if let Some(place) = listens {
+                requests[place].push(socket);
+            } else if admin.is_none() && address.as_socket() == config.admin {
+                admin = Some(socket);
+            } else {
+                others.push(name(&address));
+            }
+        }
+        Ok(Self { requests, admin, others })
+    }
+}
+
+fn bind(listener: &Listener, config: &Config) -> Result<Vec<Socket>, SocketsError> {
+    let bound = listen::bind(&listener.address, config.workers.get());
+    bound.map_err(|source| match &listener.address {
+        Address::Tcp(address) => SocketsError::Bind { address: *address, source },
+        Address::Unix { path, .. } => SocketsError::BindUnix { path: path.clone(), source },
+    })
+}
+
+/// Binds the admin address, unless there is none or a socket for it.
+fn with_admin(given: Option<Socket>, config: &Config) -> Result<Option<Socket>, SocketsError> {
+    let (None, Some(address)) = (&given, config.admin) else { return Ok(given) };
+    let bound = listen::open(address, listen::Share::Alone);
+    bound.map(Some).map_err(|source| SocketsError::Bind { address, source })
 }
 
 /// Says whether a socket listens where a listener is to.

@@ -14,7 +14,7 @@ use mandoline_core::task::Task;
 use tokio::time::{Instant, timeout_at};
 
 use crate::config::transport::Transport;
-use crate::pool::Pool;
+use crate::pool::ConnectionPool;
 use crate::pool::upstream::Upstream;
 use crate::router::Router;
 
@@ -29,8 +29,8 @@ const NEWS_WAIT: Duration = Duration::from_secs(2);
 /// What a request costs, as far as a proxy knows.
 const ONE: f64 = 1.0;
 
-/// One worker's handle on the clerk: it keeps the newest snapshot at hand.
-pub(crate) struct Lookup {
+/// Who owns which key of a job, as one worker knows it: it keeps the newest snapshot at hand.
+pub(crate) struct Owners {
     clerk: Clerk,
     router: RefCell<mandoline::Router>,
     gateways: Option<Gateways>,
@@ -67,7 +67,7 @@ impl Target {
     }
 }
 
-impl Lookup {
+impl Owners {
     pub(crate) fn new(router: &Router, gateways: Option<Gateways>, transport: Transport) -> Self {
         let own = RefCell::new(router.clerk().router());
         let transport = Rc::new(transport);
@@ -100,7 +100,7 @@ impl Lookup {
     }
 
     /// Finds the owner of a key, or another task where that is loaded above the cap, unless nobody serves it.
-    pub(crate) fn route(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
+    pub(crate) fn route(&self, key: SliceKey, pool: &ConnectionPool) -> Option<Target> {
         self.router.borrow_mut().route_at(key).ok().map(|found| self.target(&found, pool, None))
     }
 
@@ -110,12 +110,17 @@ impl Lookup {
     }
 
     /// Finds the owner of a key, however loaded.
-    pub(crate) fn route_to_owner(&self, key: SliceKey, pool: &Pool) -> Option<Target> {
+    pub(crate) fn route_to_owner(&self, key: SliceKey, pool: &ConnectionPool) -> Option<Target> {
         self.route_past(key, pool, None)
     }
 
     /// Does the same past one that did not answer, where there is another.
-    fn route_past(&self, key: SliceKey, pool: &Pool, failed: Option<SessionId>) -> Option<Target> {
+    fn route_past(
+        &self,
+        key: SliceKey,
+        pool: &ConnectionPool,
+        failed: Option<SessionId>,
+    ) -> Option<Target> {
         let mut router = self.router.borrow_mut();
         router.route_to_holder(key).ok().map(|found| self.target(&found, pool, failed))
     }
@@ -135,7 +140,7 @@ impl Lookup {
     pub(crate) async fn fresh(
         &self,
         key: SliceKey,
-        pool: &Pool,
+        pool: &ConnectionPool,
         tried: &Target,
         told: Option<Generation>,
     ) -> Option<Target> {
@@ -166,7 +171,7 @@ impl Lookup {
     fn target(
         &self,
         found: &mandoline::Target<&Snapshot>,
-        pool: &Pool,
+        pool: &ConnectionPool,
         failed: Option<SessionId>,
     ) -> Target {
         let way = match &self.gateways {

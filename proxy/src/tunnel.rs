@@ -11,8 +11,6 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -24,8 +22,9 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::metrics::Count;
+use crate::metrics::names::Count;
 use crate::observe::Exchange;
+use crate::permit::Permit;
 use crate::pool::dial::Io;
 use crate::record::Outcome;
 use crate::worker::Worker;
@@ -44,25 +43,8 @@ pub(crate) struct Tunnel {
     worker: Rc<Worker>,
     task: OnUpgrade,
     exchange: Exchange,
-    place: Place,
-}
-
-/// One of the tunnels that the proxy may have, from before its task is asked until it has ended.
-pub(crate) struct Place(Arc<AtomicUsize>);
-
-impl Place {
-    /// Takes one, if there is any left.
-    pub(crate) fn take(worker: &Worker) -> Option<Self> {
-        let taken = worker.tunnels.fetch_add(1, Relaxed);
-        let place = Self(Arc::clone(&worker.tunnels));
-        (taken < worker.setup().config.limits.tunnels).then_some(place)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
-    }
+    // One of as many tunnels as there may be, from before its task is asked until it has ended.
+    permit: Permit,
 }
 
 impl Switch {
@@ -142,9 +124,9 @@ impl Tunnel {
         worker: Rc<Worker>,
         task: OnUpgrade,
         exchange: Exchange,
-        place: Place,
+        permit: Permit,
     ) -> Self {
-        Self { worker, task, exchange, place }
+        Self { worker, task, exchange, permit }
     }
 
     /// Carries bytes both ways until it ends. `ahead` came from the client behind its request.
@@ -154,7 +136,7 @@ impl Tunnel {
         ahead: Bytes,
         stop: &CancellationToken,
     ) {
-        let Self { worker, task, mut exchange, place: _place } = self;
+        let Self { worker, task, mut exchange, permit: _permit } = self;
         let task = match task.await {
             Ok(task) => task,
             Err(error) => {

@@ -3,7 +3,7 @@
 //! A `Tape` belongs to the request, an `Upload` to one try. A try that was given up may still be asked for frames by a
 //! connection that is about to end: it gets an error, never a frame that the next try is waiting for.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::error::Error;
 use std::future::poll_fn;
@@ -12,15 +12,18 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use crate::metrics::{Count, Counters};
+use crate::metrics::counters::Counters;
+use crate::metrics::names::Count;
 use crate::refusal::Refusal;
+use crate::room::Room;
 use crate::trailers;
 use crate::wire::BodyMark;
 
@@ -30,7 +33,11 @@ pub(crate) const REPLAY_MAX_BYTES: usize = 64 << 10;
 /// The most pieces that are kept, so that a body of single bytes does not cost more to list than to keep.
 const PIECES_MAX: usize = 1024;
 
-/// More than comes in one piece: hyper's buffer is twice the longest head.
+/// Pieces shorter than this are joined where there are too many. Longer ones are not copied again, so that each byte is copied a few
+/// times at most, however a body is cut.
+const JOINED_BYTES: usize = 4 << 10;
+
+/// As much as comes in one piece where heads have the usual bound: hyper's buffer is twice that.
 const PIECE_MAX_BYTES: usize = 64 << 10;
 
 /// The body of one request.
@@ -66,12 +73,31 @@ pub(crate) enum UploadError {
 /// What came of reading on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Gathered {
-    /// The body has ended, or there is no room for more.
+    /// The body has ended, or as much was read as was asked for.
     Enough,
+    /// There is no room for more.
+    Full,
     /// The client has left.
     Gone,
     /// What it sends is no body, or too long a one.
     Broken,
+}
+
+/// How much of a body has come, and how long its client was waited for. What a task that does not read takes is not the client's.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pace {
+    bytes: u64,
+    waited: Duration,
+}
+
+impl Pace {
+    /// Says whether since then the client brought less than so many bytes in each second that it was waited for: for `within` at the least,
+    /// so that a moment is not taken for a habit.
+    pub(crate) fn is_below(&self, rate: u64, then: &Self, within: Duration) -> bool {
+        let waited = self.waited.saturating_sub(then.waited);
+        let wanted = u128::from(rate) * waited.as_millis() / 1000;
+        waited >= within && u128::from(self.bytes.saturating_sub(then.bytes)) < wanted
+    }
 }
 
 struct Reel {
@@ -89,12 +115,15 @@ struct Reel {
     take: u32,
     moved: Instant,
     waiting: bool,
+    pace: Pace,
+    // Since when the client is waited for, if it is.
+    asked: Option<Instant>,
     // Why there will be no more of it, if its end was not the reason.
     fault: Option<Refusal>,
     // There for a body that does not say how long it is.
     bound: Option<Bound>,
-    // What all requests of this worker may still keep.
-    room: Rc<Cell<usize>>,
+    // Where what is kept is counted.
+    room: Rc<Room>,
     mark: Option<BodyMark>,
 }
 
@@ -113,7 +142,7 @@ impl Bound {
 }
 
 impl Tape {
-    pub(crate) fn new(source: Incoming, room: &Rc<Cell<usize>>, mark: Option<BodyMark>) -> Self {
+    pub(crate) fn new(source: Incoming, room: &Rc<Room>, mark: Option<BodyMark>) -> Self {
         if source.is_end_stream() {
             return Self { reel: None };
         }
@@ -129,6 +158,8 @@ impl Tape {
             take: 0,
             moved: Instant::now(),
             waiting: false,
+            pace: Pace::default(),
+            asked: None,
             fault: None,
             bound: None,
             room: Rc::clone(room),
@@ -187,6 +218,14 @@ impl Tape {
         self.reel.as_ref().map(|reel| reel.borrow().moved)
     }
 
+    /// Says how fast the body has come so far.
+    pub(crate) fn pace(&self) -> Pace {
+        let Some(reel) = &self.reel else { return Pace::default() };
+        let reel = reel.borrow();
+        let waits = reel.asked.map(|asked| asked.elapsed()).unwrap_or_default();
+        Pace { waited: reel.pace.waited + waits, ..reel.pace }
+    }
+
     /// Says whether the client is the one to send next.
     pub(crate) fn is_waiting(&self) -> bool {
         self.reel.as_ref().is_some_and(|reel| reel.borrow().waiting)
@@ -195,6 +234,20 @@ impl Tape {
     /// Says how much of the body is kept, in bytes.
     pub(crate) fn kept_bytes(&self) -> usize {
         self.reel.as_ref().map_or(0, |reel| reel.borrow().kept_bytes)
+    }
+
+    /// Says how long the body is, if that was said beforehand.
+    pub(crate) fn length(&self) -> Option<u64> {
+        self.reel.as_ref().map_or(Some(0), |reel| reel.borrow().length)
+    }
+
+    /// Counts what is kept in this room from now on.
+    pub(crate) fn count_in(&self, room: &Rc<Room>) {
+        let Some(reel) = &self.reel else { return };
+        let mut reel = reel.borrow_mut();
+        room.take(reel.kept_bytes);
+        let before = std::mem::replace(&mut reel.room, Rc::clone(room));
+        before.give_back(reel.kept_bytes);
     }
 
     /// Says whether the client has more to send than was read.
@@ -220,14 +273,19 @@ impl Tape {
                 return Gathered::Enough;
             }
             let next = PIECE_MAX_BYTES.min(rest);
+            if !reel.borrow().room.fits(next) {
+                return Gathered::Full;
+            }
             if room < next {
                 if !reserve(next - room) {
-                    return Gathered::Enough;
+                    return Gathered::Full;
                 }
                 room = next;
             }
             let gathered = poll_fn(|context| reel.borrow_mut().poll_gather(context)).await;
             match gathered {
+                // A piece that is longer than was thought is here: it stays, and no more is read beside it.
+                Ok(length) if length > room && !reserve(length - room) => return Gathered::Full,
                 Ok(length) => room = room.saturating_sub(length),
                 Err(gathered) => return gathered,
             }
@@ -283,29 +341,48 @@ fn why_broken(error: &hyper::Error) -> Gathered {
     }
 }
 
+/// Joins short pieces that follow each other, into longer ones.
+fn join(pieces: &mut VecDeque<Bytes>) {
+    let mut joined = BytesMut::new();
+    for piece in std::mem::take(pieces) {
+        if piece.len() < JOINED_BYTES {
+            joined.extend_from_slice(&piece);
+            if joined.len() >= JOINED_BYTES {
+                pieces.push_back(joined.split().freeze());
+            }
+            continue;
+        }
+        if !joined.is_empty() {
+            pieces.push_back(joined.split().freeze());
+        }
+        pieces.push_back(piece);
+    }
+    if !joined.is_empty() {
+        pieces.push_back(joined.freeze());
+    }
+}
+
 impl Reel {
     fn keep(&mut self, data: &Bytes) {
         if !self.whole {
             return;
         }
-        let room = self.room.get();
         let is_full =
-            self.kept_bytes + data.len() > REPLAY_MAX_BYTES || self.kept.len() == PIECES_MAX;
-        if is_full || data.len() > room {
+            self.kept_bytes + data.len() > REPLAY_MAX_BYTES || self.kept.len() >= PIECES_MAX;
+        if is_full || !self.room.fits(data.len()) {
             self.forget();
             return;
         }
-        self.room.set(room - data.len());
+        self.room.take(data.len());
         self.kept_bytes += data.len();
         self.kept.push_back(data.clone());
         self.at += 1;
     }
 
-    /// Says how much may come that can be kept, in bytes; nothing if there is no use in reading on.
+    /// Says how much may come, in bytes; nothing if there is no use in reading on.
     fn rest(&self) -> usize {
         let is_over = self.ended || self.fault.is_some() || self.source.is_end_stream();
-        let no_room = self.kept.len() >= PIECES_MAX || self.room.get() < PIECE_MAX_BYTES;
-        if is_over || no_room || !self.whole {
+        if is_over || !self.whole {
             return 0;
         }
         let exact = self.source.size_hint().exact();
@@ -317,8 +394,12 @@ impl Reel {
         &mut self,
         context: &mut Context<'_>,
     ) -> Poll<Result<Option<Frame<Bytes>>, UploadError>> {
-        let polled = ready!(Pin::new(&mut self.source).poll_frame(context));
+        let Poll::Ready(polled) = Pin::new(&mut self.source).poll_frame(context) else {
+            self.asked.get_or_insert_with(Instant::now);
+            return Poll::Pending;
+        };
         self.moved = Instant::now();
+        self.pace.waited += self.asked.take().map_or(Duration::ZERO, |asked| self.moved - asked);
         let mut frame = match polled.transpose() {
             Ok(frame) => frame,
             Err(error) => {
@@ -326,6 +407,8 @@ impl Reel {
                 return Poll::Ready(Err(UploadError::Client(error)));
             }
         };
+        let data = frame.as_ref().and_then(Frame::data_ref);
+        self.pace.bytes += data.map_or(0, |data| data.len() as u64);
         if let (Some(bound), Some(data)) =
             (&mut self.bound, frame.as_ref().and_then(Frame::data_ref))
         {
@@ -359,9 +442,15 @@ impl Reel {
         let Some(data) = frame.as_ref().and_then(Frame::data_ref) else {
             return Poll::Ready(Err(Gathered::Enough));
         };
-        self.room.set(self.room.get().saturating_sub(data.len()));
+        self.room.take(data.len());
         self.kept_bytes += data.len();
         self.kept.push_back(data.clone());
+        if self.kept.len() > PIECES_MAX {
+            // An earlier try would lose its place; it was given up.
+            self.take += 1;
+            self.at = 0;
+            join(&mut self.kept);
+        }
         Poll::Ready(Ok(data.len()))
     }
 
@@ -370,7 +459,7 @@ impl Reel {
         self.whole = false;
         for data in self.kept.drain(..self.at) {
             self.kept_bytes -= data.len();
-            self.room.set(self.room.get() + data.len());
+            self.room.give_back(data.len());
         }
         self.at = 0;
     }
@@ -388,7 +477,7 @@ impl Reel {
 
 impl Drop for Reel {
     fn drop(&mut self) {
-        self.room.set(self.room.get() + self.kept_bytes);
+        self.room.give_back(self.kept_bytes);
     }
 }
 
@@ -447,5 +536,37 @@ impl Body for Upload {
                 None => SizeHint::default(),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pace_is_measured_over_the_time_that_the_client_was_waited_for() {
+        let pace = |bytes, seconds| Pace { bytes, waited: Duration::from_secs(seconds) };
+        let (then, half) = (pace(1_000_000, 100), Duration::from_secs(30));
+        let is_below = |now: Pace| now.is_below(256, &then, half);
+        assert!(is_below(pace(1_000_060, 160)) && is_below(pace(1_015_359, 160)));
+        assert!(!is_below(pace(1_015_360, 160)));
+        // A task that takes nothing makes the client wait; when it does at last, the client is not to blame.
+        assert!(!is_below(pace(1_000_000, 129)));
+        assert!(!pace(1_000_000, 160).is_below(0, &then, half));
+    }
+
+    #[test]
+    fn short_pieces_are_joined_in_their_order_and_long_ones_stay() {
+        let long = Bytes::from(vec![b'l'; JOINED_BYTES]);
+        let mut pieces: VecDeque<Bytes> =
+            (0..JOINED_BYTES + 3).map(|n| Bytes::from(vec![n as u8])).collect();
+        pieces.push_back(long.clone());
+        pieces.push_back(Bytes::from_static(b"end"));
+        let whole: Vec<u8> = pieces.iter().flatten().copied().collect();
+        join(&mut pieces);
+        let lengths: Vec<usize> = pieces.iter().map(Bytes::len).collect();
+        assert_eq!(lengths, [JOINED_BYTES, 3, JOINED_BYTES, 3]);
+        assert_eq!(pieces[2].as_ptr(), long.as_ptr(), "it is not copied");
+        assert!(pieces.iter().flatten().eq(&whole));
     }
 }

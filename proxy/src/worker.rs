@@ -14,9 +14,11 @@ use crate::config::Checked;
 use crate::hold::book::Book;
 use crate::hold::gates::Gates;
 use crate::hold::queue::House;
-use crate::metrics::Counters;
-use crate::pool::Pool;
+use crate::metrics::counters::Counters;
+use crate::pool::ConnectionPool;
+use crate::room::Room;
 use crate::rules::RequestIds;
+use crate::seldom::Seldom;
 use crate::setup::Setup;
 
 /// What one core has to itself.
@@ -26,9 +28,11 @@ pub(crate) struct Worker {
     /// The pauses that it goes by.
     pub(crate) gates: Rc<Gates>,
     pub(crate) counters: Arc<Counters>,
-    pub(crate) pool: Pool,
-    /// Bytes of request bodies that may still be kept for a second try.
-    pub(crate) replay_room: Rc<Cell<usize>>,
+    pub(crate) pool: ConnectionPool,
+    /// For request bodies that are kept for a second try.
+    pub(crate) replay_room: Rc<Room>,
+    /// For those that are read since they hold the key.
+    pub(crate) key_room: Rc<Room>,
     /// How many tunnels there are, over all workers.
     pub(crate) tunnels: Arc<AtomicUsize>,
     /// Whether the proxy is stopping, so that each connection ends with its next answer.
@@ -38,6 +42,8 @@ pub(crate) struct Worker {
     /// What the proxy calls itself in `Via`.
     pub(crate) pseudonym: String,
     pub(crate) request_ids: RequestIds,
+    /// When to write again that a gateway takes nothing.
+    pub(crate) astray: Seldom,
     via_10: HeaderValue,
     via_11: HeaderValue,
     via_2: HeaderValue,
@@ -57,8 +63,9 @@ impl Worker {
                 .expect("a proxy's name fits a header")
         };
         let [via_10, via_11, via_2] = ["1.0", "1.1", "2"].map(via);
-        let pool = Pool::new(config.timeouts, config.limits, Arc::clone(&counters));
-        let replay_room = Rc::new(Cell::new(config.limits.replay_bytes));
+        let pool = ConnectionPool::new(config.timeouts, config.limits, Arc::clone(&counters));
+        let replay_room = Rc::new(Room::new(config.limits.replay_bytes));
+        let key_room = Rc::new(Room::new(config.limits.key_bytes));
         let house = Rc::new(House::new(book, Arc::clone(&counters)));
         let gates = Rc::new(Gates::new(Rc::clone(&house), config.flags.clone()));
         let setup = Rc::new(Setup::new(config, None, &house));
@@ -75,11 +82,13 @@ impl Worker {
             counters,
             pool,
             replay_room,
+            key_room,
             tunnels,
             stopping,
             chance,
             pseudonym,
             request_ids,
+            astray: Seldom::default(),
             via_10,
             via_11,
             via_2,
@@ -101,20 +110,20 @@ impl Worker {
         self.pool.set(config.timeouts, config.limits);
         self.house.book.set(config.limits);
         self.gates.follow(config.flags.clone());
-        let kept = before.config.limits.replay_bytes.saturating_sub(self.replay_room.get());
-        self.replay_room.set(config.limits.replay_bytes.saturating_sub(kept));
+        let (was, is) = (before.config.limits, config.limits);
+        self.replay_room.resize(was.replay_bytes, is.replay_bytes);
+        self.key_room.resize(was.key_bytes, is.key_bytes);
         let setup = Rc::new(Setup::new(config, Some(&before), &self.house));
         self.begin(&setup, Some(&before));
-        before.jobs_not_in(Some(&setup)).for_each(|job| job.hold.retire());
         self.counters.keep_routes(setup.config.routes.iter().map(|route| &*route.name));
         self.setup.replace(setup);
     }
 
-    /// Starts what lives beside the requests of each new job.
+    /// Starts what lives beside the requests of each new job: as long as one of them is left, whatever is in force by then.
     fn begin(&self, setup: &Setup, before: Option<&Setup>) {
         for job in setup.jobs_not_in(before) {
-            let job = Rc::clone(job);
-            self.pool.spawn(async move { job.hold.release().await });
+            let hold = Rc::clone(&job.hold);
+            self.pool.spawn(async move { hold.release().await });
         }
     }
 

@@ -2,8 +2,10 @@
 
 use std::process::Command;
 
+use rustix::process::Signal;
+
 use crate::callers::{PATIENCE, kv, program};
-use crate::kit::{Answer, ask, until};
+use crate::kit::{Answer, Process, ask, free_ports, local, until};
 use crate::processes::{Cluster, ProxyKnows};
 
 /// The sample task serves `/kv/KEY` only if it owns `KEY`. So a request names the shard that it must come to, beside its shop.
@@ -106,4 +108,35 @@ async fn a_shard_is_looked_up_in_a_database_and_a_changed_row_moves_its_requests
     let line = "mandoline_proxy_lookup_faults_total{lookup=\"shops\",fault=\"two\"} 1";
     assert!(page.contains(line), "{page}");
     assert_eq!(number("mandoline_proxy_lookup_keys"), 0);
+}
+
+/// Clients are told neither where the table is nor why; whoever runs the proxy is, and not by a line for each request.
+#[test]
+fn why_a_table_does_not_answer_is_in_the_log_now_and_then() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("proxy.yaml");
+    let [listen, admin, assigner, table] =
+        <[u16; 4]>::try_from(free_ports(4)).unwrap().map(|port| local(port).to_string());
+    let lookup = format!("lookups: {{shops: {{http: {{url: 'http://{table}/{{key}}'}}}}}}");
+    std::fs::write(
+        &file,
+        format!("{lookup}\nroutes: [{{job: kv, key: query:shop, lookup: shops}}]\n"),
+    )
+    .unwrap();
+    let place = ["--listen", &listen, "--admin", &admin, "--assigners", &assigner];
+    let config = file.display().to_string();
+    let mut proxy = Process::start(&[&["proxy", "--config", &config], &place[..]].concat());
+    proxy.line("proxy: requests for job kv");
+    for n in 0..20 {
+        let answer = ask(listen.parse().unwrap(), "GET", &format!("/?shop={n}"), "").unwrap();
+        assert_eq!(answer.status, 503, "{answer:?}");
+        assert!(!answer.body.contains(&table), "{answer:?}");
+    }
+    proxy.signal(Signal::TERM);
+    assert_eq!(proxy.ended(), Some(0));
+    let log = proxy.stdout() + &proxy.stderr();
+    let lines: Vec<&str> =
+        log.lines().filter(|line| line.contains("A lookup's table does not answer")).collect();
+    assert!((1..20).contains(&lines.len()), "{log}");
+    assert!(lines[0].contains("shops") && lines[0].contains(&table), "{log}");
 }

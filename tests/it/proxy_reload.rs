@@ -1,7 +1,7 @@
 //! A proxy's file changes while the proxy serves: by being saved, by SIGHUP, by the admin address. Nothing fails, and what cannot work
 //! leaves what was there.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -11,13 +11,46 @@ use mandoline_core::spec::JobSpec;
 use rustix::process::Signal;
 
 use crate::callers::{PATIENCE, my_turn, program};
-use crate::kit::{ask, try_ask, until};
+use crate::kit::{Process, ask, free_ports, local, run, text, try_ask, until};
 use crate::processes::{Cluster, ProxyKnows};
 
-const PLAIN: &str = "routes:\n  - {name: kv, path: /kv/*, job: kv}\n";
-const MORE: &str =
-    "routes:\n  - {name: kv, path: /kv/*, job: kv}\n  - {name: new, path: /new/*, job: kv}\n";
+/// With the zone the clerk is another one each time, too: what a reload starts knows nothing at first.
+const PLAIN: &str = "zone: a\nroutes:\n  - {name: kv, path: /kv/*, job: kv}\n";
+const MORE: &str = "zone: b\nroutes:\n  - {name: kv, path: /kv/*, job: kv}\n  - {name: new, path: /new/*, job: kv}\n";
 const WRONG: &str = "routes:\n  - {name: kv, path: /kv/*, jbo: kv}\n";
+
+/// The file changes after it was read, and before the proxy serves: here while it waits to hear of pauses from an assigner that is silent.
+#[test]
+fn a_file_that_changes_while_the_proxy_starts_comes_into_force() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("proxy.yaml");
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let ports = free_ports(2);
+    let (listen, admin) = (local(ports[0]), local(ports[1]));
+    save(&file, "routes:\n  - {path: /old/*, job: kv}\n");
+    let (config, assigner) = (file.display().to_string(), silent.local_addr().unwrap().to_string());
+    let mut proxy = Process::start(&[
+        "proxy",
+        "--config",
+        &config,
+        "--assigners",
+        &assigner,
+        "--listen",
+        &listen.to_string(),
+        "--admin",
+        &admin.to_string(),
+        "--workers",
+        "1",
+    ]);
+    // Whoever it asks, it knows by now what the file says.
+    let _asked = silent.accept().unwrap();
+    save(&file, "routes:\n  - {path: /new/*, job: kv}\n");
+    proxy.line("proxy: requests for job kv");
+    until("the file to be in force", || {
+        let answer = ask(listen, "GET", "/new/key", "")?;
+        (!answer.head.contains("destination_not_found")).then_some(())
+    });
+}
 
 /// Replaces a file as editors and deployments do: whole, in one step.
 fn save(path: &Path, text: &str) {
@@ -81,8 +114,8 @@ async fn a_hundred_reloads_of_a_proxy_fail_no_request() {
     until("the saved file to be in force", || new_is(true));
     // By the admin address, which answers when it is in force. What is in force already stays so.
     for n in 0..98 {
-        let (text, routed) = if n % 2 == 0 { (PLAIN, false) } else { (MORE, true) };
-        save(&file, text);
+        let (yaml, routed) = if n % 2 == 0 { (PLAIN, false) } else { (MORE, true) };
+        save(&file, yaml);
         let before = served.load(Relaxed);
         let answer = ask(proxy.admin, "POST", "/reload", "").unwrap();
         assert_eq!(answer.status, 200, "{answer:?}");
@@ -116,4 +149,17 @@ async fn a_hundred_reloads_of_a_proxy_fail_no_request() {
         caller.join().unwrap().unwrap();
     }
     assert_eq!(number("mandoline_proxy_requests_failed_total"), 0);
+
+    // What is refused leaves whoever was asked before: here with a place of its own for pauses, and two routes for one request.
+    let elsewhere = cluster.dir().join("elsewhere").display().to_string();
+    let two = "routes:\n  - {job: kv}\n  - {job: kv}\n";
+    save(&file, &format!("pauses: {{cache: {elsewhere}}}\n{two}"));
+    assert_eq!(ask(proxy.admin, "POST", "/reload", "").unwrap().status, 422);
+    let assigners = cluster.addresses()[0].to_string();
+    let added = run(&["pause", "add", "--job", "kv", "--for", "30s", "--assigners", &assigners]);
+    assert!(added.status.success(), "{}", text(&added.stderr));
+    until("the pause to be in force", || {
+        let state = ask(proxy.admin, "GET", "/api/state", "").unwrap().body;
+        state.contains("\"in_force\":true").then_some(())
+    });
 }

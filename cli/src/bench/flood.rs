@@ -2,6 +2,8 @@
 //!
 //! An assigner, a task and a proxy of one worker run as processes. A few clients ask at a steady pace all along, from a thread of their
 //! own. Each flood is one window long, between windows without it: a pair is compared, so that what else runs on the machine hits both.
+//! Whoever floods, and what is flooded, take processor time from the clients beside it, also where the proxy is fair: so in a third window
+//! the same flood goes to another proxy, of the same tasks, on the same machine. What is left between the two is the proxy's own.
 //! Memory is what the kernel counts for the proxy's process, looked at all the while.
 
 mod kinds;
@@ -16,6 +18,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 use mandoline_core::spec::JobSpec;
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -31,8 +34,9 @@ use crate::failure::Failure;
 
 /// Floods a proxy in every way that is known, and measures its memory and what other clients notice
 ///
-/// Starts an assigner, a task and a proxy as processes of their own on loopback; all of them end with this command. Ends with 1 if the
+/// Starts an assigner, a task and two proxies as processes of their own on loopback; all of them end with this command. Ends with 1 if the
 /// proxy took more than 64 MiB more than at rest, if the other clients' 99th percentile more than doubled, or if a request of theirs failed.
+/// The second proxy is for comparison: how much longer the clients wait while the same flood goes there is the machine's part.
 ///
 /// Example: mandoline bench flood --rounds 5 --json
 #[derive(Debug, Args)]
@@ -44,6 +48,9 @@ pub(crate) struct FloodArgs {
     /// How long it lasts, and how long the rest before it, in milliseconds
     #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(50..=60_000))]
     window_ms: u64,
+    /// Only these floods, by name
+    #[arg(long, value_delimiter = ',', value_parser = PossibleValuesParser::new(KINDS.map(|kind| kind.name)))]
+    only: Vec<String>,
     /// Ends with one JSON object on a line; the rest goes to stderr
     #[arg(long)]
     json: bool,
@@ -57,6 +64,8 @@ struct Effect {
     /// The other clients' 99th percentile, beside that without the flood: the median of the rounds.
     p99_ratio: f64,
     p99_ms: f64,
+    /// Their 99th percentile while the flood went to another proxy, beside that without a flood.
+    p99_ratio_elsewhere: f64,
     /// How many connections the proxy ended.
     ended: u64,
 }
@@ -82,7 +91,8 @@ pub(crate) async fn run(args: FloodArgs) -> Result<ExitCode, Failure> {
             .map(|effect| {
                 let of = json!({
                     "more_kib": effect.more_kib, "p99_ratio": rounded(effect.p99_ratio),
-                    "p99_ms": rounded(effect.p99_ms), "ended": effect.ended,
+                    "p99_ms": rounded(effect.p99_ms),
+                    "p99_ratio_elsewhere": rounded(effect.p99_ratio_elsewhere), "ended": effect.ended,
                 });
                 (effect.name.to_owned(), of)
             })
@@ -118,6 +128,8 @@ struct Stage {
     _cluster: Cluster,
     _task: Task,
     proxy: Proxy,
+    // Knows and does the same, and serves none of the clients that are looked at.
+    elsewhere: Proxy,
 }
 
 impl Stage {
@@ -128,14 +140,11 @@ impl Stage {
         let task = cluster.start_task("kv-0")?;
         cluster.served("kv", 1, WITHIN).await?;
         let proxy = cluster.start_proxy("proxy", ProxyKnows::default()).await?;
+        let elsewhere = cluster.start_proxy("elsewhere", ProxyKnows::default()).await?;
         let mut caller = Caller::new(proxy.address);
         let put = caller.ask("PUT", "flood", &vec![b'x'; VALUE_BYTES]).await?;
         ensure!(put.is_served(), "the value was not taken: {put:?}");
-        Ok(Self { _cluster: cluster, _task: task, proxy })
-    }
-
-    fn memory_kib(&self) -> anyhow::Result<u64> {
-        resident_kib(self.proxy.process.id())
+        Ok(Self { _cluster: cluster, _task: task, proxy, elsewhere })
     }
 }
 
@@ -145,16 +154,27 @@ async fn measure(args: &FloodArgs) -> anyhow::Result<Found> {
     let mut others = Others::start(stage.proxy.address);
     // Pools and buffers that anybody makes it have.
     others.during(sleep(2 * window)).await?;
-    let rest_kib = stage.memory_kib()?;
+    let rest_kib = resident_kib(stage.proxy.process.id())?;
     eprintln!("{rest_kib} KiB at rest");
     let (mut effects, mut asked, mut failed) = (Vec::new(), 0, 0);
-    for kind in KINDS {
-        let (mut peak, mut ended, mut ratios, mut p99s) = (0, 0, Vec::new(), Vec::new());
+    let is_wanted =
+        |kind: &Kind| args.only.is_empty() || args.only.iter().any(|name| name == kind.name);
+    for kind in KINDS.into_iter().filter(is_wanted) {
+        let (mut peak, mut ended) = (0, 0);
+        let (mut ratios, mut p99s, mut elsewhere) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..args.rounds {
             let calm = others.during(sleep(window)).await?;
-            let flooding = flood(&stage, &kind, window);
+            let flooding = flood(&stage.elsewhere, &kind, window);
+            let (flooded, beside) = others.during_with(flooding).await?;
+            flooded?;
+            elsewhere.push(beside.p99() / calm.p99());
+            asked += beside.asked();
+            failed += beside.failed;
+            sleep(window / 4).await;
+            let flooding = flood(&stage.proxy, &kind, window);
             let (flooded, beside) = others.during_with(flooding).await?;
             let (most, closed) = flooded?;
+            sleep(window / 4).await;
             (peak, ended) = (peak.max(most), ended + closed);
             ratios.push(beside.p99() / calm.p99());
             p99s.push(beside.p99());
@@ -166,11 +186,17 @@ async fn measure(args: &FloodArgs) -> anyhow::Result<Found> {
             more_kib: peak.saturating_sub(rest_kib),
             p99_ratio: median(&mut ratios),
             p99_ms: median(&mut p99s),
+            p99_ratio_elsewhere: median(&mut elsewhere),
             ended,
         };
         eprintln!(
-            "{}: {} KiB more, p99 {:.2} times ({:.2} ms), {} connections ended",
-            effect.name, effect.more_kib, effect.p99_ratio, effect.p99_ms, effect.ended
+            "{}: {} KiB more, p99 {:.2} times ({:.2} ms; {:.2} times while it goes elsewhere), {} connections ended",
+            effect.name,
+            effect.more_kib,
+            effect.p99_ratio,
+            effect.p99_ms,
+            effect.p99_ratio_elsewhere,
+            effect.ended
         );
         effects.push(effect);
     }
@@ -178,11 +204,11 @@ async fn measure(args: &FloodArgs) -> anyhow::Result<Found> {
 }
 
 /// Floods for a while. Gives the proxy's memory at its peak, and how many connections the proxy has ended.
-async fn flood(stage: &Stage, kind: &Kind, window: Duration) -> anyhow::Result<(u64, u64)> {
+async fn flood(proxy: &Proxy, kind: &Kind, window: Duration) -> anyhow::Result<(u64, u64)> {
     let ended = Arc::new(AtomicU64::new(0));
     let mut connections = JoinSet::new();
     for index in 0..kind.connections {
-        let (address, kind, ended) = (stage.proxy.address, *kind, Arc::clone(&ended));
+        let (address, kind, ended) = (proxy.address, *kind, Arc::clone(&ended));
         // Not all at the same moment: a burst of connections would be another flood.
         let first = window.mul_f64(0.5 * index as f64 / kind.connections as f64);
         connections.spawn(async move {
@@ -198,7 +224,7 @@ async fn flood(stage: &Stage, kind: &Kind, window: Duration) -> anyhow::Result<(
     let end = Instant::now() + window;
     let mut peak = 0;
     while Instant::now() < end {
-        peak = peak.max(stage.memory_kib()?);
+        peak = peak.max(resident_kib(proxy.process.id())?);
         sleep(LOOK_EVERY).await;
     }
     Ok((peak, ended.load(Relaxed)))
@@ -277,7 +303,13 @@ impl Others {
     ) -> anyhow::Result<(T, Noticed)> {
         self.told.try_iter().for_each(drop);
         let done = what.await;
-        let samples: Vec<Sample> = self.told.try_iter().collect();
+        let mut samples: Vec<Sample> = self.told.try_iter().collect();
+        // In a short window on a busy machine there may be no answer: the one under way then counts.
+        let end = Instant::now() + WITHIN;
+        while samples.iter().flatten().next().is_none() && Instant::now() < end {
+            sleep(LOOK_EVERY).await;
+            samples.extend(self.told.try_iter());
+        }
         let failed = samples.iter().filter(|sample| sample.is_none()).count() as u64;
         let mut took: Vec<Duration> = samples.into_iter().flatten().collect();
         took.sort_unstable();

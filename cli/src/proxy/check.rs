@@ -8,7 +8,7 @@ use mandoline_proxy::tls::certificates;
 
 use crate::failure::Failure;
 use crate::proxy::ProxyArgs;
-use crate::proxy::clerks::Clerks;
+use crate::proxy::kept::Kept;
 use crate::proxy::settings::Settings;
 use crate::table::Table;
 
@@ -29,8 +29,8 @@ pub(crate) struct CheckArgs {
 pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let settings =
         Settings::of(ProxyArgs { config: Some(args.file.clone()), ..ProxyArgs::default() })?;
-    let mut clerks = Clerks::idle();
-    let checked = settings.check(settings.config(&mut clerks)?)?;
+    let mut kept = Kept::idle();
+    let checked = settings.check(settings.config(&mut kept)?)?;
     for listener in &checked.listeners {
         certificates::check(listener).map_err(|error| {
             Failure::new(format!("TLS cannot be spoken at {}", listener.address)).because(error)

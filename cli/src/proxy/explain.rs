@@ -20,7 +20,7 @@ use tokio::time::timeout;
 
 use crate::failure::{Failure, chain};
 use crate::proxy::ProxyArgs;
-use crate::proxy::clerks::Clerks;
+use crate::proxy::kept::Kept;
 use crate::proxy::settings::Settings;
 use crate::show::Format;
 use crate::text::Text;
@@ -78,7 +78,7 @@ pub(crate) async fn run(args: ExplainArgs) -> Result<ExitCode, Failure> {
 
 fn by_file(file: PathBuf, ask: Ask) -> Result<Value, Failure> {
     let settings = Settings::of(ProxyArgs { config: Some(file), ..ProxyArgs::default() })?;
-    let config = settings.config(&mut Clerks::idle())?;
+    let config = settings.config(&mut Kept::idle())?;
     let dry_run = DryRun::new(config).map_err(|error| settings.explain(&error))?;
     let Explanation(explanation) = dry_run.explain(ask.head, ask.client);
     Ok(explanation)

@@ -13,7 +13,7 @@ use mandoline_core::name::JobName;
 use mandoline_core::spec::Ratio;
 use mandoline_proxy::access_log::AccessLog;
 use mandoline_proxy::access_log::format::{Field, Format, FormatError};
-use mandoline_proxy::access_log::writer::{Place, Writer};
+use mandoline_proxy::access_log::writer::{Output, Writer};
 use mandoline_proxy::config::forwarded::{Forwarded, Witness};
 use mandoline_proxy::config::headers::{FieldName, HeaderRules, Template};
 use mandoline_proxy::config::listener::{
@@ -99,7 +99,8 @@ impl ListenerFile {
             http2.streams = streams;
         }
         let tls = self.tls.as_ref().map(|tls| tls.tls(beside));
-        Listener { address, tls, proxy_protocol: plain(self.proxy_protocol.clone()), http2 }
+        let proxy_protocol = plain(self.proxy_protocol.clone());
+        Listener { tls, proxy_protocol, http2, ..Listener::new(address) }
     }
 }
 
@@ -230,7 +231,7 @@ pub(crate) struct TimeoutsFile {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct AccessLogFile {
-    to: Text<Place>,
+    to: Text<Output>,
     format: Option<Spanned<String>>,
     fields: Option<Vec<Spanned<String>>>,
     share: Option<Share>,
@@ -272,7 +273,9 @@ pub(crate) struct LimitsFile {
     headers: Option<usize>,
     idle_per_task: Option<usize>,
     replay_bytes: Option<Size>,
+    key_bytes: Option<Size>,
     body_bytes: Option<Size>,
+    body_rate: Option<Size>,
     tunnels: Option<usize>,
 }
 
@@ -373,9 +376,9 @@ impl RouteFile {
 
 impl AccessLogFile {
     /// Says where the log goes.
-    pub(crate) const fn place(&self) -> &Place {
-        let Text(place) = &self.to;
-        place
+    pub(crate) const fn output(&self) -> &Output {
+        let Text(output) = &self.to;
+        output
     }
 
     /// Makes the log. `at` says where in the file something is.
@@ -490,11 +493,16 @@ impl LimitsFile {
             headers,
             idle_per_task,
             replay_bytes,
+            key_bytes,
             body_bytes,
+            body_rate,
             tunnels,
         } = self;
         if let Some(Size(most)) = body_bytes {
             to.body_bytes = most;
+        }
+        if let Some(Size(least)) = body_rate {
+            to.body_rate = least;
         }
         let bytes = |size: Option<Size>| {
             size.map(|Size(bytes)| usize::try_from(bytes).unwrap_or(usize::MAX))
@@ -505,6 +513,7 @@ impl LimitsFile {
             (headers, &mut to.headers),
             (idle_per_task, &mut to.idle_per_task),
             (bytes(replay_bytes), &mut to.replay_bytes),
+            (bytes(key_bytes), &mut to.key_bytes),
             (tunnels, &mut to.tunnels),
         ] {
             if let Some(most) = given {

@@ -1,7 +1,7 @@
 //! The flags that a proxy follows, and what it says back of how it stands.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mandoline::Hub;
@@ -33,7 +33,7 @@ pub(crate) struct Following {
     order: FlagsOrder,
     follower: Follower,
     // Ends with what it tells.
-    telling: JoinSet<()>,
+    telling: Mutex<JoinSet<()>>,
 }
 
 impl Following {
@@ -56,7 +56,7 @@ impl Following {
         let follower = builder
             .start()
             .map_err(|error| Failure::new("the flags cannot be followed").caused_by(&error))?;
-        Ok(Self { order, follower, telling: JoinSet::new() })
+        Ok(Self { order, follower, telling: Mutex::default() })
     }
 
     /// Says whether it follows as it is asked to.
@@ -79,8 +79,9 @@ impl Following {
     }
 
     /// Says back how a proxy stands, from now on.
-    pub(crate) fn tell_of(&mut self, pauses: Pauses) {
-        self.telling.spawn(pauses.tell(self.follower.standing()));
+    pub(crate) fn tell_of(&self, pauses: Pauses) {
+        let mut telling = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
+        telling.spawn(pauses.tell(self.follower.standing()));
     }
 
     /// Says that the proxy has stopped, so that nobody waits for it.

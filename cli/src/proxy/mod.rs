@@ -5,7 +5,8 @@ mod lookups;
 mod flags;
 mod otlp;
 mod pools;
-mod clerks;
+mod clerk;
+mod kept;
 mod settings;
 mod check;
 mod explain;
@@ -27,6 +28,7 @@ use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
 use mandoline_proxy::config::{Config, ProxyId};
 use mandoline_proxy::handover::Offer;
+use mandoline_proxy::look::Look;
 use mandoline_proxy::proxy::{Proxy, StartError};
 use mandoline_proxy::sockets::SocketsError;
 use serde::Deserialize;
@@ -35,11 +37,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::access_args::AccessArgs;
 use crate::failure::Failure;
-use crate::proxy::clerks::Clerks;
 use crate::proxy::file::{
     AccessLogFile, DebugFile, ForwardedFile, JobFile, LimitsFile, ListenerFile, PausesFile,
     RouteFile, TimeoutsFile, TracesFile,
 };
+use crate::proxy::kept::Kept;
 use crate::proxy::lookups::{LookupFile, LookupName};
 use crate::proxy::pools::PoolFile;
 use crate::proxy::schema::SCHEMA;
@@ -101,7 +103,8 @@ pub(crate) struct ProxyArgs {
     /// Where requests come in [default: 127.0.0.1:8080]
     #[arg(long, env = "MANDOLINE_LISTEN", value_name = "IP:PORT")]
     listen: Option<Text<SocketAddr>>,
-    /// Where /metrics, /livez and /readyz are [default: 127.0.0.1:7480]
+    /// Where a page for people is (/), /metrics, /livez, /readyz, /explain, /reload and what else is for operators alone: whoever
+    /// reaches it may reload [default: 127.0.0.1:7480]
     #[arg(long, env = "MANDOLINE_ADMIN", value_name = "IP:PORT")]
     admin: Option<Text<SocketAddr>>,
     /// What it calls itself in Via; two proxies in a row need different names [default: drawn]
@@ -110,7 +113,8 @@ pub(crate) struct ProxyArgs {
     /// The job whose tasks serve [default: kv]
     #[arg(long, env = "MANDOLINE_JOB")]
     job: Option<Text<JobName>>,
-    /// Where a request has its key: path:N (from 0), header:NAME, cookie:NAME, query:NAME or host; GROUP/KEY keeps a group
+    /// Where a request has its key: path:N (from 0) or path(/shops/{key}/*), query:NAME, header:NAME, metadata:NAME, cookie:NAME, host,
+    /// client, method, jwt(CLAIM), json(/FIELD) or 'text'; lower(..), first(.., ..) and join(.., ..) of these; GROUP/KEY keeps a group
     /// together, such as header:tenant/header:user [default: path:1]
     #[arg(long, env = "MANDOLINE_KEY", value_name = "WHERE")]
     key: Option<Text<KeyFrom>>,
@@ -203,6 +207,8 @@ pub(crate) async fn run(command: ProxyCommand) -> Result<ExitCode, Failure> {
 }
 
 async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
+    // Before it is read: a change in between, or while this waits to take over, is seen as one later.
+    let seen = args.config.as_deref().and_then(Look::at);
     let settings = Settings::of(args.clone())?;
     // A name that is drawn is kept when the file is read again.
     args.id.get_or_insert_with(|| Text(settings.id()));
@@ -218,19 +224,19 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
         }
         None => None,
     };
-    let mut clerks = Clerks::new(access.clone(), watch.is_some().then(|| hub.clone()));
-    let config = settings.check(settings.config(&mut clerks)?)?;
-    clerks.heard_flags().await;
-    let mut standby = Standby::new(&settings, &clerks).await?;
+    let mut kept = Kept::new(access.clone(), watch.is_some().then(|| hub.clone()));
+    let config = settings.check(settings.config(&mut kept)?)?;
+    kept.heard_flags().await;
+    let mut standby = Standby::new(&settings, &kept).await?;
     let sockets = standby.sockets(&config)?;
     let offer = sockets
         .share()
         .map_err(|error| Failure::new("the sockets cannot be shared").because(error))?;
     let proxy = Proxy::start_on(sockets, config, &stop).map_err(not_started)?;
-    clerks.tell_of(proxy.pauses());
+    kept.tell_of(proxy.pauses());
     let offer = standby.serves(offer, &stop)?;
     eprintln!("proxy: requests for {} at {}", settings.jobs(), places(&proxy));
-    let reloading = tokio::spawn(reload::run(args, clerks, proxy.reloader(), stop.clone()));
+    let reloading = tokio::spawn(reload::run(args, seen, kept, proxy.reloader(), stop.clone()));
     match watch {
         Some(listener) => {
             mandoline_assigner::server::serve_watch(listener, hub, &access, stop.clone())
@@ -247,9 +253,9 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     } else {
         proxy.stop().await;
     }
-    // The clerks are needed until the last request has ended.
-    if let Ok(clerks) = reloading.await {
-        clerks.leave().await;
+    // What is kept is needed until the last request has ended.
+    if let Ok(kept) = reloading.await {
+        kept.leave().await;
     }
     eprintln!("proxy: stopped");
     Ok(ExitCode::SUCCESS)

@@ -15,7 +15,7 @@ mod tests {
     use super::SCHEMA;
     use crate::file;
     use crate::proxy::ProxyArgs;
-    use crate::proxy::clerks::Clerks;
+    use crate::proxy::kept::Kept;
     use crate::proxy::settings::Settings;
     use crate::schema::fits;
 
@@ -31,7 +31,7 @@ mod tests {
         let checked =
             Settings::of(ProxyArgs { config: Some(path.clone()), ..ProxyArgs::default() })
                 .and_then(|settings| {
-                    let config = settings.config(&mut Clerks::idle())?;
+                    let config = settings.config(&mut Kept::idle())?;
                     settings.check(config).map(drop)
                 });
         checked
@@ -57,6 +57,8 @@ mod tests {
             "{assigners: ['a:7400', 'b:7400'], watch_peers: ['c:7400'], zone: a}",
             "{region: eu, gateways: ['us=gw:80']}",
             "{max_staleness: 1m, workers: 2, hold_wait: 5s, hold_requests: 10, hold_bytes: 1MiB}",
+            "{limits: {replay_bytes: 0}}",
+            "{limits: {replay_bytes: '0'}}",
             "{timeouts: {connect: 500ms, response: 1m}, limits: {connections: 100, header_bytes: 16KiB}}",
             "{pauses: {wait: 1m, requests: 10, bytes: 1MiB, exempt_paths: [/healthz], cache: /tmp/flags}}",
             "{routes: [{job: kv}]}",
@@ -253,6 +255,13 @@ mod tests {
         assert!(failure.ends_with("did you mean \"routes\"?"), "{failure}");
         let failure = fault("lookups: {shops: {http: {url: 'http://a/{key}'}}}\nroutes: [{job: kv, lookup: shop}]\n").await.unwrap();
         assert!(failure.ends_with("did you mean \"shops\"?"), "{failure}");
+        let failure = fault("timeouts: {pause: 1s}\n").await.unwrap();
+        assert!(
+            failure.ends_with("how long a pause holds a request is wait, under pauses"),
+            "{failure}"
+        );
+        let failure = fault("timeouts: {hold: 1s}\n").await.unwrap();
+        assert!(failure.contains("is hold_wait, beside timeouts"), "{failure}");
         let failure = fault("access_log: {to: stdout, fields: [staus]}\n").await.unwrap();
         assert!(failure.ends_with("did you mean \"status\"?"), "{failure}");
     }

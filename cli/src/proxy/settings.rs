@@ -19,9 +19,10 @@ use serde_saphyr::Spanned;
 use crate::failure::Failure;
 use crate::file::{self, closest};
 use crate::proxy::ProxyArgs;
-use crate::proxy::clerks::{Clerks, Order};
+use crate::proxy::clerk::ClerkOrder;
 use crate::proxy::file::{DebugFile, ForwardedFile, RouteFile};
 use crate::proxy::flags::FlagsOrder;
+use crate::proxy::kept::Kept;
 use crate::proxy::lookups::LookupName;
 use crate::proxy::pools::PoolFile;
 use crate::task::{default_assigners, demo_job};
@@ -141,16 +142,16 @@ impl Settings {
         self.args.job.clone().map_or_else(demo_job, |Text(job)| job)
     }
 
-    /// Makes the configuration, and starts the clerks that it needs.
-    pub(crate) fn config(&self, clerks: &mut Clerks) -> Result<Config, Failure> {
+    /// Makes the configuration, and starts what it needs beside it.
+    pub(crate) fn config(&self, kept: &mut Kept) -> Result<Config, Failure> {
         let args = &self.args;
         let region = args.region.clone().map(|Text(region)| region);
         let gateways = plain(args.gateways.clone().unwrap_or_default());
-        let gateways = clerks.gateways(region, gateways)?;
-        let lookups = self.lookups(clerks)?;
+        let gateways = kept.gateways(region, gateways)?;
+        let lookups = self.lookups(kept)?;
         let routes = self.routes(&lookups)?;
         let jobs = self.job_names().into_iter().map(|job| {
-            let router = clerks.router(self.order(job.clone()))?;
+            let router = kept.router(self.order(job.clone()))?;
             Ok((job, router))
         });
         let mut jobs: BTreeMap<JobName, Router> = jobs.collect::<Result<_, Failure>>()?;
@@ -161,7 +162,7 @@ impl Settings {
                     .at(self.place(pool))
                     .try_this("call the pool something else"));
             }
-            let runs = clerks.pool(name, &pool.value, &transport);
+            let runs = kept.pool(name, &pool.value, &transport);
             let runs = runs.map_err(|failure| failure.at(self.place(pool)))?;
             jobs.insert(name.clone(), runs.router());
             pools.push((name.clone(), transport, runs.servers()));
@@ -169,7 +170,7 @@ impl Settings {
         let mut config = Config::with(self.listen(), jobs, routes);
         config.listeners = self.listeners();
         config.lookups = lookups;
-        config.flags = clerks.flags(self.flags_order())?;
+        config.flags = kept.flags(self.flags_order())?;
         config.admin = Some(local(args.admin.as_ref(), 7480));
         config.gateways = gateways;
         config.max_staleness = args.max_staleness.map(|Span(most)| most);
@@ -194,11 +195,11 @@ impl Settings {
             pauses.apply(&mut config)?;
         }
         if let Some(log) = &args.access_log {
-            let writer = clerks.log(log.place())?;
+            let writer = kept.log(log.output())?;
             config.access_log = Some(log.access_log(writer, |text| self.place(text))?);
         }
         if let Some(traces) = &args.traces {
-            let sink = clerks.sink(&traces.otlp, &self.id())?;
+            let sink = kept.sink(&traces.otlp, &self.id())?;
             config.traces = Some(traces.traces(sink)?);
         }
         config.forwarded =
@@ -237,7 +238,7 @@ impl Settings {
         spoken.collect()
     }
 
-    fn order(&self, job: JobName) -> Order {
+    fn order(&self, job: JobName) -> ClerkOrder {
         let args = &self.args;
         let cache = match &args.routes {
             None => args.cache.clone(),
@@ -246,7 +247,7 @@ impl Settings {
                 own.and_then(|own| own.cache.clone())
             }
         };
-        Order {
+        ClerkOrder {
             job,
             assigners: args.assigners.clone().map_or_else(default_assigners, plain),
             peers: args.watch_peers.clone().map_or_else(Vec::new, plain),
@@ -269,12 +270,12 @@ impl Settings {
         }
     }
 
-    fn lookups(&self, clerks: &mut Clerks) -> Result<BTreeMap<Box<str>, Lookup>, Failure> {
+    fn lookups(&self, kept: &mut Kept) -> Result<BTreeMap<Box<str>, Lookup>, Failure> {
         let made = self.args.lookups.iter().flatten().map(|(Text(LookupName(name)), file)| {
             let at = |failure: Failure| failure.at(self.place(file));
             let limits = file.value.limits().map_err(at)?;
             let table = file.value.table(self.beside()).map_err(at)?;
-            Ok((name.clone(), clerks.lookup(name, table, limits).map_err(at)?))
+            Ok((name.clone(), kept.lookup(name, table, limits).map_err(at)?))
         });
         made.collect()
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
-use crate::record::{Asked, Record};
+use crate::record::{Record, RequestInfo};
 
 /// How much of one value is told, in bytes: paths and names of browsers fit, and no client fills a disk by one request.
 const VALUE_BYTES_MAX: usize = 2048;
@@ -185,8 +185,8 @@ impl Format {
     }
 
     /// Makes the line of a request that ended `now`.
-    pub(crate) fn line(&self, record: &Record, asked: &Asked, now: SystemTime) -> String {
-        let told = Told { format: self, record, asked, now };
+    pub(crate) fn line(&self, record: &Record, request: &RequestInfo, now: SystemTime) -> String {
+        let told = Told { format: self, record, request, now };
         let mut line = String::with_capacity(256);
         if self.is_json {
             line.push('{');
@@ -249,7 +249,7 @@ impl FromStr for Format {
 struct Told<'a> {
     format: &'a Format,
     record: &'a Record,
-    asked: &'a Asked,
+    request: &'a RequestInfo,
     now: SystemTime,
 }
 
@@ -267,13 +267,13 @@ enum Said<'a> {
 
 impl<'a> Told<'a> {
     fn value(&self, field: &Field) -> Said<'a> {
-        let (record, asked) = (self.record, self.asked);
+        let (record, request) = (self.record, self.request);
         let own = |text: String| Said::Plain(Cow::Owned(text));
         let what = match &field.0 {
             What::Plain(what) => *what,
             What::Header(name) => {
                 let place = self.format.headers.iter().position(|known| known == name);
-                let value = place.and_then(|place| asked.headers.get(place)?.as_ref());
+                let value = place.and_then(|place| request.headers.get(place)?.as_ref());
                 return value.map_or(Said::Nothing, |value| Said::Strange(value.as_bytes()));
             }
         };
@@ -281,18 +281,18 @@ impl<'a> Told<'a> {
             Plain::Time => {
                 own(timestamp(self.now.checked_sub(record.duration).unwrap_or(self.now)))
             }
-            Plain::Client => own(asked.client.to_string()),
-            Plain::Method => Said::Strange(asked.method.as_str().as_bytes()),
-            Plain::Host => match (asked.uri.authority(), &asked.host) {
+            Plain::Client => own(request.client.to_string()),
+            Plain::Method => Said::Strange(request.method.as_str().as_bytes()),
+            Plain::Host => match (request.uri.authority(), &request.host) {
                 (Some(authority), _) => Said::Strange(authority.as_str().as_bytes()),
                 (None, Some(host)) => Said::Strange(host.as_bytes()),
                 (None, None) => Said::Nothing,
             },
-            Plain::Path => Said::Strange(asked.uri.path().as_bytes()),
+            Plain::Path => Said::Strange(request.uri.path().as_bytes()),
             Plain::Query => {
-                asked.uri.query().map_or(Said::Nothing, |query| Said::Strange(query.as_bytes()))
+                request.uri.query().map_or(Said::Nothing, |query| Said::Strange(query.as_bytes()))
             }
-            Plain::Protocol => own(format!("{:?}", asked.version)),
+            Plain::Protocol => own(format!("{:?}", request.version)),
             Plain::Status => {
                 record.status.map_or(Said::Nothing, |status| Said::Number(status.into()))
             }
@@ -301,14 +301,14 @@ impl<'a> Told<'a> {
                 record.route.as_ref().map_or(Said::Nothing, |name| Said::Strange(name.as_bytes()))
             }
             Plain::Job => {
-                asked.job.as_ref().map_or(Said::Nothing, |job| Said::Plain(job.as_str().into()))
+                request.job.as_ref().map_or(Said::Nothing, |job| Said::Plain(job.as_str().into()))
             }
             Plain::Key => record.key.map_or(Said::Nothing, |key| own(format!("{:016x}", key.0))),
             Plain::Generation if record.first.is_none() => Said::Nothing,
             Plain::Generation => own(record.generation.to_string()),
             Plain::Task => record.last.map_or(Said::Nothing, |task| own(task.to_string())),
             Plain::Upstream => {
-                asked.address.as_ref().map_or(Said::Nothing, |address| own(address.to_string()))
+                request.address.as_ref().map_or(Said::Nothing, |address| own(address.to_string()))
             }
             Plain::Tries => Said::Number(record.tries.into()),
             Plain::Held => Said::Seconds(record.held),
@@ -316,10 +316,10 @@ impl<'a> Told<'a> {
             Plain::Duration => Said::Seconds(record.duration),
             Plain::BytesOut => Said::Number(record.bytes_out),
             Plain::Reason => {
-                asked.reason.as_ref().map_or(Said::Nothing, |why| Said::Strange(why.as_bytes()))
+                request.reason.as_ref().map_or(Said::Nothing, |why| Said::Strange(why.as_bytes()))
             }
             Plain::Trace => {
-                asked.trace.as_ref().map_or(Said::Nothing, |trace| Said::Plain(trace.into()))
+                request.trace.as_ref().map_or(Said::Nothing, |trace| Said::Plain(trace.into()))
             }
         }
     }
@@ -418,25 +418,26 @@ mod tests {
         }
     }
 
-    fn line(format: &Format, record: &Record, change: impl FnOnce(&mut Asked)) -> String {
+    fn line(format: &Format, record: &Record, change: impl FnOnce(&mut RequestInfo)) -> String {
         let head = Request::get("/carts/1?token=secret")
             .header("host", "shop.example.com")
             .header("cookie", "session=secret")
             .header("user-agent", "a \"b\"\\c");
         let (mut head, ()) = head.body(()).unwrap().into_parts();
         head.headers.insert("x-strange", HeaderValue::from_bytes(b"a\xffb\tc").unwrap());
-        let mut asked =
-            Asked::of("10.0.0.1".parse().unwrap(), &head, format.headers(&head.headers));
-        asked.job = Some("carts".parse().unwrap());
-        asked.address = Some("10.0.0.2:80".parse().unwrap());
-        change(&mut asked);
+        let mut request =
+            RequestInfo::of("10.0.0.1".parse().unwrap(), &head, format.headers(&head.headers));
+        request.job = Some("carts".parse().unwrap());
+        request.address = Some("10.0.0.2:80".parse().unwrap());
+        change(&mut request);
         let now = UNIX_EPOCH + Duration::from_millis(1_753_000_002_345);
-        format.line(record, &asked, now)
+        format.line(record, &request, now)
     }
 
     #[test]
     fn json_has_all_but_what_may_be_secret() {
-        let line = line(&Format::usual(), &record(), |asked| asked.trace = Some("4b".to_owned()));
+        let line =
+            line(&Format::usual(), &record(), |request| request.trace = Some("4b".to_owned()));
         let expected = r#"{"time":"2025-07-20T08:26:40.345Z","client":"10.0.0.1","method":"GET","host":"shop.example.com","path":"/carts/1","protocol":"HTTP/1.1","status":200,"outcome":"answered","route":"carts","job":"carts","key":"00000000000000ab","generation":"1.42","task":"s8","upstream":"10.0.0.2:80","tries":2,"held":1.5,"upstream_time":0.00025,"duration":2.0,"bytes_out":512,"reason":null,"trace":"4b"}"#;
         assert_eq!(line, expected);
         assert!(!line.contains("secret"));
@@ -457,7 +458,7 @@ mod tests {
     #[test]
     fn no_client_can_forge_a_line_or_a_field() {
         let evil = "x\r\n127.0.0.1 \"GET /admin\" 200\u{2028}\u{1b}[2J\"";
-        let change = |asked: &mut Asked| asked.reason = Some(evil.to_owned());
+        let change = |request: &mut RequestInfo| request.reason = Some(evil.to_owned());
         for format in ["{reason} {header:x-strange}".parse().unwrap(), {
             let fields = ["reason", "header:x-strange"].map(|name| name.parse().unwrap());
             Format::json(fields.to_vec()).unwrap()
@@ -474,8 +475,8 @@ mod tests {
                 assert_eq!(line, expected);
             }
         }
-        let long = line(&"{reason}".parse().unwrap(), &record(), |asked| {
-            asked.reason = Some("x".repeat(1 << 20));
+        let long = line(&"{reason}".parse().unwrap(), &record(), |request| {
+            request.reason = Some("x".repeat(1 << 20));
         });
         assert_eq!(long.len(), VALUE_BYTES_MAX);
     }

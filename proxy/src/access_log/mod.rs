@@ -13,7 +13,7 @@ use mandoline_core::spec::Ratio;
 
 use crate::access_log::format::Format;
 use crate::access_log::writer::Writer;
-use crate::record::{Asked, Outcome, Record};
+use crate::record::{Outcome, Record, RequestInfo};
 
 /// Which requests are told of, how, and where to.
 #[derive(Clone, Debug)]
@@ -35,9 +35,9 @@ impl AccessLog {
     }
 
     /// Tells of a request that has ended, if it is to be told of.
-    pub(crate) fn tell(&self, record: &Record, asked: &Asked, chance: &mut Prng) {
+    pub(crate) fn tell(&self, record: &Record, request: &RequestInfo, chance: &mut Prng) {
         if self.wants(record, chance) {
-            self.writer.write(self.format.line(record, asked, SystemTime::now()));
+            self.writer.write(self.format.line(record, request, SystemTime::now()));
         }
     }
 

@@ -27,7 +27,7 @@ const WRITE_BYTES: usize = 64 << 10;
 
 /// Where an access log goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum Output {
     /// Standard output.
     Stdout,
     /// Standard error.
@@ -72,10 +72,10 @@ enum Message {
 }
 
 impl Writer {
-    /// Opens the place and starts the thread.
-    pub fn open(place: Place) -> io::Result<Self> {
-        let sink = place.open()?;
-        Self::over(Some(place), sink)
+    /// Opens the output and starts the thread.
+    pub fn open(output: Output) -> io::Result<Self> {
+        let sink = output.open()?;
+        Self::over(Some(output), sink)
     }
 
     /// Writes nothing: for a look at a configuration.
@@ -83,13 +83,13 @@ impl Writer {
         Self(Arc::new(Inner { queue: None, counts: Arc::default() }))
     }
 
-    fn over(place: Option<Place>, sink: Box<dyn Write + Send>) -> io::Result<Self> {
+    fn over(output: Option<Output>, sink: Box<dyn Write + Send>) -> io::Result<Self> {
         let (queue, messages) = sync_channel(LINES_MAX);
         let counts: Arc<Counts> = Arc::default();
         let writing = Arc::clone(&counts);
         thread::Builder::new()
             .name("mandoline-access-log".to_owned())
-            .spawn(move || run(place, sink, &messages, &writing))?;
+            .spawn(move || run(output, sink, &messages, &writing))?;
         Ok(Self(Arc::new(Inner { queue: Some(queue), counts })))
     }
 
@@ -141,7 +141,7 @@ impl Writer {
 }
 
 fn run(
-    place: Option<Place>,
+    output: Option<Output>,
     mut sink: Box<dyn Write + Send>,
     messages: &Receiver<Message>,
     counts: &Counts,
@@ -186,7 +186,7 @@ fn run(
             }
         }
         match then {
-            Some(Message::Reopen) => match place.as_ref().map(Place::open) {
+            Some(Message::Reopen) => match output.as_ref().map(Output::open) {
                 Some(Ok(fresh)) => sink = fresh,
                 Some(Err(error)) => {
                     error!(%error, "The access log cannot be opened anew: it goes on where it was");
@@ -199,7 +199,7 @@ fn run(
     }
 }
 
-impl Place {
+impl Output {
     fn open(&self) -> io::Result<Box<dyn Write + Send>> {
         Ok(match self {
             Self::Stdout => Box::new(io::stdout()),
@@ -214,7 +214,7 @@ fn append(path: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o640).open(path)
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Stdout => f.write_str("stdout"),
@@ -225,7 +225,7 @@ impl fmt::Display for Place {
 }
 
 /// `stdout`, `stderr`, or a path, which has a slash.
-impl FromStr for Place {
+impl FromStr for Output {
     type Err = PlaceError;
 
     fn from_str(text: &str) -> Result<Self, PlaceError> {
@@ -238,10 +238,10 @@ impl FromStr for Place {
     }
 }
 
-/// A text named no place for a log.
+/// A text named no output for a log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no place for a log: give stdout, stderr, or a path with a slash, such as ./access.log"
+    "{0:?} is no output for a log: give stdout, stderr, or a path with a slash, such as ./access.log"
 )]
 pub struct PlaceError(String);
 
@@ -275,7 +275,7 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&old).unwrap(), "one\ntwo\n");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "three\n");
         assert_eq!(writer.stats(), LogStats { written: 3, dropped: 0, failed: 0 });
-        assert!(Writer::open(Place::File(folder.path().join("no/such/folder"))).is_err());
+        assert!(Writer::open(Output::File(folder.path().join("no/such/folder"))).is_err());
     }
 
     /// A pipe that nobody reads, until the test lets go of it.
@@ -337,9 +337,9 @@ mod tests {
 
     #[test]
     fn a_place_is_named_so_that_no_slip_makes_a_file() {
-        assert_eq!("stdout".parse(), Ok(Place::Stdout));
-        assert_eq!("stderr".parse(), Ok(Place::Stderr));
-        assert_eq!("./a".parse(), Ok(Place::File("./a".into())));
-        assert!("sdtout".parse::<Place>().is_err());
+        assert_eq!("stdout".parse(), Ok(Output::Stdout));
+        assert_eq!("stderr".parse(), Ok(Output::Stderr));
+        assert_eq!("./a".parse(), Ok(Output::File("./a".into())));
+        assert!("sdtout".parse::<Output>().is_err());
     }
 }

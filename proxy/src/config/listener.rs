@@ -19,12 +19,23 @@ pub struct Listener {
     pub proxy_protocol: Vec<Network>,
     /// HTTP/2, beside HTTP/1.1 on the same port: chosen by ALPN within TLS, and by the first bytes without. None speaks HTTP/1.1 alone.
     pub http2: Option<Http2>,
+    /// How many TLS handshakes may be under way at a time; whoever comes on top is closed at once rather than answered too late.
+    pub handshakes: usize,
 }
+
+/// Each has some 30 KB and a few hundred microseconds of work to come, so that this is a second of one core.
+const HANDSHAKES: usize = 2048;
 
 impl Listener {
     /// Listens in the clear, for HTTP/1.1 and HTTP/2.
     pub fn new(address: Address) -> Self {
-        Self { address, tls: None, proxy_protocol: Vec::new(), http2: Some(Http2::default()) }
+        Self {
+            address,
+            tls: None,
+            proxy_protocol: Vec::new(),
+            http2: Some(Http2::default()),
+            handshakes: HANDSHAKES,
+        }
     }
 }
 

@@ -195,7 +195,9 @@ impl Config {
             paused_requests,
             paused_bytes: _,
             replay_bytes: _,
+            key_bytes,
             body_bytes: _,
+            body_rate: _,
             tunnels,
         } = self.limits;
         let limits = [
@@ -206,6 +208,7 @@ impl Config {
             ("idle_per_task", idle_per_task, 0, 100_000),
             ("held_requests", held_requests, 0, 1_000_000),
             ("paused_requests", paused_requests, 0, 1_000_000),
+            ("key_bytes", key_bytes, KEY_BODY_MAX_BYTES, usize::MAX),
             ("tunnels", tunnels, 0, 1_000_000),
         ];
         for (name, value, least, most) in limits {
@@ -426,11 +429,19 @@ pub struct Limits {
     pub paused_bytes: usize,
     /// Request bodies kept for a second try, over all requests of a worker. Beyond it a body cannot be sent again.
     pub replay_bytes: usize,
+    /// Request bodies that are read since they hold the key, over all requests of a worker. Where one more has no room it gets a 503.
+    pub key_bytes: usize,
     /// How long a request's body may be. It is passed on as it comes, so a long one costs time and no memory; this is for the tasks' sake.
     pub body_bytes: u64,
+    /// How many bytes of a body a client must bring in each second at least, over `timeouts.response`; with 0 a byte in that time is enough.
+    /// For gRPC it does not count.
+    pub body_rate: u64,
     /// Connections and streams that have switched to another protocol, or are about to, over all workers. One more gets a 503.
     pub tunnels: usize,
 }
+
+/// The longest body that is read to find a key: it has to be kept until its end has come.
+pub(crate) const KEY_BODY_MAX_BYTES: usize = 64 << 10;
 
 /// So many header lines are taken unless something else is said. It is hyper's own limit, too, which costs it less than any other:
 /// with another it makes room for them anew with each head.
@@ -450,8 +461,11 @@ impl Default for Limits {
             paused_requests: 8_000,
             paused_bytes: 48 << 20,
             replay_bytes: 64 << 20,
+            key_bytes: 64 << 20,
             // What large content networks take of an upload unless told otherwise.
             body_bytes: 100 << 20,
+            // Half of what Apache's mod_reqtimeout demands: no network in use is slower, and what trickles is ended in a minute.
+            body_rate: 256,
             // Half of the client connections, for each has another one to its task. Streams of HTTP/2 could ask for many more.
             tunnels: 10_000,
         }

@@ -14,6 +14,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, InvalidDnsNameError, PrivateKeyDer, ServerName, pem};
 use rustls::{ClientConfig, RootCertStore, crypto};
 
+use crate::seldom::Seldom;
+
 /// Where the files are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
@@ -36,6 +38,9 @@ pub struct Tls {
     pub(crate) http2: Arc<ClientConfig>,
     pub(crate) either: Arc<ClientConfig>,
     pub(crate) name: Option<ServerName<'static>>,
+    /// The proxy's own certificate, and when to write again that it is of no use.
+    pub(crate) own: Option<CertificateDer<'static>>,
+    pub(crate) complaints: Seldom,
 }
 
 /// Why TLS cannot be set up.
@@ -101,11 +106,15 @@ impl Tls {
             .with_safe_default_protocol_versions()
             .map_err(|source| TlsError::Unusable { path: files.authorities.clone(), source })?
             .with_root_certificates(roots);
-        let config = match &files.identity {
-            None => builder.with_no_client_auth(),
-            Some((chain, key)) => builder
-                .with_client_auth_cert(certificates(chain)?, private_key(key)?)
-                .map_err(|source| TlsError::Unusable { path: chain.clone(), source })?,
+        let (config, own) = match &files.identity {
+            None => (builder.with_no_client_auth(), None),
+            Some((path, key)) => {
+                let chain = certificates(path)?;
+                let own = chain.first().cloned();
+                let config = builder.with_client_auth_cert(chain, private_key(key)?);
+                let unusable = |source| TlsError::Unusable { path: path.clone(), source };
+                (config.map_err(unusable)?, own)
+            }
         };
         let name = match &files.name {
             None => None,
@@ -120,7 +129,9 @@ impl Tls {
             Arc::new(config)
         };
         let (http1, http2) = (with(&[b"http/1.1"]), with(&[b"h2"]));
-        Ok(Self { http1, http2, either: with(&[b"h2", b"http/1.1"]), files, print, name })
+        let either = with(&[b"h2", b"http/1.1"]);
+        let complaints = Seldom::default();
+        Ok(Self { http1, http2, either, files, print, name, own, complaints })
     }
 
     /// Says whether connections that were opened by the one suit the other: the files were the same, and have not changed.

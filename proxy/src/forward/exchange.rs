@@ -69,8 +69,8 @@ pub(crate) async fn exchange(
     loop {
         // A kept connection that turns out closed costs nothing but the look, so this loop ends with a new one.
         let kept = if kept_may_do { worker.pool.kept(upstream, speech) } else { None };
-        let mut lease = match kept {
-            Some(lease) => lease,
+        let mut checkout = match kept {
+            Some(checkout) => checkout,
             // What is seldom needed has a box of its own, so that every request is not as large as it.
             None => Box::pin(worker.pool.connect(upstream, speech)).await.map_err(|error| {
                 debug!(%error, "Task not reached");
@@ -78,15 +78,14 @@ pub(crate) async fn exchange(
             })?,
         };
         let Some(upload) = tape.play() else { return Err(Setback::Broken) };
-        let request = message::request(original, marks, &lease, upload)?;
+        let request = message::request(original, marks, &checkout, upload)?;
         let answer = {
-            let sent = pin!(lease.send(request));
-            within(sent, limit, since, trip.deadline, tape).await
+            let sent = pin!(checkout.send(request));
+            // A stream of gRPC may say nothing for as long as both sides like.
+            let rate = if trip.is_grpc { 0 } else { trip.setup.config.limits.body_rate };
+            within(sent, limit, since, trip.deadline, tape, rate).await
         };
-        let Some(answer) = answer else {
-            let late = if tape.is_waiting() { Refusal::SlowBody } else { Refusal::Late };
-            return Err(Setback::Final(late));
-        };
+        let answer = answer.map_err(Setback::Final)?;
         let error = match answer {
             Ok(mut response) => {
                 if let Some(load) = message::load(&mut response) {
@@ -95,28 +94,28 @@ pub(crate) async fn exchange(
                 if trip.may_misdirect
                     && let Some(setback) = message::refused(&response, trip.is_grpc)
                 {
-                    worker.pool.give_back_unread(response.into_body(), lease);
+                    worker.pool.give_back_unread(response.into_body(), checkout);
                     return Err(setback);
                 }
-                lease.until = trip.deadline;
-                return message::accept(response, lease, trip.upgrade);
+                checkout.until = trip.deadline;
+                return message::accept(response, checkout, trip.upgrade);
             }
             Err(error) => error,
         };
         let unsent = error.message().is_some();
         let error = error.into_error();
-        let fate = if unsent { Fate::Untouched } else { lease.failed(&error) };
-        debug!(%error, ?fate, reused = lease.reused, "Connection to a task broke");
+        let fate = if unsent { Fate::Untouched } else { checkout.failed(&error) };
+        debug!(%error, ?fate, reused = checkout.reused, "Connection to a task broke");
         if let Some(fault) = tape.fault() {
             return Err(Setback::Final(fault));
         }
-        match (fate, lease.reused) {
+        match (fate, checkout.reused) {
             (Fate::Garbled, _) => {
                 return Err(Setback::Final(Refusal::Garbled(
                     "its head cannot be parsed, or is too large",
                 )));
             }
-            (Fate::Untouched, true) if untouched < UNTOUCHED_MAX || !lease.is_shared() => {
+            (Fate::Untouched, true) if untouched < UNTOUCHED_MAX || !checkout.is_shared() => {
                 untouched += 1;
             }
             (Fate::Untouched, _) => {
@@ -142,24 +141,33 @@ pub(crate) fn deadline(
     observed.began().checked_add(longest)
 }
 
-/// Waits for an answer as long as the body gets on, and for `limit` after it last did; in no case longer than to the deadline.
+/// Waits for an answer as long as the body gets on at that rate at least, in bytes per second, and for `limit` after it last did; in no case
+/// longer than to the deadline.
 async fn within<T>(
     mut answer: Pin<&mut impl Future<Output = T>>,
     limit: Duration,
     since: Instant,
     deadline: Option<Instant>,
     tape: &Tape,
-) -> Option<T> {
+    rate: u64,
+) -> Result<T, Refusal> {
+    let late = || if tape.is_waiting() { Refusal::SlowBody } else { Refusal::Late };
     let mut until = since + limit;
+    let mut before = tape.pace();
     loop {
         let first = deadline.map_or(until, |deadline| deadline.min(until));
         if let Ok(answer) = timeout_at(first, answer.as_mut()).await {
-            return Some(answer);
+            return Ok(answer);
         }
         if Some(first) == deadline {
-            return None;
+            return Err(late());
         }
         let moved = tape.moved().map(|moved| moved + limit);
-        until = moved.filter(|moved| *moved > until)?;
+        until = moved.filter(|moved| *moved > until).ok_or_else(late)?;
+        let pace = tape.pace();
+        if pace.is_below(rate, &before, limit / 2) {
+            return Err(Refusal::SlowBody);
+        }
+        before = pace;
     }
 }

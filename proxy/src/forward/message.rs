@@ -17,9 +17,9 @@ use mandoline_core::transit::HandOffId;
 
 use crate::forward::setback::Setback;
 use crate::passage::Answer;
-use crate::pool::upstream::Lease;
+use crate::pool::upstream::Checkout;
 use crate::refusal::Refusal;
-use crate::rules::{Facts, Rules};
+use crate::rules::{Rules, Values};
 use crate::trace::Context;
 use crate::upgrade::agrees;
 use crate::upload::Upload;
@@ -29,7 +29,7 @@ use crate::upload::Upload;
 pub(crate) struct Original<'a> {
     pub(crate) head: &'a Parts,
     pub(crate) rules: &'a Rules,
-    pub(crate) facts: Facts<'a>,
+    pub(crate) values: Values<'a>,
 }
 
 /// What is said to one task alone.
@@ -49,16 +49,16 @@ pub(crate) struct Marks {
 pub(crate) fn request(
     original: &Original<'_>,
     marks: Marks,
-    lease: &Lease,
+    checkout: &Checkout,
     upload: Upload,
 ) -> Result<Request<Upload>, Setback> {
-    let Original { head, rules, facts } = *original;
+    let Original { head, rules, values } = *original;
     let mut request = Request::new(upload);
     *request.method_mut() = head.method.clone();
     *request.uri_mut() = head.uri.clone();
     *request.headers_mut() = head.headers.clone();
-    let task = Some(&lease.upstream.name);
-    rules.apply(request.headers_mut(), &Facts { task, generation: marks.generation, ..facts });
+    let task = Some(&checkout.upstream.name);
+    rules.apply(request.headers_mut(), &Values { task, generation: marks.generation, ..values });
     if marks.may_forward {
         request.headers_mut().insert(HOPS, HeaderValue::from_static("1"));
     } else if let Some(left) = request.headers_mut().get_mut(HOPS) {
@@ -71,8 +71,8 @@ pub(crate) fn request(
     if let Some(trace) = marks.trace {
         trace.put(request.headers_mut());
     }
-    if lease.is_shared() {
-        in_http2(&mut request, lease.upstream.transport.tls.is_some())?;
+    if checkout.is_shared() {
+        in_http2(&mut request, checkout.upstream.transport.tls.is_some())?;
     }
     Ok(request)
 }
@@ -123,7 +123,7 @@ pub(crate) fn refused(response: &Response<Incoming>, is_grpc: bool) -> Option<Se
 /// Takes an answer over: what belongs to this hop ends here.
 pub(crate) fn accept(
     mut response: Response<Incoming>,
-    lease: Lease,
+    checkout: Checkout,
     upgrade: Option<&HeaderValue>,
 ) -> Result<Answer, Setback> {
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
@@ -139,10 +139,10 @@ pub(crate) fn accept(
     }
     framing(&mut response)?;
     strip_hop_by_hop(response.headers_mut());
-    if !lease.is_shared() {
+    if !checkout.is_shared() {
         *response.version_mut() = Version::HTTP_11;
     }
-    Ok((response, lease))
+    Ok((response, checkout))
 }
 
 /// Reads what a task says in a field of its answer. What cannot be read is as good as nothing.

@@ -20,20 +20,20 @@ use mandoline::http::refused::is_grpc;
 use mandoline::http::verdict::verdict;
 use mandoline_core::generation::Generation;
 use mandoline_core::key::SliceKey;
-use tokio::time::sleep;
-use tracing::debug;
+use tokio::time::{Instant, sleep};
+use tracing::{debug, warn};
 
 use crate::forward::exchange::{Trip, deadline, exchange};
 use crate::forward::message::{Marks, Original};
 use crate::forward::setback::{Setback, refusal};
 use crate::hold::{Held, Waiter};
 use crate::job::Job;
-use crate::metrics::{Count, TaskCount};
+use crate::metrics::names::{Count, TaskCount};
 use crate::observe::Exchange;
 use crate::passage::{Answer, Passage};
 use crate::pool::upstream::Upstream;
 use crate::refusal::Refusal;
-use crate::rules::Facts;
+use crate::rules::Values;
 use crate::setup::{EVERYTHING, To};
 use crate::target::{self, Target};
 
@@ -65,8 +65,9 @@ pub(crate) async fn to_owner(
 ) -> Result<Answer, Refusal> {
     let route = passage.route();
     let waits_for_leave = passage.waits_for_leave;
-    let Passage { worker, setup, head, tape, line, key, stays, exchange, is_http2, .. } = passage;
-    let facts = Facts {
+    let Passage { worker, setup, head, tape, presence, key, stays, exchange, is_http2, .. } =
+        passage;
+    let values = Values {
         request_id: &passage.request_id,
         client: &passage.client,
         host: &passage.host,
@@ -77,12 +78,13 @@ pub(crate) async fn to_owner(
         generation: Generation::ZERO,
     };
     let key = key.unwrap_or(EVERYTHING);
-    let held = &mut Held::new(&job.hold, key, Waiter { head, tape, line, stays, waits_for_leave });
+    let held =
+        &mut Held::new(&job.hold, key, Waiter { head, tape, presence, stays, waits_for_leave });
     let is_grpc = is_grpc(&head.headers);
     let trip = Trip {
         worker,
         setup,
-        original: Original { head, rules: &route.request, facts },
+        original: Original { head, rules: &route.request, values },
         tape,
         forwarding: &route.forwarding,
         upgrade: passage.upgrade.as_ref(),
@@ -133,11 +135,11 @@ pub(crate) async fn to_owner(
         let has_news = told.is_some_and(|told| told > target.generation);
         let next = match setback {
             // A task that cannot take what was spilled to it says nothing about the owner, who has not been asked yet.
-            _ if target.is_spilled => job.lookup.route_to_owner(key, &worker.pool),
+            _ if target.is_spilled => job.owners.route_to_owner(key, &worker.pool),
             _ if lags => {
                 let Some(pause) = pauses.next() else { return Err(refusal(setback, head)) };
                 sleep(Duration::from_millis(pause)).await;
-                job.lookup.route_to_owner(key, &worker.pool)
+                job.owners.route_to_owner(key, &worker.pool)
             }
             Setback::InTransit(told) => {
                 is_fresh = false;
@@ -146,7 +148,7 @@ pub(crate) async fn to_owner(
             _ if in_vain || (is_fresh && !has_news) => return Err(refusal(setback, head)),
             _ => {
                 is_fresh = true;
-                let fresh = job.lookup.fresh(key, &worker.pool, &target, told);
+                let fresh = job.owners.fresh(key, &worker.pool, &target, told);
                 let next = Box::pin(fresh).await;
                 in_vain = next.as_ref().is_some_and(|next| Some(next.generation) < told);
                 next
@@ -175,7 +177,7 @@ async fn next_owner(
 ) -> Result<Target, Refusal> {
     held.settled(told).await?;
     exchange.goes_on(held.so_far());
-    trip.job.lookup.route_to_owner(trip.key, &trip.trip.worker.pool).ok_or(Refusal::Unserved)
+    trip.job.owners.route_to_owner(trip.key, &trip.trip.worker.pool).ok_or(Refusal::Unserved)
 }
 
 async fn attempt(
@@ -194,13 +196,13 @@ async fn attempt(
         trip.trip.worker.counters.count(Count::Spilled);
     }
     let mut answer = exchange_messages(trip, target, upstream, exchange).await;
-    if let Ok((response, lease)) = &mut answer
+    if let Ok((response, checkout)) = &mut answer
         && trip.trip.is_grpc
         && says_at_its_end(response)
     {
-        lease.judge = target.call.take();
+        checkout.judge = target.call.take();
         // Whether it has answered or failed, its end tells.
-        if lease.judge.is_some() {
+        if checkout.judge.is_some() {
             return answer;
         }
     }
@@ -241,7 +243,7 @@ async fn by_gateway(
         let (region, generation) = (region.clone(), target.generation);
         return Err(Setback::Final(Refusal::Crossed { region, generation }));
     }
-    let gateways = job.lookup.gateways().expect("who has no gateways goes straight");
+    let gateways = job.owners.gateways().expect("who has no gateways goes straight");
     let mut tried = Vec::new();
     while let Some(gateway) = gateways.next(region, *key, &tried) {
         let upstream = worker.pool.gateway(&gateway.address);
@@ -257,7 +259,11 @@ async fn by_gateway(
             // It knows what we know, and takes itself for no gateway of the region.
             Err(Setback::Misdirected(Some(told))) if told == target.generation => {
                 gateways.answered(&gateway);
-                return Err(Setback::Final(Refusal::Astray(gateway)));
+                let refusal = Refusal::Astray(gateway);
+                if worker.astray.is_due(Instant::now()) {
+                    warn!(error = %refusal, "Requests for another region are lost");
+                }
+                return Err(Setback::Final(refusal));
             }
             Ok(_) | Err(Setback::Misdirected(_) | Setback::InTransit(_)) => {
                 gateways.answered(&gateway);
@@ -282,7 +288,7 @@ async fn exchange_messages(
         is_spilled: target.is_spilled,
         trace: observed.trace(),
     };
-    let heard = |load| trip.job.lookup.heard(target, load);
+    let heard = |load| trip.job.owners.heard(target, load);
     exchange(&trip.trip, upstream, marks, observed.waits_since(), heard).await
 }
 

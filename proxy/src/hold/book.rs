@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::config::Limits;
 use crate::hold::room::{Full, Room};
-use crate::metrics::PauseStats;
+use crate::metrics::stats::PauseStats;
 
 /// All pauses that this proxy has heard of lately, and the room for those whom they and hand-offs hold.
 #[derive(Debug)]

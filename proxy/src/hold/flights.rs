@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use http::Method;
 use http::header::HeaderValue;
+use http::request::Parts;
 use http::uri::PathAndQuery;
 use mandoline_core::flags::{Asked, Scope};
 use mandoline_core::key::SliceKey;
@@ -51,6 +52,22 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
+    /// Gives those of a request to a job; to none if it goes to a pool, which is no job to those who pause.
+    pub(crate) fn of(
+        head: &Parts,
+        host: &HeaderValue,
+        job: Option<&Rc<JobName>>,
+        key: Option<SliceKey>,
+    ) -> Self {
+        Self {
+            job: job.map(Rc::clone),
+            key,
+            host: host.clone(),
+            path: head.uri.path_and_query().cloned(),
+            method: head.method.clone(),
+        }
+    }
+
     /// Asks something of the request as scopes see it.
     pub(crate) fn ask<T>(&self, ask: impl FnOnce(&Asked<'_>) -> T) -> T {
         // A path with dots between its slashes takes no route, so none comes as far as here.

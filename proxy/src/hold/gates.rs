@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info};
 
 use crate::hold::book::{Account, Release};
+use crate::hold::ends::Ends;
 use crate::hold::flights::{Facts, Flights};
 use crate::hold::line::Turn;
 use crate::hold::queue::{House, Queue};
@@ -27,6 +28,8 @@ pub(crate) struct Gates {
     house: Rc<House>,
     /// The requests that are past all of them.
     pub(crate) flights: Flights,
+    /// Those that are over.
+    pub(crate) ends: Ends,
     flags: RefCell<watch::Receiver<Arc<Flags>>>,
     gates: RefCell<Vec<Rc<Gate>>>,
     // Whether there is any: what nearly every request asks, and no more.
@@ -41,8 +44,9 @@ pub(crate) struct Gate {
     pub(crate) account: Arc<Account>,
     /// Those whom it holds.
     pub(crate) queue: Queue<()>,
-    // What was last told of it.
+    // What was last told of it, and by which version of the flags.
     phase: Cell<Phase>,
+    told_by: Cell<Generation>,
     // How those go whom it holds, once it is open.
     release: Cell<Option<Release>>,
 }
@@ -52,6 +56,7 @@ impl Gates {
         Self {
             house,
             flights: Flights::default(),
+            ends: Ends::default(),
             flags: RefCell::new(flags),
             gates: RefCell::default(),
             is_any: Cell::new(false),
@@ -82,10 +87,7 @@ impl Gates {
         loop {
             if std::mem::take(&mut is_told) {
                 let told = Arc::clone(&flags.borrow_and_update());
-                // Who has heard nothing yet, as after a reload that names others to ask, knows of no pause that has ended.
-                if told.version > Generation::ZERO || !self.is_any.get() {
-                    self.heed(&told);
-                }
+                self.heed(&told);
             }
             let due = self.turn(Instant::now());
             tokio::select! {
@@ -111,13 +113,18 @@ impl Gates {
         for pause in flags.pauses.values() {
             let account = self.house.book.told(pause);
             match gates.iter().find(|gate| gate.account.id == pause.id) {
-                Some(gate) => gate.phase.set(pause.phase),
+                Some(gate) => gate.is_told(pause.phase, flags.version),
                 // What has ended here does not begin anew, whoever still tells of it.
                 None if account.ended(Instant::now()).is_some() => {}
-                None => gates.push(Rc::new(self.close(account, pause))),
+                None => gates.push(Rc::new(self.close(account, pause, flags.version))),
             }
         }
-        for gate in gates.iter().filter(|gate| !flags.pauses.contains_key(&gate.account.id)) {
+        // Whoever is asked since a reload may have heard nothing yet, or lag behind whoever was asked before: a pause has not ended
+        // because it is missing in what was said before it was told of.
+        let is_missing = |gate: &&Rc<Gate>| {
+            !flags.pauses.contains_key(&gate.account.id) && flags.version > gate.told_by.get()
+        };
+        for gate in gates.iter().filter(is_missing) {
             match gate.phase.get() {
                 // It has lasted by the leader's clock.
                 Phase::Holding => {
@@ -136,14 +143,16 @@ impl Gates {
         book.goes_by(*worker, flags.version);
     }
 
-    fn close(&self, account: Arc<Account>, pause: &Pause) -> Gate {
+    fn close(&self, account: Arc<Account>, pause: &Pause, told_by: Generation) -> Gate {
         self.flights.await_ends(&pause.order.scope, &account);
         account.is_taken_up();
         let lasts = account.until.saturating_duration_since(Instant::now());
         info!(pause = %pause.id, scope = %pause.order.scope, ?lasts, "Pause begins");
         let (house, stirred) = (Rc::clone(&self.house), Rc::clone(&self.stirred));
         let queue = Queue::new(house, Some(Arc::clone(&account)), stirred);
-        Gate { account, queue, phase: Cell::new(pause.phase), release: Cell::new(None) }
+        let (phase, told_by, release) =
+            (Cell::new(pause.phase), Cell::new(told_by), Cell::default());
+        Gate { account, queue, phase, told_by, release }
     }
 
     /// Opens gates whose time has come, and tells those to go whose turn it is. Says when to look in next, if there is a time.
@@ -152,7 +161,7 @@ impl Gates {
         let stops_at = self.stops_at.get();
         let due = gates.iter().filter_map(|gate| match stops_at {
             Some(then) if then <= now => gate.refuse(now, &self.house),
-            _ => gate.turn(now, &self.house),
+            _ => gate.turn(now, self),
         });
         let due = due.chain(stops_at.filter(|then| now < *then)).min();
         gates.retain(|gate| {
@@ -198,6 +207,11 @@ impl Gate {
         self.release.get().is_some_and(|release| release.at_end == AtEnd::Fail)
     }
 
+    fn is_told(&self, phase: Phase, by: Generation) {
+        self.phase.set(phase);
+        self.told_by.set(self.told_by.get().max(by));
+    }
+
     /// Tells those whom it holds that they are refused, and says when to look in next.
     fn refuse(&self, now: Instant, house: &House) -> Option<Instant> {
         self.queue.goes_by(Ramp::fastest(house.time(now)));
@@ -205,7 +219,7 @@ impl Gate {
     }
 
     /// Opens when it is time, and tells those to go whose turn it is. Says when to look in next, if there is a time.
-    fn turn(&self, now: Instant, house: &House) -> Option<Instant> {
+    fn turn(&self, now: Instant, gates: &Gates) -> Option<Instant> {
         let Some(release) = self.account.ended(now) else { return Some(self.account.until) };
         let (turn, over) = match release.at_end {
             AtEnd::GoOn => (Turn::Go, release.over),
@@ -215,7 +229,8 @@ impl Gate {
             // The standard library's hasher is the one source of randomness that needs no dependency.
             let (waiting, seed) = (self.queue.len(), RandomState::new().hash_one(now));
             debug!(pause = %self.account.id, waiting, ?over, ?turn, seed, "Pause ends");
-            self.queue.goes_by(Ramp::new(house.time(now), waiting, over, seed));
+            self.queue.goes_by(Ramp::new(gates.house.time(now), waiting, over, seed));
+            gates.ends.note(&self.account.order.scope, release.began);
         }
         self.queue.let_go(now, turn, |_, ()| true)
     }

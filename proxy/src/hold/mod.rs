@@ -6,7 +6,7 @@
 //!
 //! What is held is bounded in number and bytes, by each pause and in all, and each request in time; past a bound it is answered
 //! 503. A request whose client leaves is forgotten at once. hyper drops it where the body has been read to its end; so the body
-//! is read on meanwhile as far as there is room, and `wire::Line` tells where it is longer.
+//! is read on meanwhile as far as there is room, and `wire::Presence` tells where it is longer.
 
 pub(crate) mod room;
 pub(crate) mod line;
@@ -14,6 +14,7 @@ pub(crate) mod book;
 pub(crate) mod queue;
 pub(crate) mod settling;
 pub(crate) mod flights;
+pub(crate) mod ends;
 pub(crate) mod gates;
 pub(crate) mod grpc;
 
@@ -27,19 +28,19 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
 use crate::hold::book::End;
-use crate::hold::line::{Line as Queued, Turn};
+use crate::hold::line::{Line, Turn};
 use crate::hold::queue::{Queue, Stay};
 use crate::hold::room::Full;
 use crate::hold::settling::Settling;
 use crate::refusal::Refusal;
 use crate::upload::{Gathered, Tape};
-use crate::wire::Line;
+use crate::wire::Presence;
 
 /// A request that may have to wait, and what can end its wait.
 pub(crate) struct Waiter<'a> {
     pub(crate) head: &'a Parts,
     pub(crate) tape: &'a Tape,
-    pub(crate) line: &'a Line,
+    pub(crate) presence: &'a Presence,
     pub(crate) stays: &'a mut Stays,
     /// Whether the client waits for leave to send its body, which the task gives.
     pub(crate) waits_for_leave: bool,
@@ -101,7 +102,7 @@ impl<'a> Held<'a> {
         let until = *waiter.stays.settled_by.get_or_insert_with(latest);
         // What the task goes by exists, so the clerk's source should have it soon.
         settling.clerk.refresh(told);
-        let join = |line: &mut Queued<_>, place| line.join(place, *key, told);
+        let join = |line: &mut Line<_>, place| line.join(place, *key, told);
         let waited = waiter.wait(&settling.queue, until, join).await;
         waited.map_err(|ended| match ended {
             Ended::Full(_) => Refusal::HeldFull,
@@ -117,7 +118,7 @@ impl Waiter<'_> {
         &mut self,
         queue: &Queue<F>,
         until: Instant,
-        join: impl FnOnce(&mut Queued<F>, u64) -> oneshot::Receiver<Turn>,
+        join: impl FnOnce(&mut Line<F>, u64) -> oneshot::Receiver<Turn>,
     ) -> Result<(), Ended> {
         let since = Instant::now();
         let ended = self.wait_in(queue, until, join).await;
@@ -129,7 +130,7 @@ impl Waiter<'_> {
         &mut self,
         queue: &Queue<F>,
         until: Instant,
-        join: impl FnOnce(&mut Queued<F>, u64) -> oneshot::Receiver<Turn>,
+        join: impl FnOnce(&mut Line<F>, u64) -> oneshot::Receiver<Turn>,
     ) -> Result<(), Ended> {
         let bytes = head_bytes(self.head) + self.tape.kept_bytes();
         if self.stays.place.is_none() {
@@ -172,14 +173,14 @@ impl Waiter<'_> {
                 return pending().await;
             }
             match self.tape.gather(GATHER_MAX, |more| stay.grow(more)).await {
-                Gathered::Enough => pending().await,
+                Gathered::Enough | Gathered::Full => pending().await,
                 Gathered::Gone => Refusal::Left,
                 Gathered::Broken => self.tape.fault().expect("a body that is broken has a fault"),
             }
         };
         tokio::select! {
             refusal = reads_on => refusal,
-            () = self.line.hung_up() => Refusal::Left,
+            () = self.presence.hung_up() => Refusal::Left,
         }
     }
 }

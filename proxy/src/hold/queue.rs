@@ -13,7 +13,8 @@ use tokio::time::Instant;
 use crate::hold::book::{Account, Book, End};
 use crate::hold::line::{Line, Turn};
 use crate::hold::room::Full;
-use crate::metrics::{Count, Counters};
+use crate::metrics::counters::Counters;
+use crate::metrics::names::Count;
 
 /// What all lines of one worker share.
 pub(crate) struct House {

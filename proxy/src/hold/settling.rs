@@ -35,7 +35,7 @@ impl Settling {
         Self { clerk, queue, wait_max, stirred, retired: Cell::new(false) }
     }
 
-    /// Takes no more requests: once those that are held have gone, nobody looks after the queue any more.
+    /// Nobody can come any more, so nobody need look after the queue.
     pub(crate) fn retire(&self) {
         self.retired.set(true);
         self.stirred.notify_one();
@@ -56,8 +56,7 @@ impl Settling {
                 let is_ready = |key, told: &Generation| is_settled(&newest, key, *told);
                 self.queue.let_go(Instant::now(), Turn::Go, is_ready)
             });
-            // A request that began before may still come.
-            if self.retired.get() && self.queue.is_empty() {
+            if self.retired.get() {
                 return;
             }
             tokio::select! {

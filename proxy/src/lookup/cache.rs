@@ -92,22 +92,21 @@ impl Cache {
         }
     }
 
-    /// Gives what is good and was asked for after something else had happened.
-    fn fresh_since(&self, key: &[u8], now: Instant, since: Option<Instant>) -> Option<Answer> {
-        let is_before = |entry: &Entry| since.is_some_and(|since| entry.since < since);
-        self.fresh(key, now).filter(|_| !self.answers.get(key).is_some_and(is_before))
+    /// Gives what the table said of a key, since then if that is given and whenever if not.
+    fn entry(&self, key: &[u8], since: Option<Instant>) -> Option<&Entry> {
+        self.answers.get(key).filter(|entry| since.is_none_or(|since| entry.since >= since))
     }
 
-    /// Gives what the table said of a key, if that is still good.
-    pub(super) fn fresh(&self, key: &[u8], now: Instant) -> Option<Answer> {
-        let entry = self.answers.get(key)?;
+    /// The same if it is still good.
+    pub(super) fn fresh(&self, key: &[u8], now: Instant, since: Option<Instant>) -> Option<Answer> {
+        let entry = self.entry(key, since)?;
         let ttl = if entry.answer.is_some() { self.limits.ttl } else { self.limits.negative_ttl };
         (now.duration_since(entry.since) < ttl).then(|| entry.answer.clone())
     }
 
     /// Says what is known of a key, or is yet to be asked for; by the table as it is now or, if that is given, was since then.
     pub(super) fn get(&mut self, key: &[u8], now: Instant, since: Option<Instant>) -> Known {
-        if let Some(answer) = self.fresh_since(key, now, since) {
+        if let Some(answer) = self.fresh(key, now, since) {
             match answer {
                 Some(_) => self.stats.hits += 1,
                 None => self.stats.negative_hits += 1,
@@ -142,11 +141,12 @@ impl Cache {
         }
     }
 
-    /// Counts a fault, and gives what was known before in its place, if that may still be said.
+    /// Counts a fault, and gives what was known before in its place, if that may still be said: not if it is of before `since`.
     pub(super) fn fails(
         &mut self,
         key: &[u8],
         now: Instant,
+        since: Option<Instant>,
         fault: Fault,
     ) -> Result<Arc<[u8]>, Fault> {
         *match fault {
@@ -157,7 +157,7 @@ impl Cache {
             Fault::Late => &mut self.stats.late,
             Fault::Busy => &mut self.stats.busy,
         } += 1;
-        let Some(Entry { answer: Some(answer), since, .. }) = self.answers.get(key) else {
+        let Some(Entry { answer: Some(answer), since, .. }) = self.entry(key, since) else {
             return Err(fault);
         };
         let serves = matches!(fault, Fault::Down(_) | Fault::Late | Fault::Busy)
@@ -165,8 +165,9 @@ impl Cache {
         if !serves {
             return Err(fault);
         }
+        let answer = Arc::clone(answer);
         self.stats.stale += 1;
-        Ok(Arc::clone(answer))
+        Ok(answer)
     }
 
     pub(super) fn drop_question(&mut self, key: &[u8]) {
@@ -367,7 +368,7 @@ mod tests {
             assert_eq!(told == Told::Again, round < ROUNDS_MAX);
         }
         assert!(hears.try_recv().unwrap().is_ok());
-        assert!(cache.fresh(b"c", now).is_none());
+        assert!(cache.fresh(b"c", now, None).is_none());
         let stats = cache.stats();
         assert_eq!((stats.questions, stats.misses, stats.keys), (2 + 4, 2, 0));
     }

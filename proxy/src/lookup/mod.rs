@@ -16,9 +16,11 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{self, Sender};
 use tokio::task::LocalSet;
 use tokio::time::{Instant, timeout};
+use tracing::warn;
 
 use crate::lookup::cache::Known;
 use crate::lookup::desk::{Desk, Teller};
+use crate::seldom::Seldom;
 
 /// What a table says of a key: what stands for it, or that it has nothing.
 pub type Answer = Option<Arc<[u8]>>;
@@ -140,6 +142,7 @@ pub struct Lookup {
     limits: Limits,
     teller: Teller,
     ask: Sender<Box<[u8]>>,
+    complaints: Arc<Seldom>,
 }
 
 impl Lookup {
@@ -162,7 +165,8 @@ impl Lookup {
         let (ask, asked) = mpsc::channel(WAITING_MAX);
         let teller = Teller::new(limits);
         let desk = Desk { asked, teller: teller.clone(), limits };
-        (Self { name: name.into(), limits, teller, ask }, desk)
+        let complaints = Arc::default();
+        (Self { name: name.into(), limits, teller, ask, complaints }, desk)
     }
 
     /// Gives its name.
@@ -175,44 +179,62 @@ impl Lookup {
         self.find_by(key, None).await
     }
 
-    /// Translates a key by what the table says after something has happened, however good an answer of before would be.
+    /// Translates a key by what the table says after something has happened. An answer of before does not serve, however good it
+    /// would be, nor in place of one that the table does not give.
     pub async fn find_since(&self, key: &[u8], since: Instant) -> Result<Arc<[u8]>, Fault> {
         self.find_by(key, Some(since)).await
     }
 
     async fn find_by(&self, key: &[u8], since: Option<Instant>) -> Result<Arc<[u8]>, Fault> {
+        match self.answer(key, since).await {
+            Ok(answer) => answer.ok_or(Fault::Unknown),
+            Err(fault) => {
+                let now = Instant::now();
+                self.complain(&fault, now);
+                self.teller.cache().fails(key, now, since, fault)
+            }
+        }
+    }
+
+    async fn answer(&self, key: &[u8], since: Option<Instant>) -> Result<Answer, Fault> {
         let hears = {
             let mut cache = self.teller.cache();
-            let now = Instant::now();
-            match cache.get(key, now, since) {
-                Known::Fresh(answer) => return answer.ok_or(Fault::Unknown),
-                Known::Faulty(fault) => return cache.fails(key, now, fault),
+            match cache.get(key, Instant::now(), since) {
+                Known::Fresh(answer) => return Ok(answer),
+                Known::Faulty(fault) => return Err(fault),
                 Known::Asked(hears) => hears,
                 Known::Nothing(hears) => match self.ask.try_send(key.into()) {
                     Ok(()) => hears,
                     Err(error) => {
                         cache.drop_question(key);
-                        let fault = match error {
+                        return Err(match error {
                             TrySendError::Full(_) => Fault::Busy,
                             TrySendError::Closed(_) => ended(),
-                        };
-                        return cache.fails(key, now, fault);
+                        });
                     }
                 },
             }
         };
-        let fault = match timeout(self.limits.within, hears).await {
-            Ok(Ok(Ok(answer))) => return answer.ok_or(Fault::Unknown),
-            Ok(Ok(Err(fault))) => fault,
-            Ok(Err(_)) => ended(),
-            Err(_) => Fault::Late,
-        };
-        self.teller.cache().fails(key, Instant::now(), fault)
+        match timeout(self.limits.within, hears).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(ended()),
+            Err(_) => Err(Fault::Late),
+        }
     }
 
-    /// Gives what is known without asking the table.
-    pub fn known(&self, key: &[u8]) -> Result<Arc<[u8]>, Fault> {
-        match self.teller.cache().fresh(key, Instant::now()) {
+    /// Tells whoever runs the proxy why the table gives nothing: clients do not hear of it.
+    fn complain(&self, fault: &Fault, now: Instant) {
+        let is_tables = matches!(fault, Fault::Down(_) | Fault::Late | Fault::Busy);
+        if is_tables && self.complaints.is_due(now) {
+            // A server's own words may hold what a client sent.
+            let error = fault.to_string();
+            warn!(lookup = %self.name, error = %error.escape_debug(), "A lookup's table does not answer");
+        }
+    }
+
+    /// Gives what is known without asking the table; of after something has happened, if that is given.
+    pub fn known(&self, key: &[u8], since: Option<Instant>) -> Result<Arc<[u8]>, Fault> {
+        match self.teller.cache().fresh(key, Instant::now(), since) {
             Some(answer) => answer.ok_or(Fault::Unknown),
             None => Err(Fault::Unasked),
         }
@@ -293,9 +315,9 @@ mod tests {
         assert_eq!(lookup.find(b"a").await, Err(Fault::Unknown));
         assert_eq!(lookup.find(b"a").await, Err(Fault::Unknown));
         assert_eq!(asked.load(Ordering::SeqCst), 1);
-        assert_eq!(lookup.known(b"a"), Err(Fault::Unknown));
+        assert_eq!(lookup.known(b"a", None), Err(Fault::Unknown));
         lookup.flush();
-        assert_eq!(lookup.known(b"a"), Err(Fault::Unasked));
+        assert_eq!(lookup.known(b"a", None), Err(Fault::Unasked));
         answers.send(Ok(Some(b"1".to_vec()))).unwrap();
         assert_eq!(lookup.find(b"a").await.as_deref(), Ok(&b"1"[..]));
     }
@@ -367,5 +389,8 @@ mod tests {
         assert_eq!(lookup.find(b"a").await.as_deref(), Ok(&b"1"[..]));
         answers.send(down()).unwrap();
         assert!(matches!(lookup.find(b"b").await, Err(Fault::Down(_))));
+        // What has happened meanwhile may have made it wrong.
+        answers.send(down()).unwrap();
+        assert!(matches!(lookup.find_since(b"a", Instant::now()).await, Err(Fault::Down(_))));
     }
 }

@@ -6,16 +6,20 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tracing::warn;
 
 use crate::config::tls::Tls;
 use crate::config::transport::Endpoint;
 use crate::send::poll_write_pieces;
+use crate::tls::certificates::now;
+use crate::tls::der;
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +74,7 @@ pub(crate) async fn dial(
         Endpoint::Unix(path) => Plain::Unix(UnixStream::connect(path).await.map_err(refused)?),
     };
     let Some(tls) = tls else { return Ok((Io::Plain(plain), speech == Speech::Many)) };
+    complain_of_own(tls, endpoint);
     let failed = |error| ConnectError::Tls(endpoint.clone(), error);
     let name = match &tls.name {
         Some(name) => name.clone(),
@@ -87,6 +92,26 @@ pub(crate) async fn dial(
         return Err(ConnectError::NoHttp2(endpoint.clone()));
     }
     Ok((Io::Tls(Box::new(stream)), is_http2))
+}
+
+/// Says in the log that the proxy's own certificate is of a time that is over or to come. The other side may not ask for it, so the
+/// connection is tried all the same; and if it does, this tells whoever runs the proxy what the other side's word does not.
+fn complain_of_own(tls: &Tls, endpoint: &Endpoint) {
+    let Some((chain, _)) = &tls.files().identity else { return };
+    let Some(why) = tls.own.as_ref().and_then(|own| own_fault(own, now())) else { return };
+    if tls.complaints.is_due(Instant::now()) {
+        let file = chain.display();
+        warn!(%file, to = %endpoint, "The proxy's own certificate {why}: whoever asks for it turns the proxy away");
+    }
+}
+
+fn own_fault(own: &CertificateDer<'_>, now: i64) -> Option<&'static str> {
+    let own = der::read(own)?;
+    match (own.not_before > now, own.not_after < now) {
+        (_, true) => Some("has expired"),
+        (true, _) => Some("is not valid yet"),
+        _ => None,
+    }
 }
 
 /// The name that whoever listens there must have.
@@ -232,5 +257,26 @@ impl AsyncWrite for Plain {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(context),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::pki_types::pem::PemObject as _;
+
+    use super::*;
+
+    #[test]
+    fn an_own_certificate_is_of_use_in_its_time_alone() {
+        let fault = |name: &str, now| {
+            let path = format!("{}/src/tests/pem/{name}.pem", env!("CARGO_MANIFEST_DIR"));
+            own_fault(&CertificateDer::from_pem_file(path).unwrap(), now)
+        };
+        assert_eq!(fault("client", now()), None);
+        assert_eq!(fault("expired", now()), Some("has expired"));
+        assert_eq!(fault("early", now()), Some("is not valid yet"));
+        // The first second of 2021, and the one after.
+        assert_eq!(fault("expired", 1_609_459_200), None);
+        assert_eq!(fault("expired", 1_609_459_201), Some("has expired"));
     }
 }

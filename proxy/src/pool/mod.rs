@@ -26,12 +26,13 @@ use tracing::debug;
 
 use crate::config::transport::{Endpoint, Transport};
 use crate::config::{HEADERS_USUAL, Limits, Timeouts};
-use crate::metrics::{Count, Counters, TaskCounters};
+use crate::metrics::counters::{Counters, TaskCounters};
+use crate::metrics::names::Count;
 use crate::pool::dial::{ConnectError, Speech};
-use crate::pool::upstream::{Lease, Sender, Upstream};
+use crate::pool::upstream::{Checkout, Sender, Upstream};
 
 /// Connections to tasks, by session: a task that comes back is another one, and gets no old connection.
-pub(crate) struct Pool {
+pub(crate) struct ConnectionPool {
     upstreams: RefCell<HashMap<SessionId, Rc<Upstream>>>,
     // As many as the configuration names.
     gateways: RefCell<HashMap<Address, Rc<Upstream>>>,
@@ -52,7 +53,7 @@ const READY_WAIT: Duration = Duration::from_secs(1);
 /// What is read of an answer that nobody wants: more costs more than a new connection.
 const UNREAD_MAX_BYTES: usize = 16 << 10;
 
-impl Pool {
+impl ConnectionPool {
     pub(crate) fn new(timeouts: Timeouts, limits: Limits, counters: Arc<Counters>) -> Self {
         let drivers = TaskTracker::new();
         let (upstreams, gateways) = Default::default();
@@ -105,7 +106,7 @@ impl Pool {
     }
 
     /// Takes a kept connection that is still good.
-    pub(crate) fn kept(&self, upstream: &Rc<Upstream>, speech: Speech) -> Option<Lease> {
+    pub(crate) fn kept(&self, upstream: &Rc<Upstream>, speech: Speech) -> Option<Checkout> {
         upstream.kept(speech, || self.counters.count(Count::Stale))
     }
 
@@ -114,7 +115,7 @@ impl Pool {
         &self,
         upstream: &Rc<Upstream>,
         speech: Speech,
-    ) -> Result<Lease, ConnectError> {
+    ) -> Result<Checkout, ConnectError> {
         if speech == Speech::One {
             return self.counted(upstream, speech).await;
         }
@@ -122,7 +123,7 @@ impl Pool {
         let failures = hots.failures.get();
         let _turn = hots.opening.lock().await;
         if let Some(ride) = hots.ride() {
-            return Ok(upstream.lease(Sender::Many(ride), true));
+            return Ok(upstream.checkout(Sender::Many(ride), true));
         }
         // Else each of many that wait would wait for as long as the first, one after the other.
         if hots.failures.get() != failures {
@@ -139,7 +140,7 @@ impl Pool {
         &self,
         upstream: &Rc<Upstream>,
         speech: Speech,
-    ) -> Result<Lease, ConnectError> {
+    ) -> Result<Checkout, ConnectError> {
         let late = |_| ConnectError::Late(upstream.endpoint.clone());
         let opening = timeout(self.timeouts.get().connect, self.open(upstream, speech));
         let opened = opening.await.map_err(late).flatten();
@@ -147,7 +148,11 @@ impl Pool {
         opened
     }
 
-    async fn open(&self, upstream: &Rc<Upstream>, speech: Speech) -> Result<Lease, ConnectError> {
+    async fn open(
+        &self,
+        upstream: &Rc<Upstream>,
+        speech: Speech,
+    ) -> Result<Checkout, ConnectError> {
         let tls = upstream.transport.tls.as_deref();
         let (io, is_http2) = dial::dial(&upstream.endpoint, tls, speech).await?;
         let refused = |error| ConnectError::Refused(upstream.endpoint.clone(), error);
@@ -156,7 +161,7 @@ impl Pool {
             upstream.chosen.set(Some(Speech::Many));
             let (sender, connection) = http2::handshake(io, &limits).await.map_err(refused)?;
             self.drive(connection);
-            return Ok(upstream.lease(Sender::Many(upstream.hots.add(sender)), false));
+            return Ok(upstream.checkout(Sender::Many(upstream.hots.add(sender)), false));
         }
         if speech == Speech::Either {
             upstream.chosen.set(Some(Speech::One));
@@ -170,7 +175,7 @@ impl Pool {
         let made = builder.handshake(TokioIo::new(io)).await;
         let (sender, connection) = made.map_err(|error| refused(io::Error::other(error)))?;
         self.drive(connection.with_upgrades());
-        Ok(upstream.lease(Sender::One(sender), false))
+        Ok(upstream.checkout(Sender::One(sender), false))
     }
 
     fn drive(&self, connection: impl Future<Output = hyper::Result<()>> + 'static) {
@@ -182,8 +187,8 @@ impl Pool {
     }
 
     /// Keeps a connection whose answer has been read to the end.
-    pub(crate) fn give_back(&self, lease: Lease) {
-        let Lease { sender: Sender::One(mut sender), upstream, .. } = lease else { return };
+    pub(crate) fn give_back(&self, checkout: Checkout) {
+        let Checkout { sender: Sender::One(mut sender), upstream, .. } = checkout else { return };
         if sender.is_ready() {
             upstream.keep(sender);
         } else if !sender.is_closed() {
@@ -197,12 +202,12 @@ impl Pool {
 
     /// Keeps a connection whose answer nobody reads to the end, once that has come: a task that gives slices away refuses many
     /// requests, and each with a sentence.
-    pub(crate) fn give_back_unread(&self, mut answer: Incoming, lease: Lease) {
+    pub(crate) fn give_back_unread(&self, mut answer: Incoming, checkout: Checkout) {
         if answer.is_end_stream() {
-            return self.give_back(lease);
+            return self.give_back(checkout);
         }
         // On one that carries many, the rest of the answer is cut off alone.
-        let Lease { sender: Sender::One(mut sender), upstream, .. } = lease else { return };
+        let Checkout { sender: Sender::One(mut sender), upstream, .. } = checkout else { return };
         self.drivers.spawn_local(async move {
             let mut left = UNREAD_MAX_BYTES;
             let read = async {

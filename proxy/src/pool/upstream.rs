@@ -16,7 +16,8 @@ use mandoline_core::task::Address;
 use tokio::time::Instant;
 
 use crate::config::transport::{Endpoint, Protocol, Transport};
-use crate::metrics::{TaskCount, TaskCounters};
+use crate::metrics::counters::TaskCounters;
+use crate::metrics::names::TaskCount;
 use crate::pool::dial::Speech;
 use crate::pool::http2::{Fate, Hots, Ride};
 use crate::upload::Upload;
@@ -43,7 +44,7 @@ struct Idle {
 }
 
 /// A request's hold on a connection.
-pub(crate) struct Lease {
+pub(crate) struct Checkout {
     pub(crate) sender: Sender,
     pub(crate) upstream: Rc<Upstream>,
     /// Whether it has carried a request before: if so, the task may be closing it at this moment.
@@ -103,11 +104,11 @@ impl Upstream {
     }
 
     /// Takes a kept connection that is still good. `stale` is told of each that is not.
-    pub(crate) fn kept(self: &Rc<Self>, speech: Speech, stale: impl Fn()) -> Option<Lease> {
+    pub(crate) fn kept(self: &Rc<Self>, speech: Speech, stale: impl Fn()) -> Option<Checkout> {
         if speech != Speech::One
             && let Some(ride) = self.hots.ride()
         {
-            return Some(self.lease(Sender::Many(ride), true));
+            return Some(self.checkout(Sender::Many(ride), true));
         }
         if speech == Speech::Many {
             return None;
@@ -115,15 +116,15 @@ impl Upstream {
         let mut idle = self.idle.borrow_mut();
         while let Some(Idle { sender, .. }) = idle.pop() {
             if sender.is_ready() {
-                return Some(self.lease(Sender::One(sender), true));
+                return Some(self.checkout(Sender::One(sender), true));
             }
             stale();
         }
         None
     }
 
-    pub(crate) fn lease(self: &Rc<Self>, sender: Sender, reused: bool) -> Lease {
-        Lease { sender, upstream: Rc::clone(self), reused, judge: None, until: None }
+    pub(crate) fn checkout(self: &Rc<Self>, sender: Sender, reused: bool) -> Checkout {
+        Checkout { sender, upstream: Rc::clone(self), reused, judge: None, until: None }
     }
 
     /// Keeps a connection for the next request.
@@ -155,7 +156,7 @@ impl Upstream {
     }
 }
 
-impl Lease {
+impl Checkout {
     /// Says whether it is HTTP/2.
     pub(crate) const fn is_shared(&self) -> bool {
         matches!(self.sender, Sender::Many(_))

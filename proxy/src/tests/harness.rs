@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::config::route::Destination;
-use crate::metrics::Stats;
+use crate::metrics::stats::Stats;
 use crate::proxy::Proxy;
 use crate::router::Router;
 

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 
 use super::harness::{
-    Backend, Body, Owners, Stage, Wire, generation, show, status, talk, text, until, within,
+    Backend, Body, Owners, Stage, Wire, config, generation, show, status, talk, text, until, within,
 };
 
 const GET: &str = "GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
@@ -81,6 +81,32 @@ async fn a_request_that_meets_a_slice_in_transit_goes_to_the_new_owner_once_it_i
         let task = &stats.tasks[&SessionId(1)];
         assert_eq!((task.releasing, task.misdirected, task.failed), (1, 0, 0));
     }
+}
+
+#[tokio::test]
+async fn a_request_that_meets_one_after_a_reload_is_held_by_what_it_began_with() {
+    let (go, new) = (Arc::new(Notify::new()), Backend::echo("new").await);
+    let wait = Arc::clone(&go);
+    let old = Backend::serve(move |_| {
+        let wait = Arc::clone(&wait);
+        async move {
+            wait.notified().await;
+            in_transit(2)
+        }
+    })
+    .await;
+    let stage = Stage::new(Owners::all(old.address).await);
+    let mut wire = stage.connect().await;
+    wire.send(GET).await;
+    until("the request to be under way", || stage.stats().in_flight == 1).await;
+    // By then its job has another clerk, and nobody waits for anything.
+    let config = config(&stage.owners, |_| {});
+    stage.proxy.reloader().reload(config).await.unwrap();
+    go.notify_one();
+    held(&stage, 1).await;
+    stage.owners.give(3, &[(0, 2, new.address)]).await;
+    let answer = wire.rest().await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("new "), "{answer}");
 }
 
 #[tokio::test]

@@ -194,6 +194,27 @@ async fn floods_end_their_connection_and_no_other() {
 }
 
 #[tokio::test]
+async fn streams_that_are_reset_as_they_are_opened_cost_no_task_a_request() {
+    let backend = Backend::echo("task").await;
+    let stage = Stage::new(Owners::all(backend.address).await);
+    let mut wire = stage.connect().await;
+    wire.send([PREFACE, &frame(4, 0, 0, &[])].concat()).await;
+    // :method GET, :scheme http, :path /k, :authority a
+    let head = [0x82, 0x86, 0x04, 2, b'/', b'k', 0x41, 1, b'a'];
+    for batch in 0..16_u32 {
+        let pair = |n| {
+            let stream = 2 * (10 * batch + n) + 1;
+            [frame(1, 0x5, stream, &head), frame(3, 0, stream, &[0, 0, 0, 8])].concat()
+        };
+        wire.send((0..10).flat_map(pair).collect::<Vec<u8>>()).await;
+        let ended = || stage.stats().abandoned >= 10 * (u64::from(batch) + 1);
+        until("the streams to end", ended).await;
+    }
+    let tried = stage.stats().tasks.values().map(|task| task.tried).sum::<u64>();
+    assert!(tried <= 20, "{tried} of 160");
+}
+
+#[tokio::test]
 async fn slow_and_idle_clients_are_let_go() {
     let backend = Backend::echo("task").await;
     let stage = Stage::with(Owners::all(backend.address).await, |config| {
@@ -203,12 +224,18 @@ async fn slow_and_idle_clients_are_let_go() {
     let mut client = Client::connect(stage.proxy.local_addr()).await;
     client.get("/k/a").await;
     within("the idle connection's end", &mut client.connection).await.unwrap();
-    for begun in [PREFACE.to_vec(), [PREFACE, &frame(1, 0, 1, &[0x82])].concat()] {
+    // The last says that it is a whole head, and does not go on within it.
+    let cut = frame(1, 4, 1, &[0x82; 20]);
+    for begun in [
+        PREFACE.to_vec(),
+        [PREFACE, &frame(1, 0, 1, &[0x82])].concat(),
+        [PREFACE, &frame(4, 0, 0, &[]), &cut[..12]].concat(),
+    ] {
         let mut wire = stage.connect().await;
         wire.send(begun).await;
         wire.rest().await;
     }
-    assert_eq!(stage.stats().malformed, 2);
+    assert_eq!(stage.stats().malformed, 3);
 }
 
 #[tokio::test]

@@ -234,7 +234,7 @@ async fn what_the_proxy_says_to_a_client_of_grpc_is_a_status_of_grpc() {
     let stage = Stage::with(Owners::all(Backend::nobody().await).await, by_http2);
     let answer = stage.talk(&grpc("")).await;
     assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("grpc-status: 14"), "{answer}");
-    assert!(answer.contains("grpc-message: mandoline: the task that serves this key"), "{answer}");
+    assert!(answer.contains("grpc-message: mandoline: whoever serves this request"), "{answer}");
     assert!(answer.contains("content-type: application/grpc"), "{answer}");
     assert_eq!(stage.stats().failed, 1);
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
@@ -185,15 +185,18 @@ async fn a_body_that_keeps_coming_is_not_late() {
     let stage =
         Stage::with(Owners::all(backend.address).await, |config| config.timeouts.response = SHORT);
     let mut wire = stage.connect().await;
-    wire.send("PUT /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\nconnection: close\r\n\r\n")
+    wire.send("PUT /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\nconnection: close\r\n\r\n")
         .await;
     let mut beat = tokio::time::interval(SHORT / 4);
     for _ in 0..10 {
         beat.tick().await;
-        wire.send("x").await;
+        wire.send([b'x'; 100]).await;
     }
     let answer = wire.rest().await;
-    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("[xxxxxxxxxx]"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 200") && answer.ends_with(&format!("[{}]", "x".repeat(1000))),
+        "{answer}"
+    );
 }
 
 #[tokio::test]
@@ -206,6 +209,32 @@ async fn a_body_that_stops_coming_gets_a_408() {
     let answer = wire.rest().await;
     assert!(answer.starts_with("HTTP/1.1 408 Request Timeout\r\n"), "{answer}");
     assert_eq!((stage.stats().refused, stage.stats().failed), (1, 0));
+    assert_eq!(stage.stats().slow_bodies, 1);
+}
+
+#[tokio::test]
+async fn a_body_that_trickles_gets_a_408_and_a_call_of_grpc_does_not() {
+    let backend = Backend::echo("task").await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        config.timeouts.response = 2 * SHORT;
+        // So much that no busy machine comes near it, and a byte at a time does not either.
+        config.limits.body_rate = 1000;
+    });
+    // Longer than two of these windows, and never silent for one of them.
+    let bytes = 24;
+    for (kind, status) in [("text/plain", "408"), ("application/grpc", "200")] {
+        let mut wire = stage.connect().await;
+        wire.send(format!("{PUT}content-type: {kind}\r\ncontent-length: {bytes}\r\n\r\n")).await;
+        let mut beat = tokio::time::interval(SHORT / 4);
+        for _ in 0..bytes {
+            beat.tick().await;
+            // The proxy may have closed by then.
+            drop(wire.stream.write_all(b"x").await);
+        }
+        let answer = wire.rest().await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{kind}: {answer}");
+    }
+    assert_eq!((stage.stats().slow_bodies, stage.stats().refused), (1, 1));
 }
 
 #[tokio::test]
@@ -401,4 +430,77 @@ async fn a_body_that_holds_the_key_or_waits_is_bounded_too() {
     let answer = stage.talk(&chunked(2048)).await;
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
     assert_eq!((stage.stats().connects, stage.stats().long_bodies), (0, 1));
+}
+
+fn holds_key(body: &str) -> String {
+    let length = body.len();
+    format!(
+        "PUT /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+    )
+}
+
+fn json_of(length: usize) -> String {
+    format!("{{\"user\": \"bob\", \"x\": \"{}\"}}", "x".repeat(length - 24))
+}
+
+#[tokio::test]
+async fn a_body_that_holds_the_key_has_a_room_of_its_own() {
+    let backend = Backend::echo("task").await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        key_at(config, "json(/user)");
+        config.limits.replay_bytes = 0;
+    });
+    for length in [24, 60_000] {
+        let body = json_of(length);
+        let answer = stage.talk(&holds_key(&body)).await;
+        assert!(answer.contains(&body), "{answer}");
+    }
+    let long = stage.talk(&holds_key(&json_of(65_537))).await;
+    assert!(long.starts_with("HTTP/1.1 400 ") && long.contains("65536"), "{long}");
+}
+
+#[tokio::test]
+async fn a_body_that_holds_the_key_may_come_in_single_bytes() {
+    let backend = Backend::echo("task").await;
+    let stage =
+        Stage::with(Owners::all(backend.address).await, |config| key_at(config, "json(/user)"));
+    for (length, status) in [(5000, "200"), (65_536, "200"), (65_537, "400")] {
+        let chunks: String = json_of(length).chars().map(|c| format!("1\r\n{c}\r\n")).collect();
+        let request = format!("{PUT}transfer-encoding: chunked\r\n\r\n{chunks}0\r\n\r\n");
+        let answer = stage.talk(&request).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{length}: {answer}");
+        assert_eq!(answer.contains(&json_of(length)), status == "200");
+    }
+}
+
+#[tokio::test]
+async fn without_room_for_a_body_that_holds_the_key_there_is_a_503() {
+    let backend = Backend::echo("task").await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        key_at(config, "json(/user)");
+        config.limits.key_bytes = 64 << 10;
+    });
+    let (mut first, body) = (stage.connect().await, json_of(60_000));
+    let request = holds_key(&body);
+    let (begin, end) = request.split_at(request.len() - 10);
+    first.send(begin).await;
+    until("its bytes to be kept", || stage.stats().requests == 1).await;
+    let ask = || async { stage.talk(&holds_key(&json_of(60_000))).await };
+    let mut answer = ask().await;
+    while answer.starts_with("HTTP/1.1 200 ") {
+        // The first one's bytes are yet to be read.
+        answer = ask().await;
+    }
+    assert!(
+        answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nretry-after: 1\r\n"),
+        "{answer}"
+    );
+    let stats = stage.stats();
+    assert_eq!((stats.key_bodies_refused, stats.failed), (1, 1));
+    // A short one fits beside it, and whoever was let in gets through.
+    assert!(stage.talk(&holds_key(&json_of(30))).await.starts_with("HTTP/1.1 200 "));
+    first.send(end).await;
+    assert!(first.rest().await.contains(&body));
+    until("the room to be free again", || stage.stats().answered >= 2).await;
+    assert!(ask().await.starts_with("HTTP/1.1 200 "));
 }

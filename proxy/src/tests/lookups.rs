@@ -18,6 +18,8 @@ use super::harness::{Backend, Stage, key_at, status, talk, text, until};
 use super::keys::{halves, owner};
 use super::pauses::{Operator, held, in_force, order};
 use super::tls::pem;
+use crate::access_log::AccessLog;
+use crate::access_log::writer::{Output, Writer};
 use crate::config::Config;
 use crate::config::headers::HeaderRules;
 use crate::config::tls::{Tls, TlsFiles};
@@ -47,7 +49,7 @@ impl Service {
             let name = name.unwrap_or_default().to_owned();
             let (row, gate) = (table.lock().unwrap().get(&name).cloned(), Arc::clone(&gate));
             async move {
-                match &*name {
+                match row.as_deref().filter(|row| *row == "hang").unwrap_or(&name) {
                     "hang" => gate.notified().await,
                     "broken" => return status(500, &[]),
                     "elsewhere" => return status(302, &[("location", "/")]),
@@ -257,6 +259,39 @@ async fn a_service_that_is_gone_is_asked_again_once_it_is_back_and_old_answers_s
 }
 
 #[tokio::test]
+async fn where_a_table_is_and_what_it_said_is_told_to_the_log_and_not_to_clients() {
+    let free = Backend::nobody().await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("access.log");
+    let writer = Writer::open(Output::File(path.clone())).unwrap();
+    let (owners, _tasks) = halves().await;
+    let lookup = lookup_at(free, Limits::default());
+    let stage = Stage::with(owners, |config| {
+        translate(config, lookup);
+        config.access_log =
+            Some(AccessLog::new(writer.clone(), "{status} {reason}".parse().unwrap()));
+    });
+    let call = "POST / HTTP/1.1\r\nhost: b.org\r\ncontent-type: application/grpc\r\n\
+                connection: close\r\ncontent-length: 0\r\n\r\n";
+    for (request, wanted) in [
+        (ask("a.org"), "at the moment: try again in a second\n"),
+        (call.to_owned(), "grpc-status: 14"),
+    ] {
+        let answer = stage.talk(&request).await;
+        assert!(answer.contains(wanted), "{answer}");
+        assert!(!answer.contains(&free.to_string()) && !answer.contains("refused"), "{answer}");
+    }
+    until("the requests to end", || stage.stats().in_flight == 0).await;
+    writer.flush(Duration::from_secs(10));
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(
+        text.matches(&format!("at the moment: {free} does not accept")).count(),
+        2,
+        "{text}"
+    );
+}
+
+#[tokio::test]
 async fn an_operator_has_a_lookup_forget_one_key_or_all() {
     let [low, high] = two_shards();
     let service = Service::start(&[("a.org", &low), ("b.org", &low)]).await;
@@ -314,6 +349,46 @@ async fn a_request_that_was_held_goes_to_where_its_key_stands_for_by_then() {
     assert!(others.iter().all(|answer| server(answer) == "high"));
     // Asked for once by all of them.
     assert_eq!(stats(&stage).questions, 2);
+}
+
+#[tokio::test]
+async fn after_a_pause_no_answer_of_before_it_serves() {
+    let [low, high] = two_shards();
+    let service = Service::start(&[("a.org", &low), ("b.org", &low), ("c.com", &low)]).await;
+    let (owners, _tasks) = halves().await;
+    let limits = Limits { ttl: LONG, within: Duration::from_millis(300), ..Limits::default() };
+    let lookup = service.lookup(limits);
+    let (operator, told) = Operator::new();
+    let stage = Stage::with(owners, |config| {
+        config.flags = told;
+        translate(config, lookup);
+    });
+    let who = async |host: &str| server(&stage.talk(&ask(host)).await).to_owned();
+    for host in ["a.org", "b.org", "c.com"] {
+        assert_eq!(who(host).await, "low");
+    }
+    operator.add(7, order("host=a.org", LONG));
+    operator.add(8, order("host=b.org", LONG));
+    in_force(&stage, 8).await;
+    for host in ["a.org", "b.org", "c.com"] {
+        service.set(host, &high);
+    }
+    // Nobody was held.
+    operator.end(7, Duration::ZERO);
+    operator.end(8, Duration::ZERO);
+    until("the pauses to be over", || stage.stats().pauses.iter().all(|pause| !pause.in_force))
+        .await;
+    assert_eq!(who("a.org").await, "high");
+    // The pauses had nothing to do with this one.
+    assert_eq!(who("c.com").await, "low");
+    // The table does not say who has it now. What it said before may be wrong.
+    service.set("b.org", "hang");
+    let answer = stage.talk(&ask("b.org")).await;
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    assert!(answer.contains("retry-after: "), "{answer}");
+    let stats = stats(&stage);
+    assert_eq!((stats.questions, stats.late, stats.stale), (5, 1, 0));
+    service.go_on.notify_one();
 }
 
 #[tokio::test]

@@ -22,6 +22,7 @@ mod lookups;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod life;
+mod take_overs;
 mod http2;
 mod tls;
 mod proxy_protocol;

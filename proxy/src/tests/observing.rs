@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::harness::{Backend, Owners, Stage, status, talk, until};
 use crate::access_log::AccessLog;
 use crate::access_log::format::Format;
-use crate::access_log::writer::{Place, Writer};
+use crate::access_log::writer::{Output, Writer};
 use crate::ask::Ask;
 use crate::config::{Config, DebugHeader};
 use crate::record::Outcome;
@@ -57,7 +57,7 @@ async fn each_route_counts_what_became_of_its_requests() {
 async fn the_access_log_tells_of_each_request_and_nobody_can_forge_a_line() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("access.log");
-    let writer = Writer::open(Place::File(path.clone())).unwrap();
+    let writer = Writer::open(Output::File(path.clone())).unwrap();
     let format =
         "{client} {method} {path} {status} {outcome} {tries} {bytes_out} \"{header:x-a}\" {reason}";
     let format: Format = format.parse().unwrap();

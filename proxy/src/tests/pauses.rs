@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::harness::{Backend, Owners, Stage, Wire, talk, text, until, within};
 use super::tunnels;
 use crate::config::{Config, Exempt};
-use crate::metrics::PauseStats;
+use crate::metrics::stats::PauseStats;
 
 const GET: &str = "GET /kv/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
 const SHORT: Duration = Duration::from_millis(200);
@@ -675,7 +675,7 @@ async fn a_reload_may_tell_of_pauses_from_elsewhere() {
         assert!(wire.rest().await.starts_with("HTTP/1.1 200"));
     }
 
-    // What they do not tell of has ended.
+    // What they do not tell of has ended, but not by what they said before it was told of: as from a file of last week.
     let (third, told) = Operator::new();
     let mut config = super::harness::config(&stage.owners, |config| config.flags = told);
     config.listeners = vec!["127.0.0.1:0".parse::<std::net::SocketAddr>().unwrap().into()];
@@ -684,8 +684,14 @@ async fn a_reload_may_tell_of_pauses_from_elsewhere() {
     let mut wire = stage.connect().await;
     wire.send(GET).await;
     held(&stage, 1).await;
-    stage.proxy.reloader().reload(config).await.unwrap();
     third.add(4, order("path=/elsewhere", LONG));
+    stage.proxy.reloader().reload(config).await.unwrap();
+    in_force(&stage, 4).await;
+    held(&stage, 1).await;
+    // Until they have caught up.
+    for id in 5..=8 {
+        third.add(id, order("path=/elsewhere", LONG));
+    }
     assert!(wire.rest().await.starts_with("HTTP/1.1 200"));
 }
 

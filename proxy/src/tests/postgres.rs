@@ -8,6 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, MutexGuard};
 
 use super::harness::{Backend, Stage, key_at, within};
@@ -355,6 +357,60 @@ async fn a_shard_is_looked_up_in_postgresql() {
         while served_by().await != owner(other.as_bytes()) {}
     })
     .await;
+}
+
+/// Asks for a password by SCRAM, and lets in whoever comes after so many of its messages, without having shown that it knows it.
+async fn impostor(after: usize) -> Endpoint {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let message = |tag: u8, body: &[u8]| {
+        let length = u32::try_from(body.len() + 4).unwrap().to_be_bytes();
+        [&[tag][..], &length, body].concat()
+    };
+    let asks = message(b'R', b"\0\0\0\x0aSCRAM-SHA-256\0\0");
+    let lets_in = [message(b'R', &[0; 4]), message(b'Z', b"I")].concat();
+    drop(tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        hear(&mut stream).await;
+        stream.write_all(&asks).await.unwrap();
+        let said = hear(&mut stream).await;
+        if after == 2 {
+            let nonce = said.split_once("r=").unwrap().1;
+            let challenge = format!("\0\0\0\x0br={nonce}more,s=QSXCR+Q6sek8bf92,i=1");
+            stream.write_all(&message(b'R', challenge.as_bytes())).await.unwrap();
+            hear(&mut stream).await;
+        }
+        stream.write_all(&lets_in).await.unwrap();
+        // Until the other side leaves.
+        drop(stream.read_to_end(&mut Vec::new()).await);
+    }));
+    address.to_string().parse().unwrap()
+}
+
+/// What is said next, which is short enough to come at once.
+async fn hear(stream: &mut TcpStream) -> String {
+    let mut said = [0; 1 << 12];
+    let length = stream.read(&mut said).await.unwrap();
+    String::from_utf8_lossy(&said[..length]).into_owned()
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_show_that_it_knows_the_password_is_not_believed() {
+    for after in [1, 2] {
+        let table = Postgres {
+            endpoint: impostor(after).await,
+            tls: None,
+            user: "proxy".to_owned(),
+            password: Some(Secret("open sesame".to_owned())),
+            database: "postgres".to_owned(),
+            query: "select $1".to_owned(),
+            listen: None,
+        };
+        let Err(Fault::Down(said)) = start(table, patient()).find(b"a.org").await else {
+            panic!("it was believed after {after}");
+        };
+        assert!(said.contains("does not know the password itself"), "{said}");
+    }
 }
 
 /// TLS towards a server that has this name, vouched for by this authority.

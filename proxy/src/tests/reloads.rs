@@ -13,7 +13,7 @@ use crate::config::route::{Destination, Route};
 const GET: &str = "GET /kv/a HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n";
 
 /// Takes one more route, to the tasks that `owners` knows.
-fn with_route(config: &mut Config, host: &str, owners: &Owners) {
+pub(super) fn with_route(config: &mut Config, host: &str, owners: &Owners) {
     let router = owners.router();
     let job = router.job().clone();
     config.jobs.insert(job.clone(), router);

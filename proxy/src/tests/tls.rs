@@ -233,6 +233,31 @@ async fn a_client_that_does_not_shake_hands_is_let_go() {
 }
 
 #[tokio::test]
+async fn one_handshake_too_many_is_closed_at_once_and_disturbs_nobody() {
+    let backend = Backend::echo("task").await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config| {
+        with_tls(config, vec![files("first")]);
+        config.listeners[0].handshakes = 2;
+        config.timeouts.header = Duration::from_secs(600);
+    });
+    let inside = dial(&stage, "first.example", &[], None).await.unwrap();
+    let slow = [stage.connect().await, stage.connect().await];
+    // Whether the two are through the door yet, only the door knows.
+    within("the third to be closed", async {
+        while dial(&stage, "first.example", &[], None).await.is_ok() {}
+    })
+    .await;
+    until("it to count", || stage.stats().tls_failures >= 1).await;
+    // Who is inside is served, and so is the next one once there is room.
+    assert!(ask(inside).await.unwrap().starts_with("HTTP/1.1 200 "));
+    drop(slow);
+    within("room for another", async {
+        while dial(&stage, "first.example", &[], None).await.is_err() {}
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_tunnel_is_encrypted_as_its_connection_is() {
     let backend = tunnels::echo().await;
     let stage = Stage::with(Owners::all(backend.address).await, |config| {

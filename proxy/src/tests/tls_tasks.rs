@@ -17,6 +17,7 @@ use crate::config::Config;
 use crate::config::tls::{Tls, TlsFiles};
 use crate::config::transport::{Protocol, Transport};
 use crate::tests::harness::{Backend, Owners, Stage, show, text};
+use crate::tests::reloads::with_route;
 
 const GET: &str = "GET /0/k HTTP/1.1\r\nhost: a.example\r\nconnection: close\r\n\r\n";
 
@@ -125,6 +126,37 @@ async fn a_task_that_asks_who_calls_is_told_and_turns_strangers_away() {
         assert!(is_told, "{shows:?}: {answer}");
         assert_eq!(stage.stats().answered, 0, "{shows:?}");
     }
+}
+
+#[tokio::test]
+async fn an_own_certificate_that_has_expired_costs_only_those_who_ask_for_it() {
+    let (asks, other) = (task("first", &["http/1.1"], true).await, Backend::echo("other").await);
+    let silent = task("first", &["http/1.1"], false).await;
+    let carts = Owners::none_of("carts");
+    carts.give(1, &[(0, 2, other.address)]).await;
+    let before = async |task: &Backend| {
+        let owners = Owners::all(task.address).await;
+        Stage::with(owners, |config| {
+            with_route(config, "other.example", &carts);
+            let tls = Some(Arc::new(tls("first.example", Some("expired"))));
+            let transport = Transport { tls, ..Transport::default() };
+            config.transports.insert("kv".parse().unwrap(), transport);
+        })
+    };
+    let stage = before(&asks).await;
+    for _ in 0..3 {
+        let answer = stage.talk(GET).await;
+        let is_told = answer.starts_with("HTTP/1.1 503") || answer.starts_with("HTTP/1.1 502");
+        assert!(is_told, "{answer}");
+        // Of another job.
+        let answer = stage.talk(&GET.replace("a.example", "other.example")).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    let stats = stage.stats();
+    assert_eq!((stats.failed, stats.answered), (3, 3), "{stats:?}");
+    // Who does not ask for it does not mind.
+    let answer = before(&silent).await.talk(GET).await;
+    assert!(answer.contains("certificate: false"), "{answer}");
 }
 
 #[tokio::test]

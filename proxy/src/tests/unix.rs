@@ -3,12 +3,13 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
-use super::harness::{Backend, Owners, Stage, config, within};
+use super::harness::{Backend, Owners, Stage, config, text, until, within};
 use crate::config::Config;
 use crate::config::listener::{Address, Listener, UNIX_MODE};
 use crate::proxy::{Proxy, StartError};
@@ -53,6 +54,21 @@ async fn clients_come_in_by_files_and_ports() {
         format!("unix:{}", paths[1].display()),
     ];
     assert_eq!(said, wanted);
+}
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_is_given_up_there_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("proxy.sock");
+    let backend = Backend::serve(|_| async { text(vec![0; 8 << 20]) }).await;
+    let stage = Stage::with(Owners::all(backend.address).await, |config: &mut Config| {
+        config.listeners.push(at(&path));
+        config.timeouts.stall = Duration::from_millis(400);
+    });
+    let mut stream = within("a connection", UnixStream::connect(&path)).await.unwrap();
+    stream.write_all(b"GET /k/a HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    until("the client to be given up", || stage.stats().abandoned == 1).await;
+    until("its connection to end", || stage.stats().connections == 0).await;
 }
 
 #[tokio::test]

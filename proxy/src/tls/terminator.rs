@@ -1,9 +1,7 @@
 //! The end of clients' TLS connections: what the files say, in force until they say something else that works.
 
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use rustls::ServerConfig;
@@ -11,7 +9,8 @@ use rustls::pki_types::CertificateDer;
 use tracing::{error, info};
 
 use crate::config::listener::{Address, Listener, Tls};
-use crate::metrics::TlsStats;
+use crate::look::Look;
+use crate::metrics::stats::TlsStats;
 use crate::tls::certificates::{TlsError, load, now};
 use crate::tls::der::{self, Name};
 
@@ -86,23 +85,10 @@ impl Terminator {
     }
 }
 
-/// What tells one state of a file from another; none if it is not there.
-#[derive(PartialEq, Eq)]
-struct Look {
-    changed: Option<SystemTime>,
-    length: u64,
-    inode: u64,
-}
-
 fn looks(tls: &Tls) -> Vec<Option<Look>> {
     let pairs = tls.certificates.iter().flat_map(|files| [&files.chain, &files.key]);
     let files: Vec<&PathBuf> = pairs.chain(tls.clients.authorities()).collect();
-    let look = |path: &Path| {
-        let metadata = std::fs::metadata(path).ok()?;
-        let changed = metadata.modified().ok();
-        Some(Look { changed, length: metadata.len(), inode: metadata.ino() })
-    };
-    files.into_iter().map(|path| look(path)).collect()
+    files.into_iter().map(|path| Look::at(path)).collect()
 }
 
 /// Who a client is, by the certificate that it showed and an authority vouched for.

@@ -17,7 +17,7 @@ pub(crate) struct Kind {
 }
 
 /// All of them.
-pub(crate) const KINDS: [Kind; 19] = [
+pub(crate) const KINDS: [Kind; 20] = [
     Kind {
         name: "h2_rapid_reset",
         connections: 8,
@@ -58,7 +58,7 @@ pub(crate) const KINDS: [Kind; 19] = [
     Kind {
         name: "h2_empty_data",
         connections: 8,
-        opens: || [preface(), frame(HEADERS, END_HEADERS, 1, &post_fields())].concat(),
+        opens: || [preface(), frame(HEADERS, END_HEADERS, 1, &put_fields())].concat(),
         goes_on: |_| many(100, |_| frame(DATA, 0, 1, &[])),
         reads: true,
     },
@@ -141,16 +141,26 @@ pub(crate) const KINDS: [Kind; 19] = [
         name: "h1_slow_bodies",
         connections: 500,
         opens: || {
-            b"POST /kv/flood HTTP/1.1\r\nhost: flood\r\ncontent-length: 100000\r\n\r\n".to_vec()
+            b"PUT /kv/slow HTTP/1.1\r\nhost: flood\r\ncontent-length: 100000\r\n\r\n".to_vec()
         },
         goes_on: |tick| if tick % 50 == 0 { b"y".to_vec() } else { Vec::new() },
+        reads: true,
+    },
+    Kind {
+        name: "h1_unwanted_bodies",
+        connections: 8,
+        // The task says at once that it takes no such method, and the connection ends since nobody wants the rest.
+        opens: || {
+            b"POST /kv/flood HTTP/1.1\r\nhost: flood\r\ncontent-length: 100000\r\n\r\n".to_vec()
+        },
+        goes_on: |_| b"y".to_vec(),
         reads: true,
     },
     Kind {
         name: "h1_endless_chunks",
         connections: 8,
         opens: || {
-            b"POST /kv/flood HTTP/1.1\r\nhost: flood\r\ntransfer-encoding: chunked\r\n\r\n".to_vec()
+            b"PUT /kv/slow HTTP/1.1\r\nhost: flood\r\ntransfer-encoding: chunked\r\n\r\n".to_vec()
         },
         goes_on: |_| b"1\r\ny\r\n".repeat(100),
         reads: true,
@@ -207,15 +217,16 @@ fn reset(stream: u32) -> Vec<u8> {
 }
 
 fn get_fields() -> Vec<u8> {
-    [vec![0x82, 0x86], path_and_authority()].concat()
+    [vec![0x82, 0x86], field(b":path", b"/kv/flood"), authority()].concat()
 }
 
-fn post_fields() -> Vec<u8> {
-    [vec![0x83, 0x86], path_and_authority()].concat()
+/// The head of a request whose body is waited for.
+fn put_fields() -> Vec<u8> {
+    [field(b":method", b"PUT"), vec![0x86], field(b":path", b"/kv/slow"), authority()].concat()
 }
 
-fn path_and_authority() -> Vec<u8> {
-    [field(b":path", b"/kv/flood"), field(b":authority", b"flood")].concat()
+fn authority() -> Vec<u8> {
+    field(b":authority", b"flood")
 }
 
 /// A field as a literal that is not indexed and not compressed (RFC 7541, 6.2.2).

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use crate::lookup::desk::{Desk, Teller};
 use crate::lookup::{Fault, Found, Source};
 use crate::tables::postgres::Postgres;
-use crate::tables::postgres::wire::{Heard, Rows, Wire, WireError};
+use crate::tables::postgres::wire::{Heard, Rows, Session, SessionError};
 use crate::tables::remote::{self, Remote};
 
 /// How many questions the server is asked at a time. Each takes a process there.
@@ -35,9 +35,9 @@ impl Server {
     /// Listens until the connection is of no more use.
     async fn listen(&self, channel: &str, teller: &Teller) -> Result<Infallible, Deaf> {
         let mut wire = timeout(SILENCE, async {
-            let mut wire = Wire::connect(&self.table, self.within).await?;
+            let mut wire = Session::connect(&self.table, self.within).await?;
             wire.run(&format!("listen \"{}\"", channel.replace('"', "\"\""))).await?;
-            Ok::<_, WireError>(wire)
+            Ok::<_, SessionError>(wire)
         })
         .await??;
         info!(channel, "A lookup's table says what changes");
@@ -68,7 +68,7 @@ impl Server {
 #[derive(Debug, thiserror::Error)]
 enum Deaf {
     #[error(transparent)]
-    Wire(#[from] WireError),
+    Session(#[from] SessionError),
     #[error("the server is silent")]
     Silent(#[from] Elapsed),
 }
@@ -81,29 +81,29 @@ impl Source for Server {
 }
 
 impl Remote for Server {
-    type Connection = Wire;
+    type Connection = Session;
 
-    async fn connect(&self) -> Result<Wire, Fault> {
+    async fn connect(&self) -> Result<Session, Fault> {
         let connecting = async {
-            let mut wire = Wire::connect(&self.table, self.within).await?;
+            let mut wire = Session::connect(&self.table, self.within).await?;
             wire.prepare(&self.table.query).await?;
             Ok(wire)
         };
         connecting.await.map_err(fault)
     }
 
-    async fn ask(&self, connection: &mut Wire, key: &[u8]) -> Found {
+    async fn ask(&self, connection: &mut Session, key: &[u8]) -> Found {
         match connection.ask(key).await {
             Ok(Rows::None | Rows::One(None)) => Ok(None),
             Ok(Rows::One(answer)) => Ok(answer),
             Ok(Rows::Two) => Err(Fault::Two),
             // A key that cannot be a value of the column is in no row of it.
-            Err(WireError::Server { code, .. }) if NO_VALUE.contains(&&*code) => Ok(None),
+            Err(SessionError::Server { code, .. }) if NO_VALUE.contains(&&*code) => Ok(None),
             Err(error) => Err(fault(error)),
         }
     }
 
-    fn is_usable(connection: &Wire) -> bool {
+    fn is_usable(connection: &Session) -> bool {
         connection.is_usable()
     }
 
@@ -122,10 +122,10 @@ const NO_VALUE: [&str; 4] = ["22021", "22P02", "22003", "22P05"];
 /// The server ended the query, since it took too long.
 const CANCELED: &str = "57014";
 
-fn fault(error: WireError) -> Fault {
+fn fault(error: SessionError) -> Fault {
     match error {
-        WireError::Server { code, .. } if code == CANCELED => Fault::Late,
-        WireError::Connect(error) => remote::down(&error),
+        SessionError::Server { code, .. } if code == CANCELED => Fault::Late,
+        SessionError::Connect(error) => remote::down(&error),
         error => Fault::Down(error.to_string()),
     }
 }

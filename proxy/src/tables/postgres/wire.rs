@@ -22,7 +22,7 @@ const NAME_OF_QUERY: &[u8] = b"lookup\0";
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum WireError {
+pub(super) enum SessionError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     #[error("the connection broke: {0}")]
@@ -59,16 +59,16 @@ pub(super) enum Heard {
 }
 
 /// One connection.
-pub(super) struct Wire {
+pub(super) struct Session {
     io: Io,
     incoming: BytesMut,
     // Once anything went wrong that leaves open what comes next.
     is_broken: bool,
 }
 
-impl Wire {
+impl Session {
     /// Connects and logs in.
-    pub(super) async fn connect(to: &Postgres, within: Duration) -> Result<Self, WireError> {
+    pub(super) async fn connect(to: &Postgres, within: Duration) -> Result<Self, SessionError> {
         let (io, _) = dial(&to.endpoint, None, Speech::One).await?;
         let io = match (&to.tls, io) {
             (Some(_), Io::Plain(plain)) => by_tls(to, plain).await?,
@@ -97,24 +97,28 @@ impl Wire {
         Ok(wire)
     }
 
-    async fn log_in(&mut self, to: &Postgres) -> Result<(), WireError> {
-        let password = || to.password.as_ref().ok_or(WireError::Password);
+    async fn log_in(&mut self, to: &Postgres) -> Result<(), SessionError> {
+        let password = || to.password.as_ref().ok_or(SessionError::Password);
         let (mut first, mut last) = (None, None);
+        // Whoever begins to show that it knows the password is to end with it.
+        let mut is_proved = true;
         loop {
             let mut asked = self.expect(b'R').await?;
-            match asked.try_get_i32().map_err(|_| WireError::Garbled)? {
-                0 => return Ok(()),
+            match asked.try_get_i32().map_err(|_| SessionError::Garbled)? {
+                0 if is_proved => return Ok(()),
+                0 => return Err(ScramError::Stranger.into()),
                 3 => {
                     let mut told = BytesMut::new();
                     put_text(&mut told, &password()?.0);
                     self.send(b'p', &told).await?;
                 }
-                5 => return Err(WireError::Login("an MD5 of the password")),
+                5 => return Err(SessionError::Login("an MD5 of the password")),
                 10 => {
                     if !asked.split(|b| *b == 0).any(|name| name == NAME.as_bytes()) {
-                        return Err(WireError::Login("SASL of another kind"));
+                        return Err(SessionError::Login("SASL of another kind"));
                     }
                     password()?;
+                    is_proved = false;
                     let message = first.insert(First::draw()).message();
                     let mut told = BytesMut::new();
                     put_text(&mut told, NAME);
@@ -123,22 +127,23 @@ impl Wire {
                     self.send(b'p', &told).await?;
                 }
                 11 => {
-                    let challenge = str::from_utf8(&asked).map_err(|_| WireError::Garbled)?;
-                    let first = first.as_ref().ok_or(WireError::Garbled)?;
+                    let challenge = str::from_utf8(&asked).map_err(|_| SessionError::Garbled)?;
+                    let first = first.as_ref().ok_or(SessionError::Garbled)?;
                     let answer = last.insert(first.answer(password()?, challenge)?);
                     self.send(b'p', answer.message.as_bytes()).await?;
                 }
                 12 => {
-                    let shown = str::from_utf8(&asked).map_err(|_| WireError::Garbled)?;
-                    last.as_ref().ok_or(WireError::Garbled)?.check(shown)?;
+                    let shown = str::from_utf8(&asked).map_err(|_| SessionError::Garbled)?;
+                    last.as_ref().ok_or(SessionError::Garbled)?.check(shown)?;
+                    is_proved = true;
                 }
-                _ => return Err(WireError::Login("another kind of login")),
+                _ => return Err(SessionError::Login("another kind of login")),
             }
         }
     }
 
     /// Prepares the query that will be asked.
-    pub(super) async fn prepare(&mut self, query: &str) -> Result<(), WireError> {
+    pub(super) async fn prepare(&mut self, query: &str) -> Result<(), SessionError> {
         let mut parse = BytesMut::new();
         parse.put_slice(NAME_OF_QUERY);
         put_text(&mut parse, query);
@@ -149,7 +154,7 @@ impl Wire {
     }
 
     /// Asks the prepared query for a key.
-    pub(super) async fn ask(&mut self, key: &[u8]) -> Result<Rows, WireError> {
+    pub(super) async fn ask(&mut self, key: &[u8]) -> Result<Rows, SessionError> {
         let mut bind = BytesMut::new();
         // The unnamed portal, one parameter as text, and the answer as text.
         bind.put_u8(0);
@@ -168,24 +173,24 @@ impl Wire {
     }
 
     /// Does what needs no answer, such as to listen.
-    pub(super) async fn run(&mut self, statement: &str) -> Result<(), WireError> {
+    pub(super) async fn run(&mut self, statement: &str) -> Result<(), SessionError> {
         self.say(statement).await?;
         self.until_ready().await.map(drop)
     }
 
     /// Sends a statement without waiting for what comes of it. An empty one does nothing but to be answered.
-    pub(super) async fn say(&mut self, statement: &str) -> Result<(), WireError> {
+    pub(super) async fn say(&mut self, statement: &str) -> Result<(), SessionError> {
         let mut query = BytesMut::new();
         put_text(&mut query, statement);
         self.send(b'Q', &query).await
     }
 
     /// Waits for what the server says. Nothing is lost if this is dropped meanwhile.
-    pub(super) async fn hear(&mut self) -> Result<Heard, WireError> {
+    pub(super) async fn hear(&mut self) -> Result<Heard, SessionError> {
         let (tag, mut body) = self.message().await?;
         match tag {
             b'A' => {
-                body.try_get_i32().map_err(|_| WireError::Garbled)?;
+                body.try_get_i32().map_err(|_| SessionError::Garbled)?;
                 let _channel = text(&mut body)?;
                 Ok(Heard::Notice(text(&mut body)?))
             }
@@ -200,7 +205,7 @@ impl Wire {
     }
 
     /// Reads up to where the server waits for the next question, and gives the rows on the way.
-    async fn until_ready(&mut self) -> Result<Rows, WireError> {
+    async fn until_ready(&mut self) -> Result<Rows, SessionError> {
         let (mut rows, mut failed) = (Rows::None, None);
         // Until it is clear again what comes next; also for whoever drops this.
         self.is_broken = true;
@@ -228,19 +233,19 @@ impl Wire {
     }
 
     /// Reads the next message, which must be this one.
-    async fn expect(&mut self, wanted: u8) -> Result<Bytes, WireError> {
+    async fn expect(&mut self, wanted: u8) -> Result<Bytes, SessionError> {
         loop {
             match self.message().await? {
                 (tag, body) if tag == wanted => return Ok(body),
                 (b'E', body) => return Err(server_error(body)),
                 // A remark.
                 (b'N', _) => {}
-                _ => return Err(WireError::Garbled),
+                _ => return Err(SessionError::Garbled),
             }
         }
     }
 
-    async fn message(&mut self) -> Result<(u8, Bytes), WireError> {
+    async fn message(&mut self) -> Result<(u8, Bytes), SessionError> {
         loop {
             if let Some(message) = parse(&mut self.incoming)? {
                 return Ok(message);
@@ -251,11 +256,11 @@ impl Wire {
         }
     }
 
-    async fn send(&mut self, tag: u8, body: &[u8]) -> Result<(), WireError> {
+    async fn send(&mut self, tag: u8, body: &[u8]) -> Result<(), SessionError> {
         self.send_all(&[(tag, body)]).await
     }
 
-    async fn send_all(&mut self, messages: &[(u8, &[u8])]) -> Result<(), WireError> {
+    async fn send_all(&mut self, messages: &[(u8, &[u8])]) -> Result<(), SessionError> {
         self.is_broken = true;
         let mut all = BytesMut::new();
         for (tag, body) in messages {
@@ -268,7 +273,7 @@ impl Wire {
     }
 
     /// The first message has no tag.
-    async fn send_untagged(&mut self, body: &[u8]) -> Result<(), WireError> {
+    async fn send_untagged(&mut self, body: &[u8]) -> Result<(), SessionError> {
         let mut all = BytesMut::new();
         all.put_i32(length(body.len() + 4)?);
         all.put_slice(body);
@@ -278,7 +283,7 @@ impl Wire {
 }
 
 /// Asks for TLS, and goes on by it.
-async fn by_tls(to: &Postgres, mut plain: Plain) -> Result<Io, WireError> {
+async fn by_tls(to: &Postgres, mut plain: Plain) -> Result<Io, SessionError> {
     let Some(tls) = &to.tls else { return Ok(Io::Plain(plain)) };
     let mut please = BytesMut::new();
     please.put_i32(8);
@@ -287,7 +292,7 @@ async fn by_tls(to: &Postgres, mut plain: Plain) -> Result<Io, WireError> {
     plain.flush().await?;
     // Exactly this byte: what comes after it must come by TLS.
     if plain.read_u8().await? != b'S' {
-        return Err(WireError::NoTls);
+        return Err(SessionError::NoTls);
     }
     let failed = |error| ConnectError::Tls(to.endpoint.clone(), error);
     let name = match &tls.name {
@@ -301,11 +306,11 @@ async fn by_tls(to: &Postgres, mut plain: Plain) -> Result<Io, WireError> {
 }
 
 /// Takes one whole message, if it has come.
-fn parse(incoming: &mut BytesMut) -> Result<Option<(u8, Bytes)>, WireError> {
+fn parse(incoming: &mut BytesMut) -> Result<Option<(u8, Bytes)>, SessionError> {
     let Some([tag, length @ ..]) = incoming.first_chunk::<5>() else { return Ok(None) };
     let (tag, length) = (*tag, i32::from_be_bytes(*length));
     let length = usize::try_from(length).ok().filter(|n| (4..=MESSAGE_MAX_BYTES).contains(n));
-    let whole = 1 + length.ok_or(WireError::Garbled)?;
+    let whole = 1 + length.ok_or(SessionError::Garbled)?;
     if incoming.len() < whole {
         return Ok(None);
     }
@@ -315,19 +320,21 @@ fn parse(incoming: &mut BytesMut) -> Result<Option<(u8, Bytes)>, WireError> {
 }
 
 /// The first column of a row; nothing for a null.
-fn column(mut row: Bytes) -> Result<Option<Vec<u8>>, WireError> {
-    let garbled = |_| WireError::Garbled;
+fn column(mut row: Bytes) -> Result<Option<Vec<u8>>, SessionError> {
+    let garbled = |_| SessionError::Garbled;
     if row.try_get_i16().map_err(garbled)? < 1 {
         return Ok(None);
     }
     match usize::try_from(row.try_get_i32().map_err(garbled)?) {
         Err(_) => Ok(None),
-        Ok(length) => row.get(..length).map(|value| Some(value.to_vec())).ok_or(WireError::Garbled),
+        Ok(length) => {
+            row.get(..length).map(|value| Some(value.to_vec())).ok_or(SessionError::Garbled)
+        }
     }
 }
 
 /// What the server says of an error: fields, each with a letter before it and a zero behind.
-fn server_error(mut body: Bytes) -> WireError {
+fn server_error(mut body: Bytes) -> SessionError {
     let (mut code, mut message) = (String::new(), String::new());
     while let Ok(kind @ 1..) = body.try_get_u8() {
         let Ok(value) = text(&mut body) else { break };
@@ -338,12 +345,12 @@ fn server_error(mut body: Bytes) -> WireError {
             _ => {}
         }
     }
-    WireError::Server { code, message }
+    SessionError::Server { code, message }
 }
 
 /// Takes a text up to the zero that ends it.
-fn text(body: &mut Bytes) -> Result<Bytes, WireError> {
-    let end = body.iter().position(|b| *b == 0).ok_or(WireError::Garbled)?;
+fn text(body: &mut Bytes) -> Result<Bytes, SessionError> {
+    let end = body.iter().position(|b| *b == 0).ok_or(SessionError::Garbled)?;
     let text = body.split_to(end);
     body.advance(1);
     Ok(text)
@@ -354,8 +361,8 @@ fn put_text(to: &mut BytesMut, text: &str) {
     to.put_u8(0);
 }
 
-fn length(bytes: usize) -> Result<i32, WireError> {
-    i32::try_from(bytes).map_err(|_| WireError::Garbled)
+fn length(bytes: usize) -> Result<i32, SessionError> {
+    i32::try_from(bytes).map_err(|_| SessionError::Garbled)
 }
 
 #[cfg(test)]
@@ -369,7 +376,10 @@ mod tests {
         assert_eq!(parse(&mut incoming).unwrap(), None);
         assert_eq!(incoming, &b"A\0\0"[..]);
         for bad in [&b"D\0\0\0\x03"[..], b"D\xff\xff\xff\xff", b"D\x7f\0\0\0"] {
-            assert!(matches!(parse(&mut BytesMut::from(bad)), Err(WireError::Garbled)), "{bad:?}");
+            assert!(
+                matches!(parse(&mut BytesMut::from(bad)), Err(SessionError::Garbled)),
+                "{bad:?}"
+            );
         }
     }
 

@@ -87,12 +87,12 @@ impl Reader {
         };
         let Some(row) = rows.next()? else { return Ok(Ok(None)) };
         let answer = match row.get_ref(0)? {
-            ValueRef::Null => return Ok(Ok(None)),
-            ValueRef::Integer(number) => number.to_string().into_bytes(),
-            ValueRef::Real(number) => number.to_string().into_bytes(),
-            ValueRef::Text(bytes) | ValueRef::Blob(bytes) => bytes.to_vec(),
+            ValueRef::Null => None,
+            ValueRef::Integer(number) => Some(number.to_string().into_bytes()),
+            ValueRef::Real(number) => Some(number.to_string().into_bytes()),
+            ValueRef::Text(bytes) | ValueRef::Blob(bytes) => Some(bytes.to_vec()),
         };
-        Ok(if rows.next()?.is_some() { Err(Fault::Two) } else { Ok(Some(answer)) })
+        Ok(if rows.next()?.is_some() { Err(Fault::Two) } else { Ok(answer) })
     }
 
     /// Says whether anything may have changed since this was last asked.
@@ -162,7 +162,7 @@ mod tests {
         db.execute_batch(
             "create table shops (domain text, shard); insert into shops values \
              ('a.org', 7), ('b.org', 'eu-1'), ('c.org', x'00ff'), ('two.org', 1), ('two.org', 2), \
-             ('empty.org', ''), ('null.org', null)",
+             ('empty.org', ''), ('null.org', null), ('null2.org', null), ('null2.org', 3)",
         )
         .unwrap();
         db
@@ -183,6 +183,7 @@ mod tests {
             ("two.org", Err(Fault::Two)),
             ("empty.org", Ok(Some(Vec::new()))),
             ("null.org", Ok(None)),
+            ("null2.org", Err(Fault::Two)),
             ("none.org", Ok(None)),
             ("' or 1=1 --", Ok(None)),
         ] {

@@ -17,7 +17,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::{interval, timeout};
 
-use crate::metrics::Stats;
+use crate::metrics::stats::Stats;
 use crate::tests::corpus::case::{AtPeer, Case, Forwarded, Outcome, Step};
 use crate::tests::corpus::frames::Frames;
 use crate::tests::corpus::peers::Peer;

@@ -5,7 +5,7 @@
 //! how often a client may make it work for nothing, and a stream that is reset as soon as it is opened has cost a request to a task by
 //! then. So a connection ends when more than half of its streams are reset, or when more empty words come than any use of them explains.
 
-use std::cell::OnceCell;
+use std::cell::Cell;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -25,8 +25,15 @@ pub(crate) struct Frames {
     head_timeout: Duration,
     // Runs while a head has begun and not ended, and before the first frame.
     slow: Option<Pin<Box<Sleep>>>,
+    shown: Rc<Shown>,
+}
+
+/// What a connection's frames have shown, for whoever serves its requests.
+#[derive(Default)]
+pub(crate) struct Shown {
     // h2 does not pass on what an error is made of.
-    fault: Rc<OnceCell<Fault>>,
+    fault: Cell<Option<Fault>>,
+    resets: Cell<bool>,
 }
 
 /// Why a connection was ended.
@@ -44,10 +51,10 @@ pub(crate) enum Fault {
 }
 
 impl Frames {
-    /// Watches a connection. Why it is ended, if it is, will be found in `fault`.
-    pub(crate) fn new(stream: Stream, head_timeout: Duration, fault: Rc<OnceCell<Fault>>) -> Self {
+    /// Watches a connection. What there is to be seen will be found in `shown`.
+    pub(crate) fn new(stream: Stream, head_timeout: Duration, shown: Rc<Shown>) -> Self {
         let slow = Some(Box::pin(sleep(head_timeout)));
-        Self { stream, scan: Scan::new(Instant::now()), head_timeout, slow, fault }
+        Self { stream, scan: Scan::new(Instant::now()), head_timeout, slow, shown }
     }
 
     fn end(&self, fault: Fault) -> Poll<io::Result<()>> {
@@ -55,12 +62,28 @@ impl Frames {
             Fault::Slow => io::ErrorKind::TimedOut,
             Fault::Resets | Fault::Empty => io::ErrorKind::Other,
         };
-        Poll::Ready(Err(io::Error::new(kind, *self.fault.get_or_init(|| fault))))
+        let first = self.shown.fault.get().unwrap_or(fault);
+        self.shown.fault.set(Some(first));
+        Poll::Ready(Err(io::Error::new(kind, first)))
+    }
+}
+
+impl Shown {
+    /// Says why the connection was ended, if it was.
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        self.fault.get()
+    }
+
+    /// Says whether the client has reset streams.
+    pub(crate) fn resets(&self) -> bool {
+        self.resets.get()
     }
 }
 
 /// Resets that are forgiven beside one for each two streams: whoever leaves a page resets all that it had asked for.
 const RESETS_MAX: u32 = 200;
+/// From so many on the client's requests wait for a moment, whether they are reset right away.
+const RESETS_USUAL: u32 = 8;
 /// Frames that carry nothing, in one second. Measuring a path's bandwidth takes a ping in each round trip, on a LAN thousands a second.
 const EMPTY_MAX: u32 = 10_000;
 const EMPTY_WITHIN: Duration = Duration::from_secs(1);
@@ -83,6 +106,8 @@ struct Scan {
     filled: usize,
     has_frame: bool,
     in_head: bool,
+    // How many heads have begun.
+    heads: u64,
     resets: u32,
     streams: u32,
     empty: u32,
@@ -97,6 +122,7 @@ impl Scan {
             filled: 0,
             has_frame: false,
             in_head: false,
+            heads: 0,
             resets: 0,
             streams: 0,
             empty: 0,
@@ -130,6 +156,7 @@ impl Scan {
             DATA => self.skip > 0 || flags & END_STREAM != 0,
             HEADERS => {
                 self.in_head = flags & END_HEADERS == 0;
+                self.heads += 1;
                 self.streams = self.streams.saturating_add(1);
                 true
             }
@@ -167,7 +194,9 @@ impl Scan {
 
     /// Says whether the client owes the rest of what it has begun.
     const fn is_in_head(&self) -> bool {
-        self.in_head || !self.has_frame
+        // The header stands until the next one begins, which is behind the payload.
+        let is_cut = self.skip > 0 && matches!(self.header[3], HEADERS | CONTINUATION);
+        self.in_head || is_cut || !self.has_frame
     }
 }
 
@@ -178,14 +207,19 @@ impl AsyncRead for Frames {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        let before = buffer.filled().len();
+        let (before, heads) = (buffer.filled().len(), this.scan.heads);
         let polled = Pin::new(&mut this.stream).poll_read(context, buffer);
         if let Err(fault) = this.scan.read(&buffer.filled()[before..], Instant::now) {
             return this.end(fault);
         }
-        if !this.scan.is_in_head() {
+        if this.scan.resets > RESETS_USUAL && !this.shown.resets.get() {
+            this.shown.resets.set(true);
+        }
+        // Another head has a time of its own.
+        if !this.scan.is_in_head() || this.scan.heads != heads {
             this.slow = None;
-        } else if polled.is_pending() {
+        }
+        if this.scan.is_in_head() && polled.is_pending() {
             let slow = this.slow.get_or_insert_with(|| Box::pin(sleep(this.head_timeout)));
             ready!(slow.as_mut().poll(context));
             return this.end(Fault::Slow);
@@ -244,7 +278,7 @@ mod tests {
     fn heads_are_seen_however_they_arrive() {
         let text =
             [frame(4, 0, 6), frame(HEADERS, 0, 20), frame(CONTINUATION, END_HEADERS, 3)].concat();
-        let ends = [9 + 6, 9 + 6 + 9 + 20, text.len()];
+        let settings = 9 + 6;
         for length in 1..=text.len() {
             let mut scan = begun();
             assert!(scan.is_in_head(), "it owes the first frame");
@@ -252,7 +286,8 @@ mod tests {
             for piece in text.chunks(length) {
                 scan.read(piece, Instant::now).unwrap();
                 at += piece.len();
-                let in_head = (ends[0] + 9..ends[1] + 9).contains(&at) || at < 9;
+                // From the first header of a head until its last payload's last byte.
+                let in_head = at < 9 || (settings + 9..text.len()).contains(&at);
                 assert_eq!(scan.is_in_head(), in_head, "after {at}, in pieces of {length}");
             }
         }

@@ -1,32 +1,10 @@
-//! A client's socket, watched on its way into the parser: for what the parser forgives and a proxy must not, and for heads
-//! that come too slowly.
+//! What a client's bytes are by the strictest reading there is: where heads begin and end, and what in them has more than one
+//! reading. Nothing here is a socket, or waits.
 //!
-//! hyper takes a line that ends without a carriage return, and of Content-Length beside Transfer-Encoding it drops one
-//! without a word. Both have one reading for hyper and may have another for whatever stands in front of this proxy, which
-//! is what request smuggling lives on, so both are refused. hyper also counts a slow head from the end of the request
-//! before, so that it could not be told from an idle connection.
-//!
-//! To know where heads begin, the watch also counts bodies, by the strictest reading there is. Where a body breaks that, hyper
-//! may go on: then its request is not whole, and what follows on the connection is refused.
+//! To know where heads begin, bodies are counted too. Where a body breaks the reading, the parser may go on: then its request is
+//! not whole, and what follows on the connection is refused.
 
-use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::future::pending;
-use std::io;
-use std::pin::Pin;
-use std::rc::{Rc, Weak};
-use std::task::{Context, Poll};
-use std::time::Duration;
-
-use http::Version;
-use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-#[cfg(target_os = "linux")]
-use tokio::net::TcpStream;
-use tokio::time::{Sleep, sleep};
-
-use crate::send::poll_write_pieces;
-use crate::stream::Stream;
 
 /// What a head holds that has more than one reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,145 +19,10 @@ pub(crate) enum Doubt {
     Lost,
 }
 
-/// A head began and did not end in time.
-#[derive(Debug, thiserror::Error)]
-#[error("the head of a request did not come in time")]
-pub(crate) struct SlowHead;
-
-/// A client's socket.
-pub(crate) struct Wire {
-    // Shared so that it can be asked whether the client is there while nobody reads; borrowed for the length of a call.
-    stream: Rc<RefCell<Stream>>,
-    watch: Watch,
-    head_timeout: Duration,
-    // Runs while a head has begun and not ended, and before the first: who connects has something to say.
-    slow: Option<Pin<Box<Sleep>>>,
-}
-
-/// What was seen on a client's socket, shared with whoever serves its requests.
-#[derive(Clone, Default)]
-pub(crate) struct Watch(Rc<RefCell<Scan>>);
-
-/// What was seen of one request.
-pub(crate) struct Seen {
-    pub(crate) doubt: Option<Doubt>,
-    /// There if the request has a body.
-    pub(crate) body: Option<BodyMark>,
-    /// There if the client knows no end of an answer but the connection's.
-    pub(crate) abort: Option<Abort>,
-    pub(crate) line: Line,
-}
-
-/// Says whether the client is still there, also while nobody reads what it sends.
-// Weak, for the socket must close with the connection, whoever still thinks of its requests.
-pub(crate) struct Line(Weak<RefCell<Stream>>);
-
-/// Makes a connection end with a reset, so that an answer that breaks off does not seem whole.
-pub(crate) struct Abort(Watch);
-
-/// Says of a request's body whether it ended by the strictest reading.
-pub(crate) struct BodyMark {
-    watch: Watch,
-    // Which request of the connection it is.
-    number: u64,
-}
-
-impl Wire {
-    pub(crate) fn new(stream: Stream, watch: Watch, head_timeout: Duration) -> Self {
-        let stream = Rc::new(RefCell::new(stream));
-        watch.0.borrow_mut().socket = Rc::downgrade(&stream);
-        Self { stream, watch, head_timeout, slow: None }
-    }
-}
-
-impl Watch {
-    /// Takes what was seen of the head that was just parsed. To be called before its body is read.
-    pub(crate) fn head_is_parsed(&self, version: Version, has_body: bool) -> Seen {
-        let mut scan = self.0.borrow_mut();
-        let lost = (scan.place == Place::Lost).then_some(Doubt::Lost);
-        let doubt = scan.heads.pop_front().unwrap_or(lost);
-        scan.taken += 1;
-        let number = scan.taken;
-        let abort = (version == Version::HTTP_10).then(|| Abort(self.clone()));
-        let line = Line(Weak::clone(&scan.socket));
-        let body = has_body.then(|| BodyMark { watch: self.clone(), number });
-        Seen { doubt, body, abort, line }
-    }
-}
-
-impl Watch {
-    /// From here on there are no requests.
-    pub(crate) fn switches(&self) {
-        let mut scan = self.0.borrow_mut();
-        scan.place = Place::Tunnel;
-        scan.heads = VecDeque::new();
-    }
-}
-
-impl BodyMark {
-    /// Says whether the body that was read so far breaks the strictest reading.
-    pub(crate) fn is_in_doubt(&self) -> bool {
-        self.watch.0.borrow().doubtful_body == Some(self.number)
-    }
-}
-
-impl Seen {
-    /// Nothing, of a request of HTTP/2: the frames leave one reading, and whoever serves the connection sees it end.
-    pub(crate) const fn nothing() -> Self {
-        Self { doubt: None, body: None, abort: None, line: Line(Weak::new()) }
-    }
-}
-
-impl Line {
-    /// Waits until the client has closed its side or is gone; for ever where the system cannot tell.
-    ///
-    /// hyper reads no further than the body was asked for, so a client that leaves with part of its body unread goes unnoticed.
-    /// The kernel says so at once, but a socket that has something to read is always ready; so this asks for urgent data,
-    /// which nobody sends, and for the end, through a descriptor of its own. A close that waits in the client's kernel behind
-    /// more than the socket holds has not reached this side, and nobody can tell.
-    pub(crate) async fn hung_up(&self) {
-        #[cfg(target_os = "linux")]
-        if let Some(second) = self.second() {
-            // An error would be the runtime's end, and then there is nobody to tell.
-            drop(second.ready(tokio::io::Interest::PRIORITY).await);
-            return;
-        }
-        pending::<()>().await;
-    }
-
-    /// The same socket by another descriptor; none if the connection has ended or the process has no descriptor left.
-    #[cfg(target_os = "linux")]
-    fn second(&self) -> Option<TcpStream> {
-        use std::os::fd::AsFd;
-
-        let stream = self.0.upgrade()?;
-        let descriptor = stream.borrow().as_fd().try_clone_to_owned().ok()?;
-        // Whatever kind of socket it is: nothing is asked of it but whether it is ready.
-        TcpStream::from_std(descriptor.into()).ok()
-    }
-}
-
-impl Abort {
-    /// Lets the connection end with a reset.
-    pub(crate) fn abort(&self) {
-        self.0.0.borrow_mut().abort = true;
-    }
-}
-
-impl Drop for Wire {
-    fn drop(&mut self) {
-        if self.watch.0.borrow().abort {
-            // If it fails the connection is closed in order, which is no worse than before.
-            drop(SockRef::from(&*self.stream.borrow()).set_linger(Some(Duration::ZERO)));
-        }
-    }
-}
-
+/// What was read of the requests of one connection.
 #[derive(Default)]
-struct Scan {
-    socket: Weak<RefCell<Stream>>,
+pub(crate) struct Scan {
     has_read: bool,
-    abort: bool,
     place: Place,
     head: Head,
     // Heads that have ended and were not taken, the oldest first.
@@ -252,7 +95,8 @@ const START_MAX: usize = 48;
 const HEADS_MAX: usize = 8192;
 
 impl Scan {
-    fn read(&mut self, mut bytes: &[u8]) {
+    /// Reads what has come.
+    pub(crate) fn read(&mut self, mut bytes: &[u8]) {
         self.has_read |= !bytes.is_empty();
         while !bytes.is_empty() {
             bytes = match self.place {
@@ -296,7 +140,29 @@ impl Scan {
         &bytes[end + 1..]
     }
 
-    /// Says whether a head has begun and not ended.
+    /// Takes the oldest head that was not taken: the number of its request, and what is in doubt.
+    pub(crate) fn take(&mut self) -> (u64, Option<Doubt>) {
+        let lost = (self.place == Place::Lost).then_some(Doubt::Lost);
+        self.taken += 1;
+        (self.taken, self.heads.pop_front().unwrap_or(lost))
+    }
+
+    /// Reads no further: from here on there are no requests.
+    pub(crate) fn switches(&mut self) {
+        self.place = Place::Tunnel;
+        self.heads = VecDeque::new();
+    }
+
+    /// Says whether the body of that request breaks the strictest reading.
+    pub(crate) fn is_in_doubt(&self, number: u64) -> bool {
+        self.doubtful_body == Some(number)
+    }
+
+    /// Says whether a head is awaited: one has begun and not ended, or nothing has come yet.
+    pub(crate) fn awaits_head(&self) -> bool {
+        !self.has_read || self.is_in_head()
+    }
+
     fn is_in_head(&self) -> bool {
         self.place == Place::Head && (self.head.lines > 0 || self.head.length > 0)
     }
@@ -413,63 +279,6 @@ impl Head {
     }
 }
 
-impl AsyncRead for Wire {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        let before = buffer.filled().len();
-        let polled = Pin::new(&mut *this.stream.borrow_mut()).poll_read(context, buffer);
-        let mut scan = this.watch.0.borrow_mut();
-        scan.read(&buffer.filled()[before..]);
-        if scan.has_read && !scan.is_in_head() {
-            this.slow = None;
-        } else if polled.is_pending() {
-            let slow = this.slow.get_or_insert_with(|| Box::pin(sleep(this.head_timeout)));
-            if slow.as_mut().poll(context).is_ready() {
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, SlowHead)));
-            }
-        }
-        polled
-    }
-}
-
-impl AsyncWrite for Wire {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.stream.borrow_mut()).poll_write(context, bytes)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.stream.borrow_mut()).poll_flush(context)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // Within TLS a proper end would say that the answer was whole.
-        if self.watch.0.borrow().abort {
-            return Poll::Ready(Ok(()));
-        }
-        Pin::new(&mut *self.stream.borrow_mut()).poll_shutdown(context)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        pieces: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        poll_write_pieces(Pin::new(&mut *self.stream.borrow_mut()), context, pieces)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.borrow().is_write_vectored()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -520,14 +329,14 @@ mod tests {
         ];
         for (body, in_doubt) in cases {
             for length in 1..=body.len() {
-                let watch = Watch::default();
-                watch.0.borrow_mut().read(head.as_bytes());
-                let mark = watch.head_is_parsed(Version::HTTP_11, true).body.unwrap();
+                let mut scan = Scan::default();
+                scan.read(head.as_bytes());
+                let (number, _) = scan.take();
                 let pieces = body.as_bytes().chunks(length);
-                pieces.for_each(|piece| watch.0.borrow_mut().read(piece));
-                assert_eq!(mark.is_in_doubt(), in_doubt, "{body:?} in pieces of {length}");
-                watch.0.borrow_mut().read(b"GET / HTTP/1.1\r\n\r\n");
-                let doubt = watch.head_is_parsed(Version::HTTP_11, false).doubt;
+                pieces.for_each(|piece| scan.read(piece));
+                assert_eq!(scan.is_in_doubt(number), in_doubt, "{body:?} in pieces of {length}");
+                scan.read(b"GET / HTTP/1.1\r\n\r\n");
+                let (_, doubt) = scan.take();
                 assert_eq!(doubt.is_some(), in_doubt, "{body:?} in pieces of {length}");
             }
         }
@@ -551,13 +360,12 @@ mod tests {
 
     #[test]
     fn a_body_is_not_taken_for_a_head() {
-        let watch = Watch::default();
-        watch.0.borrow_mut().read(b"POST /\r\ncontent-length: 9\r\n\r\nab\nc");
-        let seen = watch.head_is_parsed(Version::HTTP_11, true);
-        assert_eq!(seen.doubt, None);
+        let mut scan = Scan::default();
+        scan.read(b"POST /\r\ncontent-length: 9\r\n\r\nab\nc");
+        assert_eq!(scan.take(), (1, None));
         // The next head comes in one piece with the end of the body.
-        watch.0.borrow_mut().read(b"d\n\nefGET /\n\r\n\r\n");
-        assert_eq!(watch.head_is_parsed(Version::HTTP_11, false).doubt, Some(Doubt::BareLineFeed));
-        assert!(!watch.0.borrow().is_in_head());
+        scan.read(b"d\n\nefGET /\n\r\n\r\n");
+        assert_eq!(scan.take(), (2, Some(Doubt::BareLineFeed)));
+        assert!(!scan.is_in_head());
     }
 }
