@@ -212,9 +212,9 @@ impl Walk<'_> {
             Some(lookup) => {
                 told.fact("lookup", lookup.name());
                 told.says(format!("it is translated by the lookup {:?}", lookup.name()));
-                let (looked_up, known) = key::known(from, &asked, lookup)?;
-                let facts = Facts::of(head, &host.0, Some(&job.name), Some(SliceKey::of(&known)));
-                self.is_since_ends(&facts, lookup, &looked_up)?;
+                let looked_up = key::looked_up(from, &asked)?;
+                let facts = Facts::of(head, &host.0, Some(&job.name), None);
+                let known = self.known(lookup, &looked_up, facts)?;
                 let [asked, answer] =
                     [&looked_up, &*known].map(|text| String::from_utf8_lossy(text).into_owned());
                 told.says(format!("{answer:?} stands for {asked:?}"));
@@ -236,16 +236,20 @@ impl Walk<'_> {
         Ok(target)
     }
 
-    /// Sees that what is known of a key was said after the end of any pause that covered it.
-    fn is_since_ends(
+    /// Gives what is known to stand for a key, if it was said after the end of any pause that covered the request: the table is not asked.
+    fn known(
         &self,
-        facts: &Facts,
         lookup: &Lookup,
         looked_up: &[u8],
-    ) -> Result<(), Refusal> {
-        let ended = self.gates.and_then(|gates| gates.ends.last(facts));
-        let known = lookup.known(looked_up, ended);
-        known.map(|_| ()).map_err(Refusal::Lookup)
+        mut facts: Facts,
+    ) -> Result<Arc<[u8]>, Refusal> {
+        let known = lookup.known(looked_up, None);
+        facts.key = known.as_ref().ok().map(|known| SliceKey::of(known));
+        let ended = self.gates.and_then(|gates| match facts.key {
+            Some(_) => gates.ends.last(&facts),
+            None => gates.ends.last_of_any_key(&facts),
+        });
+        lookup.known(looked_up, ended).map_err(Refusal::Lookup)
     }
 
     /// The same for a pool, any of whose servers will do.

@@ -155,9 +155,10 @@ fn number(path: &Path) -> io::Result<(u64, u64)> {
 fn answer(listener: &UnixListener, state: &Mutex<State>, stop: &CancellationToken) {
     // A second one waits here for the first.
     for stream in listener.incoming() {
-        let sockets = match std::mem::replace(&mut *lock(state), State::Asked) {
-            State::Offered(sockets) => sockets,
-            over => return *lock(state) = over,
+        let before = std::mem::replace(&mut *lock(state), State::Asked);
+        let State::Offered(sockets) = before else {
+            *lock(state) = before;
+            return;
         };
         match stream.and_then(|stream| give(&stream, &sockets).map(|()| stream)) {
             Ok(stream) => {
@@ -244,8 +245,9 @@ pub fn take(path: &Path) -> io::Result<Option<Taken>> {
     let mut sockets = Vec::new();
     loop {
         let (record, descriptor) = match record(&stream) {
-            // Its process has ended, or has been taken over from, before it saw who asks.
+            // Its process has ended, or has been taken over from, before it saw who asks, or offers them no more.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
+            Err(error) if is_end(&error) && sockets.is_empty() => return Ok(None),
             read => read?,
         };
         match descriptor {
@@ -256,6 +258,10 @@ pub fn take(path: &Path) -> io::Result<Option<Taken>> {
             _ => return Err(io::Error::other("the process that serves says what cannot be")),
         }
     }
+}
+
+fn is_end(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::UnexpectedEof
 }
 
 /// Reads one record, and the descriptor that comes with it.

@@ -1,14 +1,16 @@
 //! The stage `key`: which key the request is for, where its route leads to a job.
 
-use std::sync::Arc;
+use std::rc::Rc;
 
 use mandoline::http::key::{Asked, KeyFrom};
 use mandoline_core::extract::Miss;
 use mandoline_core::key::SliceKey;
+use mandoline_core::name::JobName;
 use tokio::time::timeout;
 
 use crate::config::KEY_BODY_MAX_BYTES;
-use crate::lookup::Lookup;
+use crate::hold::flights::Facts;
+use crate::lookup::{Fault, Lookup};
 use crate::metrics::names::Count;
 use crate::passage::{Passage, Translated};
 use crate::refusal::Refusal;
@@ -29,14 +31,34 @@ pub(crate) async fn key(passage: &mut Passage) -> Result<(), Refusal> {
     let key = match &route.lookup {
         None => find(key, &asked)?,
         Some(lookup) => {
-            let looked_up = key.bytes_in(&asked).map_err(|miss| refusal(miss, key))?;
-            let answer = lookup.find(&looked_up).await.map_err(Refusal::Lookup)?;
-            passage.translated.insert(Translated { looked_up, answer }).key()
+            let looked_up = looked_up(key, &asked)?;
+            let translated = translate(passage, &job.name, lookup, looked_up).await?;
+            passage.translated.insert(translated).key()
         }
     };
     passage.key = Some(key);
     passage.exchange.has_key(key, job);
     Ok(())
+}
+
+/// Translates a key by what is known. That the table has nothing of use is believed only if it was said after the last pause that may have
+/// been for this request, since it is over with the request then; what the table has is held against pauses later.
+async fn translate(
+    passage: &Passage,
+    job: &Rc<JobName>,
+    lookup: &Lookup,
+    looked_up: Vec<u8>,
+) -> Result<Translated, Refusal> {
+    let (mut found, mut since) = (lookup.find(&looked_up).await, None);
+    if matches!(found, Err(Fault::Unknown | Fault::Two | Fault::Length(_))) {
+        let facts = Facts::of(&passage.head, &passage.host.0, Some(job), None);
+        since = passage.worker.gates.ends.last_of_any_key(&facts);
+        if let Some(since) = since {
+            found = lookup.find_since(&looked_up, since).await;
+        }
+    }
+    let answer = found.map_err(Refusal::Lookup)?;
+    Ok(Translated { looked_up, answer, since })
 }
 
 /// Reads a small body, which is kept to be sent on. It is counted apart from what is kept for second tries, so that long bodies of others
@@ -71,15 +93,9 @@ pub(crate) fn find(from: &KeyFrom, asked: &Asked<'_>) -> Result<SliceKey, Refusa
     from.find_in(asked).map_err(|miss| refusal(miss, from))
 }
 
-/// Finds what a request has a lookup look up, and what is known already to stand for it: the table is not asked.
-pub(crate) fn known(
-    from: &KeyFrom,
-    asked: &Asked<'_>,
-    lookup: &Lookup,
-) -> Result<(Vec<u8>, Arc<[u8]>), Refusal> {
-    let looked_up = from.bytes_in(asked).map_err(|miss| refusal(miss, from))?;
-    let known = lookup.known(&looked_up, None).map_err(Refusal::Lookup)?;
-    Ok((looked_up, known))
+/// Finds what a request has a lookup look up.
+pub(crate) fn looked_up(from: &KeyFrom, asked: &Asked<'_>) -> Result<Vec<u8>, Refusal> {
+    from.bytes_in(asked).map_err(|miss| refusal(miss, from))
 }
 
 fn refusal(miss: Miss, from: &KeyFrom) -> Refusal {

@@ -8,6 +8,7 @@ use http::request::Parts;
 use http::{Request, Response, Version, header};
 use hyper::body::Incoming;
 use mandoline_core::key::SliceKey;
+use tokio::time::Instant;
 
 use crate::chain::{asker, strip};
 use crate::client::{Client, Host};
@@ -69,6 +70,8 @@ pub(crate) struct Translated {
     pub(crate) looked_up: Vec<u8>,
     /// What stands for it, and is the key.
     pub(crate) answer: Arc<[u8]>,
+    /// The end of the last pause after which the table was asked, if there was one.
+    pub(crate) since: Option<Instant>,
 }
 
 impl Translated {

@@ -28,6 +28,8 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
     if !is_exempt(&passage.setup.config.exempt, &mut passage.head) {
         if passage.worker.gates.is_any() {
             while_paused(passage, &mut facts).await?;
+            // Another may have ended meanwhile that covers what stands for the key by now.
+            since_ends(passage, &mut facts).await?;
         }
         passage.exchange.is_past_pauses(facts);
     }
@@ -44,14 +46,12 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
 
 /// Translates a key anew that was translated before the end of a pause that covered it.
 async fn since_ends(passage: &mut Passage, facts: &mut Facts) -> Result<(), Refusal> {
-    let mut since = None;
     // What stands for the key now may have been paused as well.
-    while passage.translated.is_some() {
+    while let Some(translated) = &passage.translated {
         let ended = passage.worker.gates.ends.last(facts);
-        if ended <= since {
+        if ended <= translated.since {
             break;
         }
-        since = ended;
         translate(passage, facts, ended).await?;
     }
     Ok(())
@@ -67,9 +67,10 @@ async fn translate(
     let Some((lookup, translated)) = route.lookup.as_ref().zip(passage.translated.as_mut()) else {
         return Ok(());
     };
-    let ended = ended.unwrap_or_else(Instant::now);
-    let answer = lookup.find_since(&translated.looked_up, ended).await;
+    let since = ended.unwrap_or_else(Instant::now);
+    let answer = lookup.find_since(&translated.looked_up, since).await;
     translated.answer = answer.map_err(Refusal::Lookup)?;
+    translated.since = translated.since.max(Some(since));
     let key = translated.key();
     (passage.key, facts.key) = (Some(key), Some(key));
     passage.exchange.has_other_key(key);

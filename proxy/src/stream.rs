@@ -127,6 +127,17 @@ impl AsFd for Stream {
     }
 }
 
+impl Stream {
+    /// Says whether the kernel gives up a client that takes nothing, as it is told of TCP's sockets when they are accepted.
+    pub(crate) fn is_given_up_by_kernel(&self) -> bool {
+        let plain = match self {
+            Self::Clear(plain) => plain,
+            Self::Tls(stream) => stream.get_ref().0,
+        };
+        cfg!(target_os = "linux") && matches!(plain.socket, Socket::Tcp(_))
+    }
+}
+
 /// Calls the same of whichever it is.
 macro_rules! either {
     ($self:expr, $one:path, $other:path, $inner:ident => $call:expr) => {

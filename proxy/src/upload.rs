@@ -198,6 +198,8 @@ impl Tape {
         }
         inner.take += 1;
         inner.at = 0;
+        // Nobody has waited for the client since the last try was given up.
+        inner.asked = None;
         Some(Upload { reel: Some(Rc::clone(reel)), take: inner.take, sent: 0, ended: false })
     }
 
@@ -286,6 +288,8 @@ impl Tape {
             match gathered {
                 // A piece that is longer than was thought is here: it stays, and no more is read beside it.
                 Ok(length) if length > room && !reserve(length - room) => return Gathered::Full,
+                // Others have read at the same time, and what fitted one by one did not fit together.
+                Ok(_) if !reel.borrow().room.fits(0) => return Gathered::Full,
                 Ok(length) => room = room.saturating_sub(length),
                 Err(gathered) => return gathered,
             }

@@ -114,9 +114,13 @@ impl Gates {
             let account = self.house.book.told(pause);
             match gates.iter().find(|gate| gate.account.id == pause.id) {
                 Some(gate) => gate.is_told(pause.phase, flags.version),
-                // What has ended here does not begin anew, whoever still tells of it.
-                None if account.ended(Instant::now()).is_some() => {}
-                None => gates.push(Rc::new(self.close(account, pause, flags.version))),
+                None => match account.ended(Instant::now()) {
+                    // What has ended here does not begin anew, whoever still tells of it.
+                    Some(release) => {
+                        self.ends.note(pause.id, &pause.order.scope, release.began);
+                    }
+                    None => gates.push(Rc::new(self.close(account, pause, flags.version))),
+                },
             }
         }
         // Whoever is asked since a reload may have heard nothing yet, or lag behind whoever was asked before: a pause has not ended
@@ -230,7 +234,7 @@ impl Gate {
             let (waiting, seed) = (self.queue.len(), RandomState::new().hash_one(now));
             debug!(pause = %self.account.id, waiting, ?over, ?turn, seed, "Pause ends");
             self.queue.goes_by(Ramp::new(gates.house.time(now), waiting, over, seed));
-            gates.ends.note(&self.account.order.scope, release.began);
+            gates.ends.note(self.account.id, &self.account.order.scope, release.began);
         }
         self.queue.let_go(now, turn, |_, ()| true)
     }

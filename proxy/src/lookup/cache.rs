@@ -53,7 +53,8 @@ struct Question {
     since: Instant,
     /// When the table was asked, if it was.
     asked: Option<Instant>,
-    waiting: Vec<Said>,
+    /// Those who wait, and since when the table's word must be.
+    waiting: Vec<(Said, Option<Instant>)>,
     state: State,
     rounds: u8,
 }
@@ -129,11 +130,11 @@ impl Cache {
                 if question.asked.zip(since).is_some_and(|(asked, since)| asked < since) {
                     question.outdated();
                 }
-                question.waiting.push(said);
+                question.waiting.push((said, since));
                 Known::Asked(hears)
             }
             None => {
-                let (waiting, state) = (vec![said], State::Queued);
+                let (waiting, state) = (vec![(said, since)], State::Queued);
                 let question = Question { since: now, asked: None, waiting, state, rounds: 0 };
                 self.questions.insert(key.into(), question);
                 Known::Nothing(hears)
@@ -207,9 +208,12 @@ impl Cache {
             _ => {}
         }
         let waiting = self.questions.remove(key).map(|question| question.waiting);
-        for said in waiting.into_iter().flatten() {
+        for (said, since) in waiting.into_iter().flatten() {
+            // After so many rounds it may yet be of before: then it is none.
+            let is_late = since.is_some_and(|since| asked < since);
+            let answer = if is_late { Err(Fault::Late) } else { answer.clone() };
             // Whoever has left does not need it.
-            let _left = said.send(answer.clone());
+            let _left = said.send(answer);
         }
         Told::Enough
     }
@@ -390,6 +394,23 @@ mod tests {
         for hears in [&mut early, &mut late] {
             assert_eq!(hears.try_recv().unwrap().unwrap().as_deref(), Some(&b"new"[..]));
         }
+        // One that happens again and again while it is asked: who came after the last time gets no word of before.
+        let at = |n: u8| after + Duration::from_millis(10 + u64::from(n));
+        let Known::Nothing(mut first) = cache.get(b"b", at(0), None) else {
+            panic!("nothing is known")
+        };
+        cache.asks(b"b", at(0));
+        for round in 0..=ROUNDS_MAX {
+            let Known::Asked(mut last) = cache.get(b"b", at(round + 1), Some(at(round + 1))) else {
+                panic!("it is being asked for")
+            };
+            let told = cache.answer(b"b", Ok(Some(b"old".to_vec())), at(round));
+            assert_eq!(told == Told::Again, round < ROUNDS_MAX);
+            if told == Told::Enough {
+                assert_eq!(last.try_recv().unwrap(), Err(Fault::Late));
+            }
+        }
+        assert!(first.try_recv().unwrap().is_ok());
         assert!(matches!(cache.get(b"a", after, Some(after)), Known::Fresh(_)));
         let later = after + Duration::from_millis(1);
         assert!(matches!(cache.get(b"a", later, None), Known::Fresh(_)));

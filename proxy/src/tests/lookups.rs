@@ -356,7 +356,8 @@ async fn after_a_pause_no_answer_of_before_it_serves() {
     let [low, high] = two_shards();
     let service = Service::start(&[("a.org", &low), ("b.org", &low), ("c.com", &low)]).await;
     let (owners, _tasks) = halves().await;
-    let limits = Limits { ttl: LONG, within: Duration::from_millis(300), ..Limits::default() };
+    let within = Duration::from_millis(300);
+    let limits = Limits { ttl: LONG, negative_ttl: LONG, within, ..Limits::default() };
     let lookup = service.lookup(limits);
     let (operator, told) = Operator::new();
     let stage = Stage::with(owners, |config| {
@@ -367,27 +368,35 @@ async fn after_a_pause_no_answer_of_before_it_serves() {
     for host in ["a.org", "b.org", "c.com"] {
         assert_eq!(who(host).await, "low");
     }
+    for host in ["new.a.org", "new.c.com"] {
+        assert!(stage.talk(&ask(host)).await.starts_with("HTTP/1.1 404 "));
+    }
     operator.add(7, order("host=a.org", LONG));
     operator.add(8, order("host=b.org", LONG));
-    in_force(&stage, 8).await;
-    for host in ["a.org", "b.org", "c.com"] {
+    operator.add(9, order("host=new.a.org", LONG));
+    in_force(&stage, 9).await;
+    for host in ["a.org", "b.org", "c.com", "new.a.org", "new.c.com"] {
         service.set(host, &high);
     }
     // Nobody was held.
     operator.end(7, Duration::ZERO);
     operator.end(8, Duration::ZERO);
+    operator.end(9, Duration::ZERO);
     until("the pauses to be over", || stage.stats().pauses.iter().all(|pause| !pause.in_force))
         .await;
     assert_eq!(who("a.org").await, "high");
     // The pauses had nothing to do with this one.
     assert_eq!(who("c.com").await, "low");
+    // That there was nothing is an answer of before as well.
+    assert_eq!(who("new.a.org").await, "high");
+    assert!(stage.talk(&ask("new.c.com")).await.starts_with("HTTP/1.1 404 "));
     // The table does not say who has it now. What it said before may be wrong.
     service.set("b.org", "hang");
     let answer = stage.talk(&ask("b.org")).await;
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
     assert!(answer.contains("retry-after: "), "{answer}");
     let stats = stats(&stage);
-    assert_eq!((stats.questions, stats.late, stats.stale), (5, 1, 0));
+    assert_eq!((stats.questions, stats.late, stats.stale), (8, 1, 0));
     service.go_on.notify_one();
 }
 

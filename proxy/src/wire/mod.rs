@@ -44,8 +44,10 @@ pub(crate) struct Wire {
     head_timeout: Duration,
     // Runs while a head has begun and not ended, and before the first: who connects has something to say.
     slow: Option<Pin<Box<Sleep>>>,
-    stall: Duration,
-    // Runs while there is something to write and no room for it. TCP has the kernel see to it; a socket in the file system has no such time.
+    // How long a client may make no room, where the kernel does not see to it. It alone knows of every byte that a client takes: there is
+    // room again only when it has taken a good part of all that waits for it.
+    stall: Option<Duration>,
+    // Runs while there is something to write and no room for it.
     unread: Option<Pin<Box<Sleep>>>,
 }
 
@@ -93,6 +95,7 @@ impl Wire {
         head_timeout: Duration,
         stall: Duration,
     ) -> Self {
+        let stall = (!stream.is_given_up_by_kernel()).then_some(stall);
         let stream = Rc::new(RefCell::new(stream));
         watch.0.borrow_mut().socket = Rc::downgrade(&stream);
         Self { stream, watch, head_timeout, slow: None, stall, unread: None }
@@ -104,11 +107,12 @@ impl Wire {
         context: &mut Context<'_>,
         written: Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
+        let Some(stall) = self.stall else { return written };
         if written.is_ready() {
             self.unread = None;
             return written;
         }
-        let unread = self.unread.get_or_insert_with(|| Box::pin(sleep(self.stall)));
+        let unread = self.unread.get_or_insert_with(|| Box::pin(sleep(stall)));
         ready!(unread.as_mut().poll(context));
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, Unread)))
     }
