@@ -20,7 +20,7 @@ use mandoline_proxy::router::Router;
 use mandoline_proxy::tables::{StartError, Table};
 use mandoline_proxy::trace::Sink;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::failure::Failure;
 use crate::proxy::clerk::ClerkOrder;
@@ -186,14 +186,15 @@ impl Kept {
         before: &Parts,
         within: Duration,
     ) -> Result<(), Failure> {
+        let until = Instant::now() + within;
         for (job, (order, clerk)) in &self.parts.running {
             let known = before.running.get(job).filter(|(known, _)| known != order);
             let Some((_, known)) = known else { continue };
-            if known.assignment().is_some() && timeout(within, clerk.ready()).await.is_err() {
+            if known.assignment().is_some() && timeout_at(until, clerk.ready()).await.is_err() {
                 return Err(Failure::new(format!(
                     "nobody has told who serves job {job} for {within:?}, with what this configuration says of whom to ask"
                 ))
-                .try_this("see that those who are named as assigners answer"));
+                .try_this("see that those who are named as assigners answer, then reload again"));
             }
         }
         Ok(())

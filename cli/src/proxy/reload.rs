@@ -55,7 +55,7 @@ pub(crate) async fn run(
                 None
             }
         };
-        let done = reload(&args, &mut kept, &reloader).await;
+        let done = reload(&args, &mut kept, &reloader, &stop).await;
         match &done {
             Ok(()) => info!("The configuration was read again"),
             Err(failure) => error!(%failure, "The configuration stays as it was"),
@@ -66,11 +66,16 @@ pub(crate) async fn run(
     }
 }
 
-async fn reload(args: &ProxyArgs, kept: &mut Kept, reloader: &Reloader) -> Result<(), Failure> {
+async fn reload(
+    args: &ProxyArgs,
+    kept: &mut Kept,
+    reloader: &Reloader,
+    stop: &CancellationToken,
+) -> Result<(), Failure> {
     // Also where the file cannot work: the log is moved away whatever that says.
     reloader.reopen_log();
     let before = kept.parts();
-    let done = change(args, kept, reloader, &before).await;
+    let done = change(args, kept, reloader, &before, stop).await;
     if done.is_err() {
         kept.go_back(before);
     }
@@ -82,6 +87,7 @@ async fn change(
     kept: &mut Kept,
     reloader: &Reloader,
     before: &Parts,
+    stop: &CancellationToken,
 ) -> Result<(), Failure> {
     let mut read = || -> Result<_, Failure> {
         let settings = Settings::of(args.clone())?;
@@ -90,7 +96,11 @@ async fn change(
     };
     let (settings, config) = read().inspect_err(|_| reloader.refused())?;
     // A job that was served goes on being served.
-    kept.ready_in_place_of(before, READY_WITHIN).await.inspect_err(|_| reloader.refused())?;
+    let ready = kept.ready_in_place_of(before, READY_WITHIN);
+    tokio::select! {
+        ready = ready => ready.inspect_err(|_| reloader.refused())?,
+        () = stop.cancelled() => return Err(Failure::new("the proxy stops")),
+    }
     let (jobs, lookups) = (config.jobs.clone(), config.lookups.clone());
     reloader.reload(config).await.map_err(|error| match error {
         ReloadError::Config(error) => settings.explain(&error),
