@@ -2,12 +2,15 @@
 //!
 //! `MANDOLINE_AWAY_SECONDS` says for how long, 10 if it is not set.
 
+use std::path::Path;
 use std::time::Duration;
 
 use mandoline::clerk::Clerk;
 use tokio::time::Instant;
 
-use crate::callers::{Callers, PATIENCE, ask, assert_none, bytes_of, kv, my_turn, number, program};
+use crate::callers::{
+    Callers, PATIENCE, ask, assert_none, at_rest, bytes_of, kv, my_turn, number, program,
+};
 use crate::processes::{Cluster, Proxy, ProxyKnows, Task, address};
 
 const KEYS: usize = 120;
@@ -51,8 +54,16 @@ async fn callers_go_on_and_new_ones_start_while_every_assigner_is_gone() {
     let knows = ProxyKnows { cache: Some(of_proxy.clone()), ..ProxyKnows::default() };
     let proxy = cluster.start_proxy("proxy", knows).await.unwrap();
     let clerk = Clerk::builder("kv").sources(cluster.addresses()).cache(&of_clerk).start().unwrap();
-    let look = async |_: &Cluster| (of_proxy.exists() && of_clerk.exists()).then_some(());
-    cluster.until("both caches to be written", PATIENCE, look).await.unwrap();
+    let generation = at_rest(&clerk, 2).await;
+    let glance = cluster.dir().join("glance.assignment");
+    let holds = |cache: &Path| {
+        std::fs::copy(cache, &glance).ok()?;
+        let builder = Clerk::builder("kv").sources(cluster.addresses());
+        let known = builder.cache(&glance).start().unwrap().assignment()?;
+        (known.generation == generation).then_some(())
+    };
+    let look = async |_: &Cluster| holds(&of_proxy).and(holds(&of_clerk));
+    cluster.until("both caches to have what is known", PATIENCE, look).await.unwrap();
     routes(&cluster, &proxy, "the proxy to route").await;
     let callers = Callers::start(proxy.address, KEYS);
     let keys: Vec<usize> = (0..KEYS).collect();

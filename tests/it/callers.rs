@@ -10,6 +10,7 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
+use mandoline::{Assignment, Clerk, Generation};
 use mandoline_core::spec::JobSpec;
 use mandoline_proto::pb;
 use tokio::net::TcpStream;
@@ -177,6 +178,22 @@ pub(crate) fn kv() -> pb::JobSpec {
         ..JobSpec::new("kv".parse().unwrap())
     };
     pb::JobSpec::from(&spec)
+}
+
+/// Waits until every task of a job has keys and no slice is on its way, and gives the generation that has it so. Balanced as [`kv`] is, nothing
+/// changes any more.
+pub(crate) async fn at_rest(clerk: &Clerk, tasks: usize) -> Generation {
+    let rests = |known: &Option<Arc<Assignment>>| {
+        let Some(known) = known else { return false };
+        let all = || known.slices.iter().map(|(_, assigned)| assigned);
+        known.tasks.len() == tasks
+            && known.tasks.keys().all(|task| all().any(|slice| slice.replicas.of(*task).is_some()))
+            && all().all(|slice| slice.transit.is_none())
+    };
+    let mut changes = clerk.changes();
+    let known = timeout(PATIENCE, changes.wait_for(rests)).await;
+    let known = known.unwrap_or_else(|_| panic!("slices still move: {:?}", clerk.assignment()));
+    known.unwrap().as_ref().expect("it rests").generation
 }
 
 /// Waits for its turn: tests that measure time take it, so that they do not measure each other. Held until dropped.

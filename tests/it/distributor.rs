@@ -3,7 +3,7 @@
 
 use mandoline::Clerk;
 
-use crate::callers::{PATIENCE, bytes_of, kv, program};
+use crate::callers::{PATIENCE, at_rest, bytes_of, kv, program};
 use crate::kit::{Process, ask, free_ports, local, run, text, until};
 use crate::langs::Events;
 use crate::processes::{Cluster, address};
@@ -63,7 +63,7 @@ async fn callers_go_by_a_distributor_when_all_assigners_are_dead() {
     let (above, below) = (clerk(ports[0]), clerk(ports[1]));
     knows(&above, "a clerk of the first tier").await;
     knows(&below, "a clerk of the second tier").await;
-    let generation = above.assignment().unwrap().generation;
+    let generation = at_rest(&above, 2).await;
     below.wait_for(generation, PATIENCE).await.unwrap();
     // The clerk of the first tier watches the job; the second tier watches the job and the flags.
     let metrics = page(ports[0], "/metrics").unwrap().body;
