@@ -8,7 +8,7 @@ use mandoline_core::key::SliceKey;
 use mandoline_core::name::JobName;
 use tokio::time::timeout;
 
-use crate::config::KEY_BODY_MAX_BYTES;
+use crate::config::limits::KEY_BODY_MAX_BYTES;
 use crate::hold::flights::Facts;
 use crate::lookup::{Fault, Lookup};
 use crate::metrics::names::Count;

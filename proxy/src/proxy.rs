@@ -19,8 +19,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::admin::{self, Admin};
+use crate::config::error::ConfigError;
 use crate::config::listener::{Address, Listener};
-use crate::config::{Checked, Config, ConfigError};
+use crate::config::{Checked, Config};
 use crate::connection::Entrance;
 use crate::dry_run;
 use crate::hold::book::Book;

@@ -10,7 +10,8 @@ use http::request::Parts;
 use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
-use crate::config::{Checked, Config, ConfigError};
+use crate::config::error::ConfigError;
+use crate::config::{Checked, Config};
 use crate::dry_run::Explanation;
 use crate::hold::book::Book;
 use crate::metrics::stats::{Knowledge, Reloads};

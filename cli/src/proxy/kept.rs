@@ -12,7 +12,7 @@ use mandoline_assigner::config::Access;
 use mandoline_core::flags::Flags;
 use mandoline_core::name::JobName;
 use mandoline_proxy::access_log::writer::{Output, Writer};
-use mandoline_proxy::config::ProxyId;
+use mandoline_proxy::config::id::ProxyId;
 use mandoline_proxy::config::transport::Transport;
 use mandoline_proxy::lookup::{Limits, Lookup};
 use mandoline_proxy::pauses::Pauses;

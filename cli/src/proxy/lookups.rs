@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use mandoline_proxy::config::TIMEOUT_MAX;
+use mandoline_proxy::config::timeouts::TIMEOUT_MAX;
 use mandoline_proxy::config::transport::Endpoint;
 use mandoline_proxy::lookup::Limits;
 use mandoline_proxy::tables::Table;
@@ -16,7 +16,7 @@ use serde::Deserialize;
 
 use crate::failure::Failure;
 use crate::file;
-use crate::proxy::file::TaskTlsFile;
+use crate::proxy::file::job::TaskTlsFile;
 use crate::text::Text;
 use crate::units::{Size, Span};
 

@@ -26,7 +26,8 @@ use mandoline::gateways::{Gateway, Region};
 use mandoline::http::key::KeyFrom;
 use mandoline_core::name::JobName;
 use mandoline_core::task::Address;
-use mandoline_proxy::config::{Config, ProxyId};
+use mandoline_proxy::config::Config;
+use mandoline_proxy::config::id::ProxyId;
 use mandoline_proxy::handover::Offer;
 use mandoline_proxy::look::Look;
 use mandoline_proxy::proxy::{Proxy, StartError};
@@ -37,10 +38,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::access_args::AccessArgs;
 use crate::failure::Failure;
-use crate::proxy::file::{
-    AccessLogFile, DebugFile, ForwardedFile, JobFile, LimitsFile, ListenerFile, PausesFile,
-    RouteFile, TimeoutsFile, TracesFile,
-};
+use crate::proxy::file::bounds::{LimitsFile, PausesFile, TimeoutsFile};
+use crate::proxy::file::forwarded::ForwardedFile;
+use crate::proxy::file::job::JobFile;
+use crate::proxy::file::listener::ListenerFile;
+use crate::proxy::file::observe::{AccessLogFile, DebugFile, TracesFile};
+use crate::proxy::file::route::RouteFile;
 use crate::proxy::kept::Kept;
 use crate::proxy::lookups::{LookupFile, LookupName};
 use crate::proxy::pools::PoolFile;

@@ -27,7 +27,7 @@ use tracing::{info, warn};
 use crate::agent::check::Check;
 use crate::agent::judge::{Judge, Limits};
 use crate::failure::Failure;
-use crate::proxy::file::{self, TaskTlsFile};
+use crate::proxy::file::job::{self, TaskTlsFile};
 use crate::text::{Text, plain};
 use crate::units::Span;
 
@@ -83,7 +83,7 @@ struct Desk {
 impl PoolFile {
     /// Reads how its servers are spoken to.
     pub(crate) fn transport(&self) -> Result<Transport, Failure> {
-        file::transport(self.protocol.as_ref(), self.tls.as_ref())
+        job::transport(self.protocol.as_ref(), self.tls.as_ref())
     }
 }
 

@@ -4,18 +4,15 @@
 //! in JSON they are escaped as JSON has it: nobody can forge a line or a field. A header is told of only where it is named, and so is
 //! the query, for both may hold secrets.
 
-use std::borrow::Cow;
-use std::fmt::{self, Write};
+use std::fmt::Write;
 use std::str::FromStr;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
-use serde_json::Value;
 
+use crate::access_log::field::{FIELDS, Field, FormatError, Plain, What};
+use crate::access_log::value::Told;
 use crate::record::{Record, RequestInfo};
-
-/// How much of one value is told, in bytes: paths and names of browsers fit, and no client fills a disk by one request.
-const VALUE_BYTES_MAX: usize = 2048;
 
 /// What a line of the access log says, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,126 +27,6 @@ pub struct Format {
 enum Piece {
     Text(Box<str>),
     Field(Field),
-}
-
-/// Something to tell of a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Field(What);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Plain {
-    Time,
-    Client,
-    Method,
-    Host,
-    Path,
-    Query,
-    Protocol,
-    Status,
-    Outcome,
-    Route,
-    Job,
-    Key,
-    Generation,
-    Task,
-    Upstream,
-    Tries,
-    Held,
-    UpstreamTime,
-    Duration,
-    BytesOut,
-    Reason,
-    Trace,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum What {
-    Plain(Plain),
-    Header(HeaderName),
-}
-
-/// The fields by their names, in the order in which JSON has them. Headers are named as `header:NAME`.
-const FIELDS: [(&str, Plain); 22] = [
-    ("time", Plain::Time),
-    ("client", Plain::Client),
-    ("method", Plain::Method),
-    ("host", Plain::Host),
-    ("path", Plain::Path),
-    ("query", Plain::Query),
-    ("protocol", Plain::Protocol),
-    ("status", Plain::Status),
-    ("outcome", Plain::Outcome),
-    ("route", Plain::Route),
-    ("job", Plain::Job),
-    ("key", Plain::Key),
-    ("generation", Plain::Generation),
-    ("task", Plain::Task),
-    ("upstream", Plain::Upstream),
-    ("tries", Plain::Tries),
-    ("held", Plain::Held),
-    ("upstream_time", Plain::UpstreamTime),
-    ("duration", Plain::Duration),
-    ("bytes_out", Plain::BytesOut),
-    ("reason", Plain::Reason),
-    ("trace", Plain::Trace),
-];
-
-/// Why a format cannot be.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum FormatError {
-    /// It names a field that is not known.
-    #[error(
-        "the access log has no field {0:?}; known: {known}, and header:NAME",
-        known = Field::names().collect::<Vec<_>>().join(", ")
-    )]
-    Unknown(String),
-    /// It names a header that cannot be one.
-    #[error("{0:?} is no name of a header")]
-    Header(String),
-    /// A brace has no partner.
-    #[error("the format has a brace without its other half: a brace itself is written twice")]
-    Brace,
-    /// It would end lines, or do something to a terminal.
-    #[error(
-        "the format has a control character in it, such as the end of a line: each request has one line"
-    )]
-    Control,
-    /// It tells nothing.
-    #[error("the format names no field: give one at least, such as {{status}}")]
-    Empty,
-}
-
-impl Field {
-    /// Gives the names of all fields but headers.
-    pub fn names() -> impl Iterator<Item = &'static str> {
-        FIELDS.iter().map(|(name, _)| *name)
-    }
-}
-
-impl FromStr for Field {
-    type Err = FormatError;
-
-    fn from_str(name: &str) -> Result<Self, FormatError> {
-        let short = || name.chars().take(80).collect::<String>();
-        if let Some(header) = name.strip_prefix("header:") {
-            let header = HeaderName::from_str(header).map_err(|_| FormatError::Header(short()))?;
-            return Ok(Self(What::Header(header)));
-        }
-        let known = FIELDS.iter().find(|(known, _)| *known == name);
-        known.map(|(_, what)| Self(What::Plain(*what))).ok_or_else(|| FormatError::Unknown(short()))
-    }
-}
-
-impl fmt::Display for Field {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            What::Header(name) => write!(f, "header:{name}"),
-            What::Plain(what) => {
-                let place = *what as usize;
-                f.write_str(FIELDS[place].0)
-            }
-        }
-    }
 }
 
 impl Format {
@@ -186,7 +63,7 @@ impl Format {
 
     /// Makes the line of a request that ended `now`.
     pub(crate) fn line(&self, record: &Record, request: &RequestInfo, now: SystemTime) -> String {
-        let told = Told { format: self, record, request, now };
+        let told = Told { headers: &self.headers, record, request, now };
         let mut line = String::with_capacity(256);
         if self.is_json {
             line.push('{');
@@ -245,159 +122,19 @@ impl FromStr for Format {
     }
 }
 
-/// One request that a line is to tell of.
-struct Told<'a> {
-    format: &'a Format,
-    record: &'a Record,
-    request: &'a RequestInfo,
-    now: SystemTime,
-}
-
-/// What a field comes to.
-enum Said<'a> {
-    Nothing,
-    /// Of ours, and harmless.
-    Plain(Cow<'a, str>),
-    /// A stranger's.
-    Strange(&'a [u8]),
-    Number(u64),
-    /// In seconds.
-    Seconds(Duration),
-}
-
-impl<'a> Told<'a> {
-    fn value(&self, field: &Field) -> Said<'a> {
-        let (record, request) = (self.record, self.request);
-        let own = |text: String| Said::Plain(Cow::Owned(text));
-        let what = match &field.0 {
-            What::Plain(what) => *what,
-            What::Header(name) => {
-                let place = self.format.headers.iter().position(|known| known == name);
-                let value = place.and_then(|place| request.headers.get(place)?.as_ref());
-                return value.map_or(Said::Nothing, |value| Said::Strange(value.as_bytes()));
-            }
-        };
-        match what {
-            Plain::Time => {
-                own(timestamp(self.now.checked_sub(record.duration).unwrap_or(self.now)))
-            }
-            Plain::Client => own(request.client.to_string()),
-            Plain::Method => Said::Strange(request.method.as_str().as_bytes()),
-            Plain::Host => match (request.uri.authority(), &request.host) {
-                (Some(authority), _) => Said::Strange(authority.as_str().as_bytes()),
-                (None, Some(host)) => Said::Strange(host.as_bytes()),
-                (None, None) => Said::Nothing,
-            },
-            Plain::Path => Said::Strange(request.uri.path().as_bytes()),
-            Plain::Query => {
-                request.uri.query().map_or(Said::Nothing, |query| Said::Strange(query.as_bytes()))
-            }
-            Plain::Protocol => own(format!("{:?}", request.version)),
-            Plain::Status => {
-                record.status.map_or(Said::Nothing, |status| Said::Number(status.into()))
-            }
-            Plain::Outcome => Said::Plain(record.outcome.as_str().into()),
-            Plain::Route => {
-                record.route.as_ref().map_or(Said::Nothing, |name| Said::Strange(name.as_bytes()))
-            }
-            Plain::Job => {
-                request.job.as_ref().map_or(Said::Nothing, |job| Said::Plain(job.as_str().into()))
-            }
-            Plain::Key => record.key.map_or(Said::Nothing, |key| own(format!("{:016x}", key.0))),
-            Plain::Generation if record.first.is_none() => Said::Nothing,
-            Plain::Generation => own(record.generation.to_string()),
-            Plain::Task => record.last.map_or(Said::Nothing, |task| own(task.to_string())),
-            Plain::Upstream => {
-                request.address.as_ref().map_or(Said::Nothing, |address| own(address.to_string()))
-            }
-            Plain::Tries => Said::Number(record.tries.into()),
-            Plain::Held => Said::Seconds(record.held),
-            Plain::UpstreamTime => Said::Seconds(record.upstream),
-            Plain::Duration => Said::Seconds(record.duration),
-            Plain::BytesOut => Said::Number(record.bytes_out),
-            Plain::Reason => {
-                request.reason.as_ref().map_or(Said::Nothing, |why| Said::Strange(why.as_bytes()))
-            }
-            Plain::Trace => {
-                request.trace.as_ref().map_or(Said::Nothing, |trace| Said::Plain(trace.into()))
-            }
-        }
-    }
-}
-
-impl Said<'_> {
-    fn to_json(&self) -> Value {
-        match self {
-            Self::Nothing => Value::Null,
-            Self::Plain(text) => Value::from(text.as_ref()),
-            Self::Strange(bytes) => Value::from(String::from_utf8_lossy(cut(bytes))),
-            Self::Number(number) => Value::from(*number),
-            Self::Seconds(length) => Value::from(length.as_micros() as f64 / 1e6),
-        }
-    }
-
-    fn write(&self, line: &mut String) {
-        match self {
-            Self::Nothing => line.push('-'),
-            Self::Plain(text) => line.push_str(text),
-            Self::Strange(bytes) => escape(cut(bytes), line),
-            Self::Number(number) => write!(line, "{number}").expect("a string takes it"),
-            Self::Seconds(length) => {
-                write!(line, "{:.6}", length.as_secs_f64()).expect("a string takes it");
-            }
-        }
-    }
-}
-
-fn cut(bytes: &[u8]) -> &[u8] {
-    &bytes[..bytes.len().min(VALUE_BYTES_MAX)]
-}
-
-/// Leaves printable ASCII as it is, and writes everything else, quotes and backslashes as `\xHH`, as nginx does.
-fn escape(bytes: &[u8], line: &mut String) {
-    if bytes.is_empty() {
-        line.push('-');
-    }
-    for byte in bytes {
-        match byte {
-            b'"' | b'\\' => write!(line, "\\x{byte:02X}").expect("a string takes it"),
-            b' '..=b'~' => line.push(char::from(*byte)),
-            _ => write!(line, "\\x{byte:02X}").expect("a string takes it"),
-        }
-    }
-}
-
-/// As RFC 3339 has it, in UTC, to the millisecond.
-fn timestamp(time: SystemTime) -> String {
-    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (seconds, millis) = (since.as_secs(), since.subsec_millis());
-    let (year, month, day) = date(seconds / 86_400);
-    let (hour, minute, second) = (seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
-}
-
-/// Gives the year, month and day of a day since 1970, by the calendar's cycle of 400 years that begin in March (Hinnant,
-/// "chrono-compatible low-level date algorithms").
-const fn date(days: u64) -> (u64, u64, u64) {
-    // From the first of March of the year 0.
-    let days = days + 719_468;
-    let (era, of_era) = (days / 146_097, days % 146_097);
-    let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (era * 400 + year + (month <= 2) as u64, month, day)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use http::Request;
     use mandoline_core::generation::Generation;
     use mandoline_core::key::SliceKey;
     use mandoline_core::task::SessionId;
 
+    use serde_json::Value;
+
     use super::*;
+    use crate::access_log::value::VALUE_BYTES_MAX;
     use crate::record::Outcome;
 
     fn record() -> Record {
@@ -516,21 +253,6 @@ mod tests {
         let page = include_str!("../../../docs/proxy.md");
         for name in Field::names() {
             assert!(page.contains(&format!("`{name}`")), "docs/proxy.md does not name {name}");
-        }
-    }
-
-    #[test]
-    fn days_have_dates() {
-        for (days, expected) in [
-            (0, (1970, 1, 1)),
-            (58, (1970, 2, 28)),
-            (59, (1970, 3, 1)),
-            (11_016, (2000, 2, 29)),
-            (20_453, (2025, 12, 31)),
-            (47_540, (2100, 2, 28)),
-            (47_541, (2100, 3, 1)),
-        ] {
-            assert_eq!(date(days), expected, "{days}");
         }
     }
 }

@@ -3,6 +3,9 @@
 //! A worker makes the line when the request has ended and hands it to a thread that writes (`writer`), or drops it where that
 //! thread does not keep up: no request ever waits for a disk or a pipe.
 
+pub mod field;
+mod timestamp;
+mod value;
 pub mod format;
 pub mod writer;
 

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::config::error::ConfigError;
+use crate::config::limits::check_range;
 use crate::config::network::Network;
 
 /// Where clients come in, and what is spoken there.
@@ -36,6 +38,26 @@ impl Listener {
             http2: Some(Http2::default()),
             handshakes: HANDSHAKES,
         }
+    }
+
+    /// Refuses one that nobody could listen by.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        if self.tls.as_ref().is_some_and(|tls| tls.certificates.is_empty()) {
+            return Err(ConfigError::NoCertificate(self.address.to_string()));
+        }
+        let Some(Http2 { streams, stream_window, connection_window }) = self.http2 else {
+            return Ok(());
+        };
+        let limits = [
+            ("http2 streams", streams, 1, 10_000),
+            // The least that a client may count on before it knows better (RFC 9113, 6.9.2); and the most that there is.
+            ("http2 stream_window", stream_window, 0xffff, 0x7fff_ffff),
+            ("http2 connection_window", connection_window, 0xffff, 0x7fff_ffff),
+        ];
+        for (name, value, least, most) in limits {
+            check_range(name, value as usize, least, most)?;
+        }
+        Ok(())
     }
 }
 

@@ -5,8 +5,10 @@ use std::time::Duration;
 use mandoline::http::key::KeyFrom;
 use mandoline_core::name::JobName;
 
+use crate::config::error::ConfigError;
 use crate::config::headers::HeaderRules;
 use crate::config::matching::Match;
+use crate::config::timeouts::check_timeout;
 use crate::config::transport::Protocol;
 use crate::config::upgrade::Upgrade;
 use crate::lookup::Lookup;
@@ -59,6 +61,23 @@ impl Route {
             forwarding: Forwarding::default(),
             upgrades: Box::new([Upgrade::WEBSOCKET]),
         }
+    }
+
+    /// Refuses one whose parts do not go together.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let Forwarding { response, total, .. } = self.forwarding;
+        for (name, length) in [("response_timeout", response), ("total_timeout", total)] {
+            length.map_or(Ok(()), |length| check_timeout(name, length))?;
+        }
+        if self.lookup.is_none() {
+            return Ok(());
+        }
+        let why = match &self.to {
+            Destination::Job { key, .. } if key.is_whole() => return Ok(()),
+            Destination::Job { .. } => "a grouped key, and a table is asked for one",
+            Destination::Pool { .. } => "a pool, which has no keys",
+        };
+        Err(ConfigError::Lookup { route: self.name.clone(), why })
     }
 }
 

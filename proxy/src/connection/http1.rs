@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::client::Client;
-use crate::config::{Config, HEADERS_USUAL};
+use crate::config::Config;
+use crate::config::limits::HEADERS_USUAL;
 use crate::metrics::names::Count;
 use crate::serve::serve;
 use crate::stream::Stream;

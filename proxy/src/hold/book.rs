@@ -14,7 +14,7 @@ use mandoline_core::generation::Generation;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::config::Limits;
+use crate::config::limits::Limits;
 use crate::hold::room::{Full, Room};
 use crate::metrics::stats::PauseStats;
 

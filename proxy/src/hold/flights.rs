@@ -16,7 +16,7 @@ use mandoline_core::flags::{Asked, Scope};
 use mandoline_core::key::SliceKey;
 use mandoline_core::name::JobName;
 
-use crate::config::matching::{plain, without_port};
+use crate::config::pattern::{plain, without_port};
 use crate::hold::book::Account;
 
 /// The requests of one worker that are under way.

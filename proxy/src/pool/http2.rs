@@ -18,7 +18,7 @@ use tokio::sync::Mutex;
 use tokio::task::spawn_local;
 use tokio::time::Instant;
 
-use crate::config::Limits;
+use crate::config::limits::Limits;
 use crate::pool::dial::Io;
 use crate::upload::Upload;
 

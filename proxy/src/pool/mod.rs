@@ -24,8 +24,9 @@ use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
+use crate::config::limits::{HEADERS_USUAL, Limits};
+use crate::config::timeouts::Timeouts;
 use crate::config::transport::{Endpoint, Transport};
-use crate::config::{HEADERS_USUAL, Limits, Timeouts};
 use crate::metrics::counters::{Counters, TaskCounters};
 use crate::metrics::names::Count;
 use crate::pool::dial::{ConnectError, Speech};

@@ -3,7 +3,7 @@
 use super::harness::{Backend, Owners, Stage, key_at};
 use crate::ask::Ask;
 use crate::config::Config;
-use crate::config::ConfigError;
+use crate::config::error::ConfigError;
 use crate::config::forwarded::Forwarded;
 
 async fn stage(
