@@ -62,7 +62,7 @@ async fn callers_go_on_and_new_ones_start_while_every_assigner_is_gone() {
         let known = builder.cache(&glance).start().unwrap().assignment()?;
         (known.generation == generation).then_some(())
     };
-    let look = async |_: &Cluster| holds(&of_proxy).and(holds(&of_clerk));
+    let look = async |_: &Cluster| holds(&of_proxy).and_then(|()| holds(&of_clerk));
     cluster.until("both caches to have what is known", PATIENCE, look).await.unwrap();
     routes(&cluster, &proxy, "the proxy to route").await;
     let callers = Callers::start(proxy.address, KEYS);
