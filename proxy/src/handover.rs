@@ -49,6 +49,8 @@ const READY: u8 = b'r';
 const LATE: u8 = b'l';
 /// How long either side waits for the other's next word; the new process needs some of it to learn who serves what.
 const WORD_WAIT: Duration = Duration::from_secs(30);
+/// How long to wait after the kernel refused a socket, for want of descriptors most likely.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// How many sockets are taken at most: one for each of the most workers on a few listeners, and the admin address.
 const SOCKETS_MAX: usize = 1 + 8 * crate::config::WORKERS_MAX;
 
@@ -155,13 +157,21 @@ fn number(path: &Path) -> io::Result<(u64, u64)> {
 fn answer(listener: &UnixListener, state: &Mutex<State>, stop: &CancellationToken) {
     // A second one waits here for the first.
     for stream in listener.incoming() {
+        let stream = match stream {
+            Ok(stream) => stream,
+            Err(error) => {
+                warn!(%error, "Nobody can ask to take over at the moment");
+                thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
+        };
         let before = std::mem::replace(&mut *lock(state), State::Asked);
         let State::Offered(sockets) = before else {
             *lock(state) = before;
             return;
         };
-        match stream.and_then(|stream| give(&stream, &sockets).map(|()| stream)) {
-            Ok(stream) => {
+        match give(&stream, &sockets) {
+            Ok(()) => {
                 info!("Another process serves from now on");
                 *lock(state) = State::Taken;
                 stop.cancel();

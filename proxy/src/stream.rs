@@ -1,6 +1,7 @@
 //! A client's connection as bytes: a TCP or a Unix socket, in the clear or within TLS, and what was read of it already.
 
 use std::io;
+use std::iter;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
@@ -48,18 +49,17 @@ impl Listening {
     /// Takes those who wait already, and closes.
     pub(crate) fn last_comers(self) -> Vec<(Socket, Option<SocketAddr>)> {
         let mut waiting = Vec::new();
-        // What fails has left.
         match self {
             Self::Tcp(listener) => {
                 let Ok(listener) = listener.into_std() else { return waiting };
-                while let Ok((stream, peer)) = listener.accept() {
+                for (stream, peer) in iter::from_fn(|| next(|| listener.accept())) {
                     let stream = stream.set_nonblocking(true).and_then(|()| stream.try_into());
                     waiting.extend(stream.map(|stream| (Socket::Tcp(stream), Some(peer))));
                 }
             }
             Self::Unix(listener) => {
                 let Ok(listener) = listener.into_std() else { return waiting };
-                while let Ok((stream, _)) = listener.accept() {
+                for (stream, _) in iter::from_fn(|| next(|| listener.accept())) {
                     let stream = stream.set_nonblocking(true).and_then(|()| stream.try_into());
                     waiting.extend(stream.map(|stream| (Socket::Unix(stream), None)));
                 }
@@ -67,6 +67,21 @@ impl Listening {
         }
         waiting
     }
+}
+
+/// Accepts the next one who waits, past those who have left.
+fn next<T>(accept: impl Fn() -> io::Result<T>) -> Option<T> {
+    loop {
+        match accept() {
+            Ok(accepted) => return Some(accepted),
+            Err(error) if has_left(&error) => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+fn has_left(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted)
 }
 
 /// A client's socket.
@@ -96,10 +111,12 @@ impl Plain {
         Self { socket, ahead: Bytes::new() }
     }
 
-    /// Has the next read begin with these bytes.
+    /// Has the next read begin with these bytes, before what was put back and not read again.
     pub(crate) fn unread(&mut self, bytes: Bytes) {
-        debug_assert!(self.ahead.is_empty(), "what was put back is read first");
-        self.ahead = bytes;
+        self.ahead = match self.ahead.is_empty() {
+            true => bytes,
+            false => [bytes, std::mem::take(&mut self.ahead)].concat().into(),
+        };
     }
 }
 

@@ -166,7 +166,9 @@ impl Waiter<'_> {
     /// Waits until the client has left where hyper does not notice, or sends what is no body.
     async fn left<F>(&self, stay: &Stay<'_, F>) -> Refusal {
         if !self.tape.is_coming() {
-            return pending().await;
+            self.presence.is_followed().await;
+            self.presence.hung_up().await;
+            return Refusal::Left;
         }
         let reads_on = async {
             if self.waits_for_leave {

@@ -433,9 +433,12 @@ async fn a_client_that_leaves_is_forgotten_also_behind_its_body() {
         format!("POST /kv/a HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n")
     };
     let chunked = "POST /kv/a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n";
+    let open = GET.replace("connection: close\r\n", "");
     let (million, mebi) = ("x".repeat(1_000_000), "x".repeat(1 << 20));
     let requests = [
         ("without a body", GET.to_owned()),
+        ("with another request behind it", open.repeat(2)),
+        ("with a line's end behind it", open + "\r\n"),
         ("with a million bytes of body", post(1_000_000) + &million),
         ("with a mebibyte of body", post(1 << 20) + &mebi),
         ("with a million of ten million bytes", post(10_000_000) + &million),

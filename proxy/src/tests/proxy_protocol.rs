@@ -46,6 +46,22 @@ async fn trusted_senders_say_whom_they_speak_for() {
 }
 
 #[tokio::test]
+async fn what_comes_with_the_header_is_read_whole_however_much_it_is() {
+    let (_backend, stage) = behind(&["127.0.0.1"]).await;
+    for length in [100, 2_000, 2_048, 3_500, 10_000] {
+        let body: String = (0..length).map(|n| char::from(b'a' + (n % 23) as u8)).collect();
+        let head = "POST /k/a HTTP/1.1\r\nhost: a\r\nconnection: close\r\n";
+        let request = format!("{head}content-length: {length}\r\n\r\n{body}");
+        let line = "PROXY TCP4 192.0.2.7 198.51.100.1 5000 80\r\n";
+        let answer = told(&stage, format!("{line}{request}").as_bytes()).await;
+        assert!(
+            answer.starts_with("HTTP/1.1 200 ") && answer.contains(&body),
+            "{length}: {answer}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn trusted_senders_that_say_nothing_or_nonsense_are_let_go() {
     let (_backend, stage) = behind(&["127.0.0.1"]).await;
     let bad: [&[u8]; 6] = [

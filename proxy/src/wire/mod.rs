@@ -8,11 +8,11 @@
 pub(crate) mod scan;
 
 use std::cell::RefCell;
-use std::future::pending;
+use std::future::{pending, poll_fn};
 use std::io;
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use http::Version;
@@ -60,6 +60,8 @@ struct Watched {
     scan: Scan,
     socket: Weak<RefCell<Stream>>,
     abort: bool,
+    // Who is to know that something came behind the request that is served.
+    behind: Option<Waker>,
 }
 
 /// What was seen of one request.
@@ -75,8 +77,12 @@ pub(crate) struct Seen {
 }
 
 /// Says whether the client is still there, also while nobody reads what it sends.
-// Weak, for the socket must close with the connection, whoever still thinks of its requests.
-pub(crate) struct Presence(Weak<RefCell<Stream>>);
+pub(crate) struct Presence {
+    // Weak, for the socket must close with the connection, whoever still thinks of its requests.
+    socket: Weak<RefCell<Stream>>,
+    // There on a connection of HTTP/1, with the number of the request on it.
+    place: Option<(Watch, u64)>,
+}
 
 /// Makes a connection end with a reset, so that an answer that breaks off does not seem whole.
 pub(crate) struct Abort(Watch);
@@ -124,7 +130,8 @@ impl Watch {
         let mut watched = self.0.borrow_mut();
         let (number, doubt) = watched.scan.take();
         let abort = (version == Version::HTTP_10).then(|| Abort(self.clone()));
-        let presence = Presence(Weak::clone(&watched.socket));
+        let socket = Weak::clone(&watched.socket);
+        let presence = Presence { socket, place: Some((self.clone(), number)) };
         let body = has_body.then(|| BodyMark { watch: self.clone(), number });
         Seen { doubt, body, abort, presence, may_be_reset: false }
     }
@@ -145,7 +152,8 @@ impl BodyMark {
 impl Seen {
     /// Next to nothing, of a request of HTTP/2: the frames leave one reading, and whoever serves the connection sees it end.
     pub(crate) const fn of_stream(may_be_reset: bool) -> Self {
-        Self { doubt: None, body: None, abort: None, presence: Presence(Weak::new()), may_be_reset }
+        let presence = Presence { socket: Weak::new(), place: None };
+        Self { doubt: None, body: None, abort: None, presence, may_be_reset }
     }
 }
 
@@ -166,12 +174,29 @@ impl Presence {
         pending::<()>().await;
     }
 
+    /// Waits until something has come behind the request; for ever where each request has a stream of its own.
+    ///
+    /// hyper notices that a client leaves for as long as it has nothing of the next request. To watch every connection by a second
+    /// descriptor would take as many as there are requests held.
+    pub(crate) async fn is_followed(&self) {
+        let Some((watch, number)) = &self.place else { return pending().await };
+        poll_fn(|context| {
+            let mut watched = watch.0.borrow_mut();
+            if watched.scan.begun() > *number {
+                return Poll::Ready(());
+            }
+            watched.behind = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
     /// The same socket by another descriptor; none if the connection has ended or the process has no descriptor left.
     #[cfg(target_os = "linux")]
     fn second(&self) -> Option<TcpStream> {
         use std::os::fd::AsFd;
 
-        let stream = self.0.upgrade()?;
+        let stream = self.socket.upgrade()?;
         let descriptor = stream.borrow().as_fd().try_clone_to_owned().ok()?;
         // Whatever kind of socket it is: nothing is asked of it but whether it is ready.
         TcpStream::from_std(descriptor.into()).ok()
@@ -203,11 +228,20 @@ impl AsyncRead for Wire {
         let this = &mut *self;
         let before = buffer.filled().len();
         let polled = Pin::new(&mut *this.stream.borrow_mut()).poll_read(context, buffer);
-        let scan = &mut this.watch.0.borrow_mut().scan;
+        let watched = &mut *this.watch.0.borrow_mut();
+        let scan = &mut watched.scan;
+        let begun = scan.begun();
         scan.read(&buffer.filled()[before..]);
-        if !scan.awaits_head() {
+        if scan.begun() != begun
+            && let Some(behind) = watched.behind.take()
+        {
+            behind.wake();
+        }
+        // Another head has a time of its own.
+        if !scan.awaits_head() || scan.begun() != begun {
             this.slow = None;
-        } else if polled.is_pending() {
+        }
+        if scan.awaits_head() && polled.is_pending() {
             let slow = this.slow.get_or_insert_with(|| Box::pin(sleep(this.head_timeout)));
             if slow.as_mut().poll(context).is_ready() {
                 return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, SlowHead)));

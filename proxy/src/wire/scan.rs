@@ -27,7 +27,8 @@ pub(crate) struct Scan {
     head: Head,
     // Heads that have ended and were not taken, the oldest first.
     heads: VecDeque<Option<Doubt>>,
-    // How many heads have ended, and how many were taken.
+    // How many heads have begun, how many have ended, and how many were taken.
+    begun: u64,
     ended: u64,
     taken: u64,
     // Whose body broke the strictest reading.
@@ -125,6 +126,7 @@ impl Scan {
 
     /// Reads a line of a head, or part of one, and gives what is behind it.
     fn read_head<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+        self.begun = self.ended + 1;
         let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else {
             self.head.extend(bytes);
             return &[];
@@ -156,6 +158,11 @@ impl Scan {
     /// Says whether the body of that request breaks the strictest reading.
     pub(crate) fn is_in_doubt(&self, number: u64) -> bool {
         self.doubtful_body == Some(number)
+    }
+
+    /// Says how many heads have begun: a line's end ahead of one is part of it.
+    pub(crate) const fn begun(&self) -> u64 {
+        self.begun
     }
 
     /// Says whether a head is awaited: one has begun and not ended, or nothing has come yet.
