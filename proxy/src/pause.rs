@@ -28,8 +28,6 @@ pub(crate) async fn pause(passage: &mut Passage) -> Result<(), Refusal> {
     if !is_exempt(&passage.setup.config.exempt, &mut passage.head) {
         if passage.worker.gates.is_any() {
             while_paused(passage, &mut facts).await?;
-            // Another may have ended meanwhile that covers what stands for the key by now.
-            since_ends(passage, &mut facts).await?;
         }
         passage.exchange.is_past_pauses(facts);
     }
@@ -103,6 +101,8 @@ async fn while_paused(passage: &mut Passage, facts: &mut Facts) -> Result<(), Re
             Ended::ByClient(refusal) => refusal,
         })?;
         translate(passage, facts, gate.opened()).await?;
+        // Others may have ended meanwhile, and others have begun: nothing is waited for between the last look at either.
+        since_ends(passage, facts).await?;
     }
     if !waited_at.is_empty() {
         let Passage { head, stays, exchange, .. } = passage;

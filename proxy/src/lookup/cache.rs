@@ -17,7 +17,7 @@ const ROUNDS_MAX: u8 = 3;
 
 /// For how long a key is not asked for again after a fault of its own: one that hangs, and is wanted all the time, must not keep the
 /// table busy for itself.
-const REST: Duration = Duration::from_secs(1);
+const REST_FOR: Duration = Duration::from_secs(1);
 /// How many such keys are remembered.
 const RESTING_MAX: usize = 1024;
 
@@ -33,8 +33,8 @@ pub(super) struct Cache {
     /// The oldest first. A number that is not the entry's own is of one that was replaced.
     order: VecDeque<(Arc<[u8]>, u64)>,
     questions: HashMap<Box<[u8]>, Question>,
-    /// Keys that had a fault of their own, and when.
-    resting: HashMap<Box<[u8]>, (Instant, Fault)>,
+    /// Keys that had a fault of their own.
+    resting: HashMap<Box<[u8]>, Rest>,
     bytes: usize,
     next: u64,
     stats: LookupStats,
@@ -46,6 +46,14 @@ struct Entry {
     /// When the table was asked for it.
     since: Instant,
     number: u64,
+}
+
+#[derive(Debug)]
+struct Rest {
+    fault: Fault,
+    began: Instant,
+    /// When the table was asked.
+    asked: Instant,
 }
 
 #[derive(Debug)]
@@ -115,11 +123,11 @@ impl Cache {
             return Known::Fresh(answer);
         }
         self.stats.misses += 1;
-        if let Some((began, fault)) = self.resting.get(key)
-            && now.duration_since(*began) < REST
-            && since.is_none_or(|since| *began >= since)
+        if let Some(rest) = self.resting.get(key)
+            && now.duration_since(rest.began) < REST_FOR
+            && since.is_none_or(|since| rest.asked >= since)
         {
-            return Known::Faulty(fault.clone());
+            return Known::Faulty(rest.fault.clone());
         }
         let (said, hears) = oneshot::channel();
         match self.questions.get_mut(key) {
@@ -203,7 +211,7 @@ impl Cache {
         match &answer {
             Ok(answer) if !is_outdated => self.keep(key, answer.clone(), asked),
             Err(fault @ (Fault::Two | Fault::Length(_) | Fault::Late)) if !is_outdated => {
-                self.rest(key, fault.clone(), now);
+                self.rest(key, Rest { fault: fault.clone(), began: now, asked });
             }
             _ => {}
         }
@@ -244,12 +252,12 @@ impl Cache {
         LookupStats { keys: self.answers.len(), bytes: self.bytes, ..self.stats }
     }
 
-    fn rest(&mut self, key: &[u8], fault: Fault, now: Instant) {
+    fn rest(&mut self, key: &[u8], rest: Rest) {
         if self.resting.len() >= RESTING_MAX {
-            self.resting.retain(|_, (since, _)| now.duration_since(*since) < REST);
+            self.resting.retain(|_, other| rest.began.duration_since(other.began) < REST_FOR);
         }
         if self.resting.len() < RESTING_MAX {
-            self.resting.insert(key.into(), (now, fault));
+            self.resting.insert(key.into(), rest);
         }
     }
 
@@ -331,16 +339,16 @@ mod tests {
         assert!(!fails(&mut cache, b"a", now));
         assert!(fails(&mut cache, b"a", now));
         assert!(!fails(&mut cache, b"b", now));
-        assert!(!fails(&mut cache, b"a", now + REST));
+        assert!(!fails(&mut cache, b"a", now + REST_FOR));
         cache.forget(b"a");
-        assert!(!fails(&mut cache, b"a", now + REST));
+        assert!(!fails(&mut cache, b"a", now + REST_FOR));
         cache.flush();
         assert!(!fails(&mut cache, b"b", now));
         for n in 0..2 * RESTING_MAX {
             fails(&mut cache, &n.to_be_bytes(), now);
             assert!(cache.resting.len() <= RESTING_MAX);
         }
-        fails(&mut cache, b"later", now + REST);
+        fails(&mut cache, b"later", now + REST_FOR);
         assert_eq!(cache.resting.len(), 1);
         assert_eq!(cache.stats().questions as usize, 5 + 2 * RESTING_MAX + 1);
     }
@@ -411,6 +419,12 @@ mod tests {
             }
         }
         assert!(first.try_recv().unwrap().is_ok());
+        // Nor is a fault of before one of after.
+        let Known::Nothing(_) = cache.get(b"two", now, None) else { panic!("nothing is known") };
+        cache.asks(b"two", now);
+        assert_eq!(cache.answer(b"two", Err(Fault::Two), at(1)), Told::Enough);
+        assert!(matches!(cache.get(b"two", at(2), None), Known::Faulty(Fault::Two)));
+        assert!(matches!(cache.get(b"two", at(2), Some(after)), Known::Nothing(_)));
         assert!(matches!(cache.get(b"a", after, Some(after)), Known::Fresh(_)));
         let later = after + Duration::from_millis(1);
         assert!(matches!(cache.get(b"a", later, None), Known::Fresh(_)));

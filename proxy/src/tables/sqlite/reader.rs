@@ -27,9 +27,21 @@ const STEPS: i32 = 10_000;
 pub(super) struct Reader {
     table: Sqlite,
     open: Option<Open>,
+    /// Whether it was closed since something failed, and what changed until it was open again has not been told of.
+    missed: Missed,
     began: Instant,
     /// When a question has taken too long, in nanoseconds after `began`.
     until: Arc<AtomicU64>,
+}
+
+/// What nobody has seen of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Missed {
+    Nothing,
+    /// It is closed.
+    Goes,
+    /// It was closed.
+    Went,
 }
 
 struct Open {
@@ -41,7 +53,7 @@ struct Open {
 impl Reader {
     pub(super) fn new(table: Sqlite) -> Self {
         let until = Arc::new(AtomicU64::new(u64::MAX));
-        Self { table, open: None, began: Instant::now(), until }
+        Self { table, open: None, missed: Missed::Nothing, began: Instant::now(), until }
     }
 
     fn inode(&self) -> Option<u64> {
@@ -59,6 +71,9 @@ impl Reader {
             connection.progress_handler(STEPS, Some(is_late))?;
             let version = version(&connection)?;
             self.open = Some(Open { connection, inode, version });
+            if self.missed == Missed::Goes {
+                self.missed = Missed::Went;
+            }
         }
         Ok(self.open.as_mut().expect("it was just opened"))
     }
@@ -70,7 +85,9 @@ impl Reader {
         found.unwrap_or_else(|error| match error.sqlite_error_code() {
             Some(ErrorCode::OperationInterrupted | ErrorCode::DatabaseBusy) => Err(Fault::Late),
             _ => {
-                self.open = None;
+                if self.open.take().is_some() {
+                    self.missed = Missed::Goes;
+                }
                 Err(Fault::Down(error.to_string()))
             }
         })
@@ -100,6 +117,10 @@ impl Reader {
         // While the file is gone the old answers are all there is.
         let Some(inode) = self.inode() else { return false };
         let Some(open) = &mut self.open else { return false };
+        if self.missed == Missed::Went {
+            self.missed = Missed::Nothing;
+            return true;
+        }
         if inode == open.inode {
             match version(&open.connection) {
                 Ok(version) if version == open.version => return false,
@@ -219,6 +240,24 @@ mod tests {
         // The file is gone: what was known still serves.
         fs::remove_file(&path).unwrap();
         until(&lookup, b"9").await;
+    }
+
+    #[tokio::test]
+    async fn a_change_beside_a_question_that_fails_is_noticed_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shops.db");
+        let db = shops(&path);
+        let limits = Limits { ttl: Duration::from_secs(3600), ..Limits::default() };
+        let query = "select case ?1 when 'bad' then json_extract(?1, '$') else shard end \
+                     from shops where domain = ?1 or ?1 = 'bad'";
+        let table = Sqlite { file: path.clone(), query: query.to_owned() };
+        let lookup = Lookup::start("shops", limits, Reader::new(table)).unwrap();
+        until(&lookup, b"7").await;
+        assert!(matches!(lookup.find(b"bad").await, Err(Fault::Down(_))));
+        db.execute_batch("update shops set shard = 8 where domain = 'a.org'").unwrap();
+        // The next question opens it again.
+        assert_eq!(lookup.find(b"b.org").await.as_deref(), Ok(&b"eu-1"[..]));
+        until(&lookup, b"8").await;
     }
 
     #[tokio::test]
