@@ -10,7 +10,7 @@ use crate::failure::Failure;
 use crate::text::overlay;
 
 /// Who may speak with whom.
-#[derive(Clone, Debug, Default, clap::Args, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct AccessArgs {
     /// This node's certificate, PEM

@@ -17,6 +17,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use serde_json::Value;
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
@@ -28,7 +30,7 @@ use crate::ask::Ask;
 use crate::dry_run::Explanation;
 use crate::metrics::tally::Tally;
 use crate::page;
-use crate::reload::Reloader;
+use crate::reload::{Asked, Reloader};
 
 /// Connections at a time: a few probes and scrapers. One more waits in the kernel until another has ended.
 const CONNECTIONS_MAX: usize = 64;
@@ -83,9 +85,13 @@ impl Admin {
 
     async fn reload(&self) -> Response<Full<Bytes>> {
         match self.reloader.ask().await {
-            Some(Ok(())) => text(StatusCode::OK, "the configuration is in force\n"),
-            Some(Err(why)) => text(StatusCode::UNPROCESSABLE_ENTITY, format!("{why}\n")),
-            None => text(
+            Asked::Done(Ok(())) => text(StatusCode::OK, "the configuration is in force\n"),
+            Asked::Done(Err(why)) => text(StatusCode::UNPROCESSABLE_ENTITY, format!("{why}\n")),
+            Asked::Busy => text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the configuration is being read, and somebody else waits for that already: ask again later\n",
+            ),
+            Asked::Nobody => text(
                 StatusCode::NOT_IMPLEMENTED,
                 "this proxy was not told where to read a configuration again\n",
             ),
@@ -197,6 +203,9 @@ pub(crate) async fn run(admin: Arc<Admin>, listener: TcpListener, stopped: Cance
             () = stopped.cancelled() => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
+                    // Who takes nothing of an answer must not keep a place.
+                    #[cfg(target_os = "linux")]
+                    drop(SockRef::from(&stream).set_tcp_user_timeout(Some(SILENCE_MAX)));
                     let serving = connection(Arc::clone(&admin), stream, stopped.clone());
                     connections.spawn(async move {
                         serving.await;

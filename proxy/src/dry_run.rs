@@ -9,6 +9,7 @@ use std::time::Duration;
 use http::request::Parts;
 use mandoline::http::key::Asked;
 use mandoline::{Generation, SessionId};
+use mandoline_core::extract::Miss;
 use mandoline_core::key::SliceKey;
 use mandoline_core::task::Task;
 use serde_json::{Map, Value, json};
@@ -67,7 +68,7 @@ impl DryRun {
     pub fn first(&self, mut head: Parts) -> Result<(SessionId, Generation), u16> {
         let target = self.walk().stages(&mut head, None, &mut Told::default());
         target
-            .map(|target| (target.session(), target.generation))
+            .map(|(_, target)| (target.session(), target.generation))
             .map_err(|refusal| refusal.status().as_u16())
     }
 
@@ -102,6 +103,8 @@ struct Walk<'a> {
 struct Told {
     // A trusted proxy, and the client that it speaks for.
     speaks_for: Option<(IpAddr, IpAddr)>,
+    // The key is in the body, or may be.
+    has_body_key: bool,
     stages: Vec<Map<String, Value>>,
 }
 
@@ -144,7 +147,11 @@ impl Walk<'_> {
         let client = client.unwrap_or(connected);
         let asked = format!("{} {}", head.method, head.uri);
         let end = match self.stages(&mut head, Some(client), &mut told) {
-            Ok(target) => self.forward(&target, &mut told),
+            Ok((route, target)) => self.forward(&route, &target, &mut told),
+            Err(Refusal::Key(_)) if told.has_body_key => {
+                told.says("that is in the body, of which nothing is known here");
+                Value::Null
+            }
             // Who serves what, a file cannot tell.
             Err(Refusal::Lookup(Fault::Unasked)) => {
                 told.says("what stands for it is not known yet, and nobody asks the table to explain a request");
@@ -171,7 +178,7 @@ impl Walk<'_> {
         head: &mut Parts,
         client: Option<IpAddr>,
         told: &mut Told,
-    ) -> Result<Target, Refusal> {
+    ) -> Result<(Rc<Route>, Target), Refusal> {
         told.enters("identify");
         let host = identify::check(self.pseudonym, head)?;
         if let Some((proxy, client)) = told.speaks_for {
@@ -201,12 +208,20 @@ impl Walk<'_> {
 
         let (job, from) = match &route.to {
             To::Job { job, key } => (job, key),
-            To::Pool { job } => return self.any(head, &host, job, told),
+            To::Pool { job } => {
+                let target = self.any(head, &host, job, told)?;
+                return Ok((route, target));
+            }
         };
         told.enters("key");
         told.fact("job", job.name.as_str());
         told.fact("from", from.to_string());
         told.says(format!("the key is {}", from.describe()));
+        if from.reads_body() {
+            // Nor would what is found elsewhere be the key, where the body comes first.
+            told.has_body_key = true;
+            return Err(Refusal::Key(Miss::NoKey.to_string()));
+        }
         let asked = Asked { head, host: host.as_str(), client, body: None };
         let key = match &route.lookup {
             None => key::find(from, &asked)?,
@@ -234,7 +249,7 @@ impl Walk<'_> {
         let owners = owners(job, key, told);
         let target = route::find(job, key, self.pool, self.setup)?;
         chosen(job, &target, owners, told);
-        Ok(target)
+        Ok((Rc::clone(&route), target))
     }
 
     /// Gives what is known to stand for a key, if it was said after the end of any pause that covered the request: the table is not asked.
@@ -343,19 +358,22 @@ impl Walk<'_> {
     }
 
     /// What applies from where the request would be sent.
-    fn forward(&self, target: &Target, told: &mut Told) -> Value {
+    fn forward(&self, route: &Route, target: &Target, told: &mut Told) -> Value {
         told.enters("forward");
         let to = match &target.to {
             target::To::Task(upstream) => upstream.endpoint.to_string(),
             target::To::Region(region) => format!("region {region}"),
         };
         let timeouts = &self.setup.config.timeouts;
-        let applying = [
+        let own = &route.forwarding;
+        let total = own.total.map(|total| ("total", total));
+        let always = [
             ("connect", timeouts.connect),
-            ("response", timeouts.response),
+            ("response", own.response.unwrap_or(timeouts.response)),
             ("stall", timeouts.stall),
             ("hold", timeouts.hold),
         ];
+        let applying: Vec<(&str, Duration)> = always.into_iter().chain(total).collect();
         let all: Vec<String> =
             applying.iter().map(|(name, length)| format!("{name} {}", seconds(*length))).collect();
         told.says(format!("it is sent to {to}"));

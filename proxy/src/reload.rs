@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use http::request::Parts;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
@@ -42,6 +43,16 @@ impl ReloadRequest {
         // Whoever asked may have gone.
         drop(self.0.send(done));
     }
+}
+
+/// What came of asking.
+pub(crate) enum Asked {
+    /// It was read, and is in force or not.
+    Done(Result<(), String>),
+    /// It is being read, and others wait.
+    Busy,
+    /// Nobody reads it.
+    Nobody,
 }
 
 /// What a worker is told.
@@ -96,12 +107,16 @@ impl Reloader {
         asked
     }
 
-    /// Asks for the configuration to be read again; nothing if nobody reads it.
-    pub(crate) async fn ask(&self) -> Option<Result<(), String>> {
+    /// Asks for the configuration to be read again, unless others wait for that already.
+    pub(crate) async fn ask(&self) -> Asked {
         let reader = self.0.reader.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
         let (tell, told) = oneshot::channel();
-        reader?.send(ReloadRequest(tell)).await.ok()?;
-        told.await.ok()
+        let Some(reader) = reader else { return Asked::Nobody };
+        match reader.try_send(ReloadRequest(tell)) {
+            Ok(()) => told.await.map_or(Asked::Nobody, Asked::Done),
+            Err(TrySendError::Full(_)) => Asked::Busy,
+            Err(TrySendError::Closed(_)) => Asked::Nobody,
+        }
     }
 
     /// Brings a configuration into force: each request that comes in after this has returned goes by it.

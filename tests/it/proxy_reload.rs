@@ -136,6 +136,10 @@ async fn a_hundred_reloads_of_a_proxy_fail_no_request() {
     assert!(answer.body.contains(&place), "{}", answer.body);
     assert!(answer.body.contains("did you mean \"job\"?"), "{}", answer.body);
     assert_eq!(number("mandoline_proxy_reload_last_refused"), 1);
+    save(&file, &format!("handover: elsewhere\n{PLAIN}"));
+    let answer = ask(proxy.admin, "POST", "/reload", "").unwrap();
+    assert_eq!(answer.status, 422);
+    assert!(answer.body.contains("handover cannot change while the proxy runs"), "{answer:?}");
     save(&file, &format!("workers: 7\n{PLAIN}"));
     let answer = ask(proxy.admin, "POST", "/reload", "").unwrap();
     // The flag wins over the file, so nothing has changed.

@@ -141,6 +141,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("proxy.yaml");
         std::fs::write(&path, yaml).unwrap();
+        std::fs::write(folder.path().join("secret"), "open sesame\n").unwrap();
         let parts = headers.iter().map(|header| ("header", *header)).chain([("url", url)]);
         let explanation = by_file(path, Ask::of(&Ask::query(parts)).unwrap()).unwrap();
         let text = text(&explanation);
@@ -156,6 +157,8 @@ routes:
   - {name: writes, host: shop.example.com, path: /carts/*, methods: [PUT], job: carts, key: 'header:x-user'}
   - {name: others, job: kv}
   - {name: elsewhere, host: b.org, path: /b, job: kv}
+  - {name: inside, host: b.org, path: /in, job: kv, key: json(/id)}
+pauses: {exempt_header: {name: x-open, secret_file: secret}}
 access_log: {to: stdout, share: 1%}
 debug: {networks: ['10.0.0.0/8']}
 ";
@@ -179,6 +182,11 @@ observe   the access log tells of 1% of such requests, and of any that fails
         let key = mandoline_core::key::SliceKey::of(b"bob").to_string();
         assert_eq!(said, expected.replace("KEY", &key));
         assert_eq!(value["stages"][2]["key"], key);
+        assert_eq!(value["end"], Value::Null);
+
+        let (value, said) = explain(yaml, "http://b.org/in", &[]);
+        let expected = "the key is the field /id of the JSON body\n          that is in the body, of which nothing is known here\n";
+        assert!(said.contains(expected), "{said}");
         assert_eq!(value["end"], Value::Null);
 
         let (value, said) = explain(yaml, url, &[]);

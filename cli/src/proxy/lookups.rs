@@ -93,7 +93,7 @@ impl LookupFile {
             }
             (None, Some(postgres), None) => postgres.table(beside),
             (None, None, Some(HttpFile { url: Text(url), field, tls })) => {
-                let tls = tls.as_ref().map(TaskTlsFile::tls).transpose()?;
+                let tls = tls.as_ref().map(|tls| tls.tls(beside)).transpose()?;
                 let field = field.clone().map(|Text(field)| field);
                 let http = Http::new(url.clone(), field, tls).map_err(Failure::new)?;
                 Ok(Table::Http(Box::new(http)))
@@ -135,7 +135,7 @@ const CACHE_MIN_BYTES: usize = 64 << 10;
 impl PostgresFile {
     fn table(&self, beside: &Path) -> Result<Table, Failure> {
         let Text(endpoint) = self.address.clone();
-        let tls = self.tls.as_ref().map(TaskTlsFile::tls).transpose()?;
+        let tls = self.tls.as_ref().map(|tls| tls.tls(beside)).transpose()?;
         let password = match &self.password_file {
             None => None,
             // Editors end a file with a line's end, which no password means.

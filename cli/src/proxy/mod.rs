@@ -239,7 +239,8 @@ async fn serve(mut args: ProxyArgs) -> Result<ExitCode, Failure> {
     kept.tell_of(proxy.pauses());
     let offer = standby.serves(offer, &stop)?;
     eprintln!("proxy: requests for {} at {}", settings.jobs(), places(&proxy));
-    let reloading = tokio::spawn(reload::run(args, seen, kept, proxy.reloader(), stop.clone()));
+    let reloading =
+        tokio::spawn(reload::run(args, settings, seen, kept, proxy.reloader(), stop.clone()));
     match watch {
         Some(listener) => {
             mandoline_assigner::server::serve_watch(listener, hub, &access, stop.clone())

@@ -4,6 +4,7 @@
 
 use std::future::pending;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -81,9 +82,9 @@ struct Desk {
 }
 
 impl PoolFile {
-    /// Reads how its servers are spoken to.
-    pub(crate) fn transport(&self) -> Result<Transport, Failure> {
-        job::transport(self.protocol.as_ref(), self.tls.as_ref())
+    /// Reads how its servers are spoken to. Files are looked for beside the configuration's.
+    pub(crate) fn transport(&self, beside: &Path) -> Result<Transport, Failure> {
+        job::transport(self.protocol.as_ref(), self.tls.as_ref(), beside)
     }
 }
 

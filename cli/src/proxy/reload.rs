@@ -22,10 +22,11 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long new clerks may take to hear who serves what, before those of before stay.
 const READY_WITHIN: Duration = Duration::from_secs(10);
 
-/// Reloads whenever there is reason to, until told to stop: also if the file is no longer as it was `seen` before it was first read.
-/// Gives back what is kept.
+/// Reloads whenever there is reason to, until told to stop: also if the file is no longer as it was `seen` before it was first read, with
+/// what it said when the proxy was `started`. Gives back what is kept.
 pub(crate) async fn run(
     args: ProxyArgs,
+    started: Settings,
     mut seen: Option<Look>,
     mut kept: Kept,
     reloader: Reloader,
@@ -55,7 +56,7 @@ pub(crate) async fn run(
                 None
             }
         };
-        let done = reload(&args, &mut kept, &reloader, &stop).await;
+        let done = reload(&args, &started, &mut kept, &reloader, &stop).await;
         match &done {
             Ok(()) => info!("The configuration was read again"),
             Err(failure) => error!(%failure, "The configuration stays as it was"),
@@ -68,6 +69,7 @@ pub(crate) async fn run(
 
 async fn reload(
     args: &ProxyArgs,
+    started: &Settings,
     kept: &mut Kept,
     reloader: &Reloader,
     stop: &CancellationToken,
@@ -75,7 +77,7 @@ async fn reload(
     // Also where the file cannot work: the log is moved away whatever that says.
     reloader.reopen_log();
     let before = kept.parts();
-    let done = change(args, kept, reloader, &before, stop).await;
+    let done = change(args, started, kept, reloader, &before, stop).await;
     if done.is_err() {
         kept.go_back(before);
     }
@@ -84,6 +86,7 @@ async fn reload(
 
 async fn change(
     args: &ProxyArgs,
+    started: &Settings,
     kept: &mut Kept,
     reloader: &Reloader,
     before: &Parts,
@@ -91,6 +94,9 @@ async fn change(
 ) -> Result<(), Failure> {
     let mut read = || -> Result<_, Failure> {
         let settings = Settings::of(args.clone())?;
+        if let Some(what) = settings.fixed(started) {
+            return Err(Failure::new(ReloadError::Restart(what)));
+        }
         let config = settings.config(kept)?;
         Ok((settings, config))
     };

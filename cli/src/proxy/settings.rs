@@ -128,6 +128,22 @@ impl Settings {
         self.args.access.load()
     }
 
+    /// Names what differs from the settings that the proxy was started with and only a restart can change, beside what the proxy itself
+    /// sees to.
+    pub(crate) fn fixed(&self, started: &Self) -> Option<&'static str> {
+        let (old, new) = (&started.args, &self.args);
+        let changes = [
+            ("watch_listen", started.watch_listen() != self.watch_listen()),
+            ("handover", old.handover != new.handover),
+            ("tls_cert", old.access.tls_cert != new.access.tls_cert),
+            ("tls_key", old.access.tls_key != new.access.tls_key),
+            ("tls_ca", old.access.tls_ca != new.access.tls_ca),
+            ("token_file", old.access.token_file != new.access.token_file),
+            ("insecure", old.access.insecure != new.access.insecure),
+        ];
+        changes.into_iter().find_map(|(what, changed)| changed.then_some(what))
+    }
+
     /// Names the jobs and pools, for messages.
     pub(crate) fn jobs(&self) -> String {
         let jobs = self.job_names().into_iter().map(|job| format!("job {job}"));
@@ -183,7 +199,7 @@ impl Settings {
         }
         config.id = self.id();
         for (Text(job), own) in args.jobs.iter().flatten() {
-            config.transports.insert(job.clone(), own.transport()?);
+            config.transports.insert(job.clone(), own.transport(self.beside())?);
         }
         for (pool, transport, servers) in pools {
             config.transports.insert(pool.clone(), transport);
@@ -196,7 +212,7 @@ impl Settings {
             limits.apply(&mut config.limits);
         }
         if let Some(pauses) = &args.pauses {
-            pauses.apply(&mut config)?;
+            pauses.apply(&mut config, self.beside())?;
         }
         if let Some(log) = &args.access_log {
             let writer = kept.log(log.output())?;
@@ -235,7 +251,7 @@ impl Settings {
             });
         }
         let spoken = pools().map(|(name, pool)| {
-            let transport = pool.value.transport();
+            let transport = pool.value.transport(self.beside());
             let transport = transport.map_err(|failure| failure.at(self.place(pool)))?;
             Ok(Pool { name, file: pool, transport })
         });

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::select;
 use http::Method;
 use http::header::HeaderName;
 use mandoline_core::flags::{AtEnd, Flags, Pause, PauseId, PauseOrder, Phase, Scope};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::harness::{Backend, Owners, Stage, status, talk, until};
+use super::harness::{Backend, Owners, Stage, status, talk, until, within};
 use crate::access_log::AccessLog;
 use crate::access_log::format::Format;
 use crate::access_log::writer::{Output, Writer};
@@ -141,6 +142,8 @@ async fn an_explanation_says_what_then_happens() {
         other.name = "posts".into();
         other.matches.methods = vec![Method::POST];
         other.matches.path = Some("/posts/*".parse().unwrap());
+        other.forwarding.response = Some(Duration::from_secs(7));
+        other.forwarding.total = Some(Duration::from_secs(9));
         config.routes[0].matches.path = Some("/kv/*".parse().unwrap());
         config.routes.push(other);
     });
@@ -172,14 +175,29 @@ async fn an_explanation_says_what_then_happens() {
     }
     let told = explained(&stage, "url=http://a/posts/1").await;
     assert_eq!(told["stages"][1]["others"][0]["why"], "it takes POST");
-    assert_eq!(
-        explained(&stage, "url=http://a/posts/1&method=POST").await["stages"][1]["route"],
-        "posts"
-    );
+    let told = explained(&stage, "url=http://a/posts/1&method=POST").await;
+    assert_eq!(told["stages"][1]["route"], "posts");
+    let timeouts = &told["stages"][5]["timeouts"];
+    assert_eq!((&timeouts["response"], &timeouts["total"]), (&json!(7.0), &json!(9.0)), "{told}");
     // Nothing of it counted as a request.
     assert_eq!(stage.stats().requests, 10);
     let bad = admin(&stage, "/explain?url=here").await;
     assert!(bad.starts_with("HTTP/1.1 400 ") && bad.contains("\"here\" is no URL"), "{bad}");
+}
+
+#[tokio::test]
+async fn whoever_asks_for_a_reload_that_others_wait_for_is_told_so_at_once() {
+    let stage = Stage::with(Owners::none(), with_admin);
+    let address = stage.proxy.admin_addr().unwrap();
+    let ask = || talk(address, b"POST /reload HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+    assert!(ask().await.starts_with("HTTP/1.1 501 "));
+    let mut asked = stage.proxy.reloader().asked();
+    // Nobody reads the first, so there is no room for the second.
+    let both = select(Box::pin(ask()), Box::pin(ask()));
+    let (refused, other) = within("a refusal", both).await.factor_first();
+    assert!(refused.starts_with("HTTP/1.1 503 "), "{refused}");
+    within("a question", asked.recv()).await.unwrap().answer(Ok(()));
+    assert!(other.await.starts_with("HTTP/1.1 200 "));
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! How long to wait, how much to take and what to hold, as the file has it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use http::header::{HeaderName, HeaderValue};
 use mandoline_proxy::config::limits::Limits;
@@ -122,8 +122,8 @@ struct ExemptHeaderFile {
 }
 
 impl PausesFile {
-    /// Changes what is given.
-    pub(crate) fn apply(&self, to: &mut Config) -> Result<(), Failure> {
+    /// Changes what is given. Files are looked for beside the configuration's.
+    pub(crate) fn apply(&self, to: &mut Config, beside: &Path) -> Result<(), Failure> {
         if let Some(Span(wait)) = self.wait {
             to.timeouts.pause = wait;
         }
@@ -134,12 +134,12 @@ impl PausesFile {
             to.limits.paused_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         }
         let paths = self.exempt_paths.iter().flatten().map(|path| path.as_str().into()).collect();
-        to.exempt = Exempt { paths, header: self.exempt_header()? };
+        to.exempt = Exempt { paths, header: self.exempt_header(beside)? };
         Ok(())
     }
 
     /// Reads the secret, if requests that show one are exempt.
-    fn exempt_header(&self) -> Result<Option<(HeaderName, HeaderValue)>, Failure> {
+    fn exempt_header(&self, beside: &Path) -> Result<Option<(HeaderName, HeaderValue)>, Failure> {
         let Some(ExemptHeaderFile { name, secret_file }) = &self.exempt_header else {
             return Ok(None);
         };
@@ -148,8 +148,9 @@ impl PausesFile {
         };
         let header = HeaderName::try_from(name.as_str())
             .map_err(|_| failure(format!("{name:?} is no header's name")))?;
+        let secret_file = beside.join(secret_file);
         let place = secret_file.display();
-        let secret = std::fs::read_to_string(secret_file).map_err(|error| {
+        let secret = std::fs::read_to_string(&secret_file).map_err(|error| {
             failure(format!("the secret in {place} cannot be read")).because(error)
         })?;
         let secret = HeaderValue::try_from(secret.trim()).ok().filter(|secret| !secret.is_empty());

@@ -1,6 +1,6 @@
 //! How tasks and servers are spoken to, as the file has it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mandoline_proxy::config::tls::{Tls as TaskTls, TlsFiles};
@@ -21,9 +21,9 @@ pub(crate) struct JobFile {
 }
 
 impl JobFile {
-    /// Reads how its tasks are spoken to.
-    pub(crate) fn transport(&self) -> Result<Transport, Failure> {
-        transport(self.protocol.as_ref(), self.tls.as_ref())
+    /// Reads how its tasks are spoken to. Files are looked for beside the configuration's.
+    pub(crate) fn transport(&self, beside: &Path) -> Result<Transport, Failure> {
+        transport(self.protocol.as_ref(), self.tls.as_ref(), beside)
     }
 }
 
@@ -31,9 +31,10 @@ impl JobFile {
 pub(crate) fn transport(
     protocol: Option<&Text<Protocol>>,
     tls: Option<&TaskTlsFile>,
+    beside: &Path,
 ) -> Result<Transport, Failure> {
     let protocol = protocol.map_or(Protocol::Auto, |Text(protocol)| *protocol);
-    Ok(Transport { protocol, tls: tls.map(TaskTlsFile::tls).transpose()? })
+    Ok(Transport { protocol, tls: tls.map(|tls| tls.tls(beside)).transpose()? })
 }
 
 /// TLS towards tasks and servers.
@@ -47,16 +48,17 @@ pub(crate) struct TaskTlsFile {
 }
 
 impl TaskTlsFile {
-    pub(crate) fn tls(&self) -> Result<Arc<TaskTls>, Failure> {
+    pub(crate) fn tls(&self, beside: &Path) -> Result<Arc<TaskTls>, Failure> {
         let identity = match (&self.cert, &self.key) {
             (None, None) => None,
-            (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
+            (Some(cert), Some(key)) => Some((beside.join(cert), beside.join(key))),
             _ => {
                 return Err(Failure::new("a certificate and its key belong together")
                     .try_this("give both cert and key, or neither"));
             }
         };
-        let files = TlsFiles { authorities: self.ca.clone(), identity, name: self.name.clone() };
+        let authorities = beside.join(&self.ca);
+        let files = TlsFiles { authorities, identity, name: self.name.clone() };
         let failed = |error| Failure::new("TLS towards tasks cannot be set up").because(error);
         Ok(Arc::new(TaskTls::load(files).map_err(failed)?))
     }
