@@ -2,9 +2,10 @@
 
 use std::process::Command;
 
+use mandoline::Clerk;
 use rustix::process::Signal;
 
-use crate::callers::{PATIENCE, kv, program};
+use crate::callers::{PATIENCE, at_rest, kv, program};
 use crate::kit::{Answer, Process, ask, free_ports, local, until};
 use crate::processes::{Cluster, ProxyKnows};
 
@@ -36,6 +37,8 @@ async fn a_shard_is_looked_up_in_a_database_and_a_changed_row_moves_its_requests
     cluster.apply(&kv(), PATIENCE).await.unwrap();
     let _tasks = ["kv-0", "kv-1"].map(|name| cluster.start_task(name).unwrap());
     cluster.served("kv", 2, PATIENCE).await.unwrap();
+    let clerk = Clerk::builder("kv").sources(cluster.addresses()).start().unwrap();
+    at_rest(&clerk, 2).await;
 
     let db = rusqlite::Connection::open(cluster.dir().join("shops.db")).unwrap();
     db.execute_batch(

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use mandoline::Clerk;
 use mandoline_core::spec::{JobSpec, Ratio, Spill};
 use mandoline_proto::pb;
 use tokio::time::Instant;
 
-use crate::callers::{Callers, Outcome, PATIENCE, assert_none, my_turn, program};
+use crate::callers::{Callers, Outcome, PATIENCE, assert_none, at_rest, my_turn, program};
 use crate::processes::{Cluster, ProxyKnows};
 
 /// Enough that the callers of all workers know the load: four seconds' worth.
@@ -19,7 +20,6 @@ async fn hot_key(spill: Option<Spill>) -> Vec<usize> {
     let cluster = Cluster::start(program(), 1).await.unwrap();
     let spec = JobSpec {
         balance_every: Duration::from_secs(3_600),
-        // All moves are over when every task is there.
         prepare_within: Duration::ZERO,
         spill,
         ..JobSpec::new("kv".parse().unwrap())
@@ -28,6 +28,8 @@ async fn hot_key(spill: Option<Spill>) -> Vec<usize> {
     let names = ["kv-0", "kv-1", "kv-2"];
     let _tasks = names.map(|name| cluster.start_task(name).unwrap());
     cluster.served("kv", names.len(), PATIENCE).await.unwrap();
+    let clerk = Clerk::builder("kv").sources(cluster.addresses()).start().unwrap();
+    at_rest(&clerk, names.len()).await;
     let proxy = cluster.start_proxy("proxy", ProxyKnows::default()).await.unwrap();
     let callers = Callers::start(proxy.address, 1);
     let began = Instant::now();

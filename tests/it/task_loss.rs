@@ -5,7 +5,7 @@ use std::time::Duration;
 use mandoline::clerk::Clerk;
 use tokio::time::Instant;
 
-use crate::callers::{Callers, PATIENCE, assert_none, bytes_of, kv, my_turn, program};
+use crate::callers::{Callers, PATIENCE, assert_none, at_rest, bytes_of, kv, my_turn, program};
 use crate::processes::{Cluster, Proxy, ProxyKnows, Task};
 
 /// Keys that are asked for: each caller comes round once a second.
@@ -33,6 +33,7 @@ impl Town {
         let proxy = cluster.start_proxy("proxy", ProxyKnows::default()).await.unwrap();
         let clerk = Clerk::builder("kv").sources(cluster.addresses());
         let clerk = clerk.start().unwrap();
+        at_rest(&clerk, tasks.len()).await;
         let callers = Callers::start(proxy.address, KEYS);
         let (all, began): (Vec<usize>, _) = ((0..KEYS).collect(), Instant::now());
         let look = async |_: &Cluster| callers.answered(&all, began).then_some(());
