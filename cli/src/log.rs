@@ -33,6 +33,8 @@ pub(crate) fn start(format: LogFormat, usual: &str) -> Result<(), Failure> {
     let base = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Where nobody reads the log any more it says so on the same pipe, which panics: whoever logs must live on.
+        .log_internal_errors(false)
         .with_ansi(terminal);
     let done = match (format, terminal) {
         (LogFormat::Json, _) | (LogFormat::Auto, false) => base.json().try_init(),

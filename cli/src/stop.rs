@@ -22,8 +22,8 @@ pub(crate) fn on_signal() -> Result<CancellationToken, Failure> {
             }
         };
         let which = next().await;
-        tracing::info!(signal = which, "Stopping: once more ends at once");
         stop.cancel();
+        tracing::info!(signal = which, "Stopping: once more ends at once");
         next().await;
         // What a shell reports for a process that Ctrl-C ended.
         std::process::exit(130);

@@ -2,11 +2,13 @@
 //! real process that shards a job.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path;
+use std::process::Stdio;
 
 use mandoline_core::spec::JobSpec;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 use crate::callers::{PATIENCE, program};
@@ -147,4 +149,17 @@ fn get_explained(address: SocketAddr, target: &str) -> (u16, String) {
     let answer = text(&answer);
     let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
     (status, answer)
+}
+
+#[test]
+fn a_proxy_whose_log_nobody_reads_any_more_stops_when_told_to() {
+    let words = ["proxy", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--workers", "1"];
+    let mut proxy =
+        std::process::Command::new(program()).args(words).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(proxy.stderr.take().unwrap()).lines();
+    assert!(log.any(|line| line.unwrap().starts_with("proxy: requests for")));
+    drop(log);
+    rustix::process::kill_process(Pid::from_child(&proxy), Signal::TERM).unwrap();
+    let ended = until("the proxy to end", || proxy.try_wait().unwrap());
+    assert!(ended.code().is_some(), "{ended}");
 }
